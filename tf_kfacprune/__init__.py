@@ -1,0 +1,1 @@
+"""Train and prune Keras networks at the same time, toward flat minima."""
