@@ -1,0 +1,46 @@
+# Two commands, nothing to set up first:
+#   make demo   train, prune and export on the digits data; prints the before/after table
+#   make test   format, lint, types, tests
+# Both create .venv with a suitable Python and install into it; PYTHON=... picks the interpreter.
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+PYTHON ?=
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/digits_quickstart.py --output_dir=runs/digits --overwrite
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy tf_kfacprune
+	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
+
+# The stamps keep the installation from being repeated until the requirements change.
+$(VENV)/.installed-demo: $(BIN)/python setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[examples,litert]'
+	@touch $@
+
+$(VENV)/.installed-test: $(BIN)/python setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(BIN)/python:
+	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3 python; do \
+	  if "$$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	      >/dev/null 2>&1; then \
+	    echo "Creating $(VENV) with $$python ($$($$python --version))"; \
+	    exec "$$python" -m venv --clear $(VENV); \
+	  fi; \
+	done; \
+	echo "No Python from 3.11 to 3.13 with the 'venv' module was found." >&2; \
+	echo "Install one (on Debian or Ubuntu: apt-get install python3.11 python3.11-venv)" >&2; \
+	echo "or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
+	exit 1
+
+clean:
+	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage *.egg-info
