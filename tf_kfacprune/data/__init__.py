@@ -1,1 +1,6 @@
+"""Data sets: the embedded default, the usual benchmarks, and a user's own ``.npz`` file."""
 
+from tf_kfacprune.data.dataset import Dataset, validation_split
+from tf_kfacprune.data.loading import NAMES, load
+
+__all__ = ["NAMES", "Dataset", "load", "validation_split"]
