@@ -1,0 +1,74 @@
+"""Kronecker-factored matrices ``A (x) G`` in the layout of Keras kernels.
+
+====== ============================================================= ===============
+symbol meaning                                                       shape
+====== ============================================================= ===============
+A      second moment of a layer's inputs (homogeneous coordinate      (n_in, n_in)
+       included where the layer has a bias)
+G      second moment of the gradients at its pre-activations          (n_out, n_out)
+V      kernel (with the bias as its last row), or its gradient        (n_in, n_out)
+d      Tikhonov damping of the product
+====== ============================================================= ===============
+
+Keras keeps V = W^T. Stacking the rows of V equals stacking the columns of W, so the papers'
+identity ``(A (x) G) vec(W) = vec(G W A^T)`` reads here, with vec stacking rows,
+
+    (A (x) G) vec(V) = vec(A V G^T).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+__all__ = ["factored_damping", "kronecker_matvec"]
+
+
+def kronecker_matvec(left: Any, right: Any, kernel: Any) -> Any:
+    """Multiplies ``A (x) G`` with a kernel, without forming the product.
+
+    With inverses as factors it preconditions: ``(A (x) G)^-1 vec(V) = vec(A^-1 V G^-1)``.
+
+    Args:
+        left: A, tensor of shape (n_in, n_in).
+        right: G, tensor of shape (n_out, n_out).
+        kernel: V, tensor of shape (n_in, n_out).
+
+    Returns:
+        ``A V G^T``, tensor of shape (n_in, n_out).
+
+    References:
+        Martens & Grosse 2015, section 4.2.
+    """
+    return keras.ops.matmul(keras.ops.matmul(left, kernel), keras.ops.transpose(right))
+
+
+def factored_damping(left: Any, right: Any, damping: Any) -> tuple[Any, Any]:
+    """Splits the damping of ``A (x) G`` between its factors.
+
+        (A + pi sqrt(d) I) (x) (G + sqrt(d)/pi I),   pi = sqrt((tr A / n_in) / (tr G / n_out))
+
+    approximates ``A (x) G + d I``; this pi balances the two cross terms, so that a layer whose
+    inputs are large and gradients small is damped evenly on both sides.
+
+    Args:
+        left: A, tensor of shape (n_in, n_in).
+        right: G, tensor of shape (n_out, n_out).
+        damping: d, non-negative scalar.
+
+    Returns:
+        The scalars ``(pi sqrt(d), sqrt(d) / pi)``. Where a factor has no positive finite trace
+        pi is undefined and taken as 1.
+
+    References:
+        Martens & Grosse 2015, section 6.3.
+    """
+    ops = keras.ops
+    mean_left = ops.trace(left) / float(left.shape[-1])
+    mean_right = ops.trace(right) / float(right.shape[-1])
+    ratio = mean_left / ops.where(mean_right > 0, mean_right, ops.ones_like(mean_right))
+    defined = ops.logical_and(mean_right > 0, ops.logical_and(ratio > 0, ops.isfinite(ratio)))
+    pi = ops.sqrt(ops.where(defined, ratio, ops.ones_like(ratio)))
+    root = ops.sqrt(ops.convert_to_tensor(damping, dtype=pi.dtype))
+    return pi * root, root / pi
