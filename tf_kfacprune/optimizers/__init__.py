@@ -1,1 +1,5 @@
+"""Optimizers: K-FAC."""
 
+from tf_kfacprune.optimizers.kfac import KFAC
+
+__all__ = ["KFAC"]

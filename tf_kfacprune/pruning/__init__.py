@@ -1,1 +1,7 @@
+"""What to prune, how far and when: budgets, phases, landing."""
 
+from tf_kfacprune.pruning.budget import Budget
+from tf_kfacprune.pruning.landing import group_ids, land_on_budget
+from tf_kfacprune.pruning.phases import Phases, target_fraction
+
+__all__ = ["Budget", "Phases", "group_ids", "land_on_budget", "target_fraction"]

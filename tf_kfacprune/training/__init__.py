@@ -1,1 +1,6 @@
+"""Training: the model that prunes itself while it learns."""
 
+from tf_kfacprune.training.budget_controller import BudgetController
+from tf_kfacprune.training.prunable_model import PrunableModel
+
+__all__ = ["BudgetController", "PrunableModel"]

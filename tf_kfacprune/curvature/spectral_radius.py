@@ -1,0 +1,154 @@
+r"""Spectral radius of the Kronecker-factored Fisher, and its gradient.
+
+=========  ===========================================================  ===========
+symbol     meaning                                                      shape
+=========  ===========================================================  ===========
+`u`        unit eigenvector of A for its largest eigenvalue             (n_a,)
+`v`        unit eigenvector of G for its largest eigenvalue             (n_out,)
+`rho_l`    lambda_max(A_l) lambda_max(G_l)                              scalar
+=========  ===========================================================  ===========
+
+The eigenvalues of `A (x) G` are the products of theirs, so the block-diagonal Fisher has spectral
+radius `max_l rho_l`. With the eigenvectors held constant,
+
+    lambda_max(A) = mean_examples sum_t (u^T [a_t; 1])^2,
+    lambda_max(G) = mean_examples mean_t (v^T g_t)^2,
+
+are Rayleigh quotients whose gradients are those of the eigenvalues (exactly, for simple ones).
+Neither A nor G is formed: `u^T a` of a convolution is a convolution with a single filter.
+
+References:
+    Ebrahimi & Klabjan, arXiv 2111.08577, section 3. Sandler, Klabjan, Luo 2021 (hinge).
+    Magnus 1985, "On differentiating eigenvalues and eigenvectors".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from tf_kfacprune.curvature.blocks import KroneckerBlock
+from tf_kfacprune.errors import InvalidArgumentError
+
+__all__ = ["SpectralRadius", "layer_spectral_radius"]
+
+_REDUCTIONS = ("max", "sum", "smooth_max")
+_SMOOTH_MAX_POWER = 8
+_TINY = 1e-20
+
+
+def layer_spectral_radius(block: KroneckerBlock, x: Any, g: Any, u: Any, v: Any) -> Any:
+    """Rayleigh quotient of one block along `u (x) v`.
+
+    Args:
+        block: The Kronecker block.
+        x: Input of the layer.
+        g: Per-example gradients at the pre-activation, shape `(batch, ..., n_out)`.
+        u: Unit vector, shape `(n_a,)`.
+        v: Unit vector, shape `(n_out,)`.
+
+    Returns:
+        Scalar `mean sum_t (u^T a)^2 * mean mean_t (v^T g)^2`.
+    """
+    batch = ops.cast(ops.shape(g)[0], "float32")
+    along_u = ops.cast(block.project(ops.cast(x, "float32"), u), "float32")
+    along_v = ops.matmul(ops.cast(g, "float32"), v[:, None])
+    return ops.sum(ops.square(along_u)) / batch * ops.mean(ops.square(along_v))
+
+
+@keras.saving.register_keras_serializable(package="tf_kfacprune")
+class SpectralRadius:
+    """Penalty `strength * max(0, rho - threshold)` on the spectral radius of the curvature.
+
+    Args:
+        strength: Weight mu of the penalty, >= 0; 0 only measures.
+        threshold: Radius below which there is no penalty, >= 0.
+        reduction: How the layers' radii become one: `"max"` (the spectral radius of the
+            block-diagonal Fisher), `"sum"`, or `"smooth_max"` (their 8-norm).
+        every: The penalty is evaluated at every `every`-th step, with weight `every`.
+        batch_fraction: Share of the batch it is evaluated on, in (0, 1].
+        labels: `"sampled"` from the model (true Fisher) or `"data"` (empirical Fisher).
+
+    Raises:
+        InvalidArgumentError: If an argument is out of range.
+
+    Example:
+        >>> curvature = kp.SpectralRadius(1e-3, every=4, batch_fraction=0.25)
+
+    References:
+        Ebrahimi & Klabjan, arXiv 2111.08577; Sandler, Klabjan, Luo 2021.
+    """
+
+    def __init__(
+        self,
+        strength: float = 1e-3,
+        *,
+        threshold: float = 0.0,
+        reduction: str = "max",
+        every: int = 4,
+        batch_fraction: float = 0.25,
+        labels: str = "sampled",
+    ) -> None:
+        _require(strength >= 0, "strength", "a number >= 0", strength)
+        _require(threshold >= 0, "threshold", "a number >= 0", threshold)
+        _require(reduction in _REDUCTIONS, "reduction", f"one of {_REDUCTIONS}", reduction)
+        _require(isinstance(every, int) and every >= 1, "every", "an integer >= 1", every)
+        _require(0 < batch_fraction <= 1, "batch_fraction", "in (0, 1]", batch_fraction)
+        _require(labels in ("sampled", "data"), "labels", "'sampled' or 'data'", labels)
+        self.strength = strength
+        self.threshold = threshold
+        self.reduction = reduction
+        self.every = every
+        self.batch_fraction = batch_fraction
+        self.labels = labels
+
+    def reduce(self, radii: Sequence[Any]) -> Any:
+        """One radius from those of the layers.
+
+        Args:
+            radii: Scalars rho_l.
+
+        Returns:
+            Scalar.
+        """
+        stacked = ops.stack(radii)
+        if self.reduction == "sum":
+            return ops.sum(stacked)
+        largest = ops.max(stacked)
+        if self.reduction == "max":
+            return largest
+        scale = ops.stop_gradient(largest) + _TINY
+        powers = ops.sum(ops.power(stacked / scale, _SMOOTH_MAX_POWER))
+        return scale * ops.power(powers + _TINY, 1.0 / _SMOOTH_MAX_POWER)
+
+    def penalty(self, radius: Any) -> Any:
+        """`strength * every * max(0, radius - threshold)`."""
+        return self.strength * self.every * ops.relu(radius - self.threshold)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "strength": self.strength,
+            "threshold": self.threshold,
+            "reduction": self.reduction,
+            "every": self.every,
+            "batch_fraction": self.batch_fraction,
+            "labels": self.labels,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SpectralRadius:
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in self.get_config().items())
+        return f"SpectralRadius({settings})"
+
+
+def _require(ok: bool, name: str, expected: str, received: Any) -> None:
+    if not ok:
+        raise InvalidArgumentError(
+            f"Argument `{name}` of SpectralRadius must be {expected}. Received: {name}={received!r}"
+        )

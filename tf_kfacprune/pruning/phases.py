@@ -1,0 +1,82 @@
+"""The phases of one training run: warm-up, prune, settle."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from tf_kfacprune.errors import InvalidArgumentError
+
+__all__ = ["Phases", "target_fraction"]
+
+
+@keras.saving.register_keras_serializable(package="tf_kfacprune")
+@dataclass(frozen=True)
+class Phases:
+    """How the steps of one `fit` are divided; what is left after `warmup` and `prune` settles.
+
+    Args:
+        warmup: Share of the steps during which gates are held open, in [0, 1).
+        prune: Share of the steps during which gates close, in (0, 1).
+        decay: Whether the learning rate falls to zero along a cosine while the network settles.
+            Only a constant learning rate is decayed; a schedule is left alone.
+
+    Raises:
+        InvalidArgumentError: If the shares are out of range or leave nothing to settle.
+    """
+
+    warmup: float = 0.1
+    prune: float = 0.5
+    decay: bool = True
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.warmup < 1.0 and 0.0 < self.prune and self.warmup + self.prune < 1.0):
+            raise InvalidArgumentError(
+                "Phases need 0 <= warmup, 0 < prune and warmup + prune < 1, so that some steps are "
+                f"left to settle. Received: warmup={self.warmup!r}, prune={self.prune!r}"
+            )
+
+    def boundaries(self, total_steps: int) -> tuple[int, int]:
+        """Steps at which pruning starts and ends.
+
+        Args:
+            total_steps: Steps of the whole run.
+
+        Returns:
+            `(prune_start, prune_end)` with `prune_start < prune_end`.
+        """
+        start = round(self.warmup * total_steps)
+        return start, max(start + 1, round((self.warmup + self.prune) * total_steps))
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, for serialization."""
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Phases:
+        """Inverse of `get_config`."""
+        return cls(**config)
+
+
+def target_fraction(target: Any, progress: Any, ramp: float = 0.7) -> Any:
+    """Cost that the network should have on its way to the budget.
+
+    Falls along a cubic from 1 to the budget during the first `ramp` of the pruning phase, then
+    stays there, so that the last neurons have time to be exchanged for better ones.
+
+    Args:
+        target: The budget, a fraction in (0, 1].
+        progress: Share of the pruning phase that has passed, in [0, 1].
+        ramp: Share of the pruning phase after which the budget is reached.
+
+    Returns:
+        Scalar tensor in `[target, 1]`.
+
+    References:
+        Zhu & Gupta 2017, "To prune, or not to prune", equation 1.
+    """
+    remaining = ops.relu(1.0 - progress / ramp)
+    return target + (1.0 - target) * remaining**3

@@ -1,0 +1,36 @@
+"""What `fit` does in Python: plan the phases at the start, check the guard now and then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from tf_kfacprune.errors import InvalidArgumentError
+
+__all__ = ["RunCallback"]
+
+
+class RunCallback(keras.callbacks.Callback):
+    """Added by `PrunableModel.fit`; everything per step happens inside the training step."""
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        model = self.model
+        if model.controller is None:
+            return
+        epochs, steps = self.params.get("epochs"), self.params.get("steps")
+        if not steps:
+            raise InvalidArgumentError(
+                "PrunableModel.fit must know the number of steps to lay out its phases, and the "
+                "data do not tell. Received: steps_per_epoch=None. Pass `steps_per_epoch=...`."
+            )
+        rate = float(model.optimizer.learning_rate) if model.decays_learning_rate else None
+        model.controller.plan(int(epochs) * int(steps), rate)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        # Reading a counter waits for the device: once per `limit` steps is often enough.
+        if batch % self.model.guard.limit == 0:
+            self.model.guard.check()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.model.guard.check()

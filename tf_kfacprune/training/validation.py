@@ -1,0 +1,39 @@
+"""Checks of what is handed to `fit`, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from tf_kfacprune.errors import DataError
+
+__all__ = ["check_labels"]
+
+_SPARSE = "sparse_categorical_crossentropy"
+
+
+def check_labels(y: Any, loss: Any, net: keras.Model) -> None:
+    """Checks that class numbers exist in the model's output.
+
+    Only arrays with integer class numbers are checked; data sets are watched step by step.
+
+    Args:
+        y: Labels as given to `fit`.
+        loss: Loss as given to `compile`.
+        net: The network.
+
+    Raises:
+        DataError: If a label is negative, too large or not a whole number.
+    """
+    name = getattr(loss, "name", loss) if not callable(loss) else getattr(loss, "name", None)
+    if name != _SPARSE or not isinstance(y, np.ndarray) or len(net.outputs) != 1 or not y.size:
+        return
+    classes = net.outputs[0].shape[-1]
+    lowest, highest = y.min(), y.max()
+    if not (lowest >= 0 and highest < classes) or not np.all(y == np.floor(y)):
+        raise DataError(
+            f"Labels `y` must be whole class numbers from 0 to {classes - 1}, for model "
+            f"{net.name!r} has {classes} outputs. Received: values from {lowest} to {highest}"
+        )
