@@ -1,0 +1,158 @@
+"""Outputs that appear whole or not at all.
+
+Everything is written under a hidden name beside the target, flushed to the disk and renamed at
+the end. A crash, an error or a kill leaves the old output, or none: never a part of a new one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tf_kfacprune.errors import ExportError
+
+__all__ = ["atomic_directory", "atomic_file", "write_bytes"]
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary path that becomes the file ``path`` if the block ends without an error.
+
+    Missing folders above the file are made, and removed again if the block fails.
+
+    Args:
+        path: the file to write.
+        overwrite: replace an existing file.
+
+    Yields:
+        A path beside ``path`` with the same suffix, for the block to write.
+
+    Raises:
+        ExportError: if ``path`` exists and ``overwrite`` is false, is a folder, or cannot be
+            written.
+    """
+    target = Path(path)
+    _refuse_existing(target, overwrite)
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder, expected the name of a file.")
+    with _beside(target) as partial:
+        yield partial
+        _flush(partial)
+        _refuse_existing(target, overwrite)
+        os.replace(partial, target)
+        _flush(target.parent)
+
+
+@contextmanager
+def atomic_directory(
+    path: str | os.PathLike[str], *, marker: str, overwrite: bool = False
+) -> Iterator[Path]:
+    """Yields a temporary folder that becomes ``path`` if the block ends without an error.
+
+    Args:
+        path: the folder to write.
+        marker: name of a file that such a folder holds. ``overwrite`` replaces only a folder with
+            that file, or an empty one, so that a mistyped path cannot delete anything else.
+        overwrite: replace an existing folder.
+
+    Yields:
+        A new folder beside ``path``, for the block to fill.
+
+    Raises:
+        ExportError: as for `atomic_file`, and if the folder to replace is not of this kind.
+    """
+    target = Path(path)
+    _refuse_existing(target, overwrite)
+    if os.path.lexists(target) and not (
+        target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
+    ):
+        raise ExportError(
+            f"{target} exists and is not a folder with {marker}: it will not be replaced, not even "
+            "with overwrite. Choose another path, or remove it yourself."
+        )
+    with _beside(target) as partial:
+        partial.mkdir()
+        yield partial
+        for file in [*partial.rglob("*"), partial]:
+            _flush(file)
+        _refuse_existing(target, overwrite)
+        _swap(partial, target)
+        _flush(target.parent)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> Path:
+    """Writes ``content`` to the file ``path``, whole or not at all.
+
+    Raises:
+        ExportError: as for `atomic_file`.
+    """
+    with atomic_file(path, overwrite=overwrite) as partial:
+        partial.write_bytes(content)
+    return Path(path)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A hidden temporary name beside ``target``; on any error nothing of it stays."""
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    made: list[Path] = []
+    try:
+        for folder in reversed(target.parents):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        yield partial
+    except BaseException as error:  # also a keyboard interrupt: whatever happens, nothing stays
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                partial.unlink()
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise ExportError(
+                f"{target} cannot be written: {error.strerror or error}. Check that the folder "
+                "can be written and the disk is not full."
+            ) from error
+        raise
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if not target.name:
+        raise ExportError(f"{str(target)!r} is not a path that can be written. Name an output.")
+    if os.path.lexists(target) and not overwrite:
+        raise ExportError(
+            f"{target} already exists. Choose another path, or allow it to be replaced with "
+            "overwrite."
+        )
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Puts the folder ``partial`` at ``target``; folders cannot be replaced by one rename."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = partial.with_name(f"{partial.name}.old")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,102 @@
+"""Writes a lean SavedModel: each weight once, one named signature, no class of this package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from tf_kfacprune.errors import ExportError
+from tf_kfacprune.export.atomic import atomic_directory
+from tf_kfacprune.export.console import captured_console
+from tf_kfacprune.export.samples import named_examples, random_examples
+from tf_kfacprune.export.serving import SIGNATURE, Signature, check_exportable, served_module
+from tf_kfacprune.export.verification import (
+    compare_outputs,
+    compute_tolerance,
+    finite_reference,
+    run_saved_model,
+)
+
+__all__ = ["saved_model", "write_served"]
+
+
+def saved_model(
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    batch_size: int | None = None,
+    verify: bool = True,
+    verify_data: Any = None,
+) -> Path:
+    """Writes a SavedModel that needs only TensorFlow, and proves it to be the same network.
+
+    The folder holds each weight once and the signature ``serving_default``, whose inputs and
+    outputs have stable names: those of the model's Inputs (or ``input``), and ``output``.
+
+    Args:
+        model: a built Sequential or Functional model without gates (see `compact`).
+        path: the folder to write. It appears whole or not at all.
+        overwrite: replace an existing SavedModel.
+        batch_size: the only batch size served; None serves any.
+        verify: load the written folder in a process without this package, and compare its outputs
+            with the model's.
+        verify_data: inputs to compare on: an array, a list or dictionary of arrays, or an
+            iterable of batches; the first 256 examples are taken. Random inputs by default.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UnsupportedModelError: if the model has gates or symbolic inputs are missing.
+        DataError: if ``verify_data`` does not fit the model.
+        ExportError: if the path exists or cannot be written, or the written folder does not agree
+            with the model; nothing is left behind then.
+
+    Example:
+        >>> import keras, tf_kfacprune as kp
+        >>> net = keras.Sequential([keras.Input((4,), name="x"), keras.layers.Dense(2)])
+        >>> kp.export.saved_model(net, "net")  # doctest: +SKIP
+        PosixPath('net')
+    """
+    check_exportable(model, batch_size)
+    signature = Signature.of(model, batch_size)
+    inputs = None
+    if verify:
+        inputs = (
+            random_examples(signature)
+            if verify_data is None
+            else named_examples(verify_data, signature, "verify_data")
+        )
+    with atomic_directory(path, marker="saved_model.pb", overwrite=overwrite) as partial:
+        write_served(model, signature, partial)
+        if inputs is not None:
+            compare_outputs(
+                finite_reference(model, signature, inputs),
+                run_saved_model(partial, inputs),
+                tolerance=compute_tolerance(model),
+                quantization=None,
+                what=f"The SavedModel for {path}",
+            )
+    return Path(path)
+
+
+def write_served(model: keras.Model, signature: Signature, folder: Path) -> None:
+    """Writes the served function of ``model`` into ``folder``, without verification.
+
+    Raises:
+        ExportError: with the log, if TensorFlow cannot write it.
+    """
+    import tensorflow as tf
+
+    try:
+        with captured_console() as log:
+            module, endpoint = served_module(model, signature)
+            tf.saved_model.save(module, os.fspath(folder), signatures={SIGNATURE: endpoint})
+    except (ValueError, TypeError, AssertionError, RuntimeError, tf.errors.OpError) as error:
+        raise ExportError(
+            f"Model {model.name!r} cannot be written as a SavedModel: {error}\n{log.tail}"
+        ) from error

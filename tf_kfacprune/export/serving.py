@@ -1,0 +1,189 @@
+"""A Keras model as a served function with stable names, and the models that are refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+__all__ = ["SIGNATURE", "Signature", "check_exportable", "layers_within", "served_module"]
+
+SIGNATURE = "serving_default"
+
+# Names that Keras makes up count the tensors of the session: they differ from call to call.
+_MADE_UP_NAME = re.compile(r"(input_layer|keras_tensor)(_\d+)?")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names, shapes and dtypes of a model's inputs, and the names of its outputs.
+
+    Attributes:
+        inputs: name -> (shape with the batch axis, dtype), in the model's own order. None stands
+            for a free size.
+        outputs: names, in the model's own order.
+    """
+
+    inputs: dict[str, tuple[tuple[int | None, ...], str]]
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: keras.Model, batch_size: int | None = None) -> Signature:
+        """Signature of a functional model.
+
+        Inputs and outputs that were given as a dictionary are named by its keys. Else an Input
+        that has a name keeps it, and others are ``input`` or ``input_0``, ``input_1``...; outputs
+        are ``output`` or ``output_0``, ``output_1``...
+        """
+        inputs = {
+            name: ((batch_size, *tensor.shape[1:]), str(tensor.dtype))
+            for name, tensor in zip(_input_names(model), model.inputs, strict=True)
+        }
+        if len(inputs) != len(model.inputs):
+            raise UnsupportedModelError(
+                "The model's inputs must have different names. Received: "
+                f"{[tensor.name for tensor in model.inputs]}. Name them with keras.Input(name=...)."
+            )
+        return cls(inputs, tuple(_output_names(model)))
+
+    def name_outputs(self, outputs: Any) -> dict[str, Any]:
+        """What the model returned, by output name."""
+        return dict(zip(self.outputs, keras.tree.flatten(outputs), strict=True))
+
+    def arrange_inputs(self, model: keras.Model, named: dict[str, Any]) -> Any:
+        """Named input tensors in the structure that the model was built with."""
+        flat = [named[name] for name in self.inputs]
+        if isinstance(model, keras.Sequential):
+            return flat[0]
+        return keras.tree.pack_sequence_as(model.input, flat)
+
+    def predict(self, model: keras.Model, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The Keras model's own inference output, as float32 where it is in half precision.
+
+        Computed on the CPU, like the files it is compared with: a GPU may round to TF32.
+        """
+        with keras.device("cpu:0"):
+            outputs = model(self.arrange_inputs(model, named), training=False)
+        arrays = keras.tree.map_structure(
+            lambda t: np.asarray(keras.ops.convert_to_numpy(t)), outputs
+        )
+        return {name: _widened(array) for name, array in self.name_outputs(arrays).items()}
+
+
+def check_exportable(model: keras.Model, batch_size: int | None = None) -> None:
+    """Refuses what cannot be exported faithfully.
+
+    Raises:
+        UnsupportedModelError: if ``model`` is not a built Sequential or Functional model, or holds
+            layers of this package.
+        InvalidArgumentError: if ``batch_size`` is not a positive integer or None.
+    """
+    if not isinstance(model, keras.Model):
+        raise UnsupportedModelError(
+            f"Only a Keras model can be exported. Received: {type(model).__name__}."
+        )
+    for layer in layers_within(model):
+        if type(layer).__module__.split(".")[0] == __name__.split(".")[0]:
+            raise UnsupportedModelError(
+                f"Model {model.name!r} still has gates: layer {layer.name!r} "
+                f"({type(layer).__name__}). Call tf_kfacprune.compact(model) first and export its "
+                "result."
+            )
+    if not getattr(model, "inputs", None):
+        raise UnsupportedModelError(
+            f"Model {model.name!r} ({type(model).__name__}) has no symbolic inputs. Expected a "
+            "built Sequential or Functional model: give a Sequential a keras.Input, and rewrite "
+            "a subclassed model with keras.Model(inputs, outputs)."
+        )
+    if batch_size is not None and (
+        not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
+    ):
+        raise InvalidArgumentError(
+            "batch_size must be a positive integer, or None for any size. Received: "
+            f"batch_size={batch_size!r}."
+        )
+
+
+def layers_within(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    """The layer and every layer nested in it: in models, wrappers and layer attributes."""
+    seen: set[int] = set()
+    waiting = [layer]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting.extend(getattr(current, "layers", None) or [])
+        waiting.extend(v for v in vars(current).values() if isinstance(v, keras.layers.Layer))
+
+
+def served_module(
+    model: keras.Model, signature: Signature
+) -> tuple[tf.Module, tf.types.experimental.ConcreteFunction]:
+    """A module that holds each weight once, and its one endpoint.
+
+    ``keras.Model.export`` tracks the weights twice (as variables and as the layers'), which
+    doubles the folder; this module tracks the variables only.
+    """
+    import tensorflow as tf
+
+    specs = {
+        name: tf.TensorSpec(shape, dtype, name=name)
+        for name, (shape, dtype) in signature.inputs.items()
+    }
+
+    @tf.function(autograph=False)
+    def serve(**named: tf.Tensor) -> dict[str, tf.Tensor]:
+        outputs = model(signature.arrange_inputs(model, named), training=False)
+        return {
+            name: tf.cast(t, tf.float32) if t.dtype in (tf.float16, tf.bfloat16) else t
+            for name, t in signature.name_outputs(outputs).items()
+        }
+
+    module = tf.Module()
+    module.weights = [weight.value for weight in model.weights]
+    module.serve = serve
+    return module, serve.get_concrete_function(**specs)
+
+
+def _input_names(model: keras.Model) -> list[str]:
+    keys = _keys(model, "input", len(model.inputs))
+    if keys:
+        return keys
+    single = len(model.inputs) == 1
+    names = [re.sub(r"\W", "_", tensor.name) for tensor in model.inputs]
+    return [
+        ("input" if single else f"input_{i}") if _MADE_UP_NAME.fullmatch(name) else name
+        for i, name in enumerate(names)
+    ]
+
+
+def _output_names(model: keras.Model) -> list[str]:
+    count = len(model.outputs)
+    return _keys(model, "output", count) or (
+        ["output"] if count == 1 else [f"output_{i}" for i in range(count)]
+    )
+
+
+def _keys(model: keras.Model, side: str, count: int) -> list[str]:
+    """Keys of a model built with a flat dictionary of inputs or outputs, in flattened order."""
+    structure = None if isinstance(model, keras.Sequential) else getattr(model, side)
+    if not isinstance(structure, dict) or len(structure) != count:
+        return []
+    return [re.sub(r"\W", "_", str(key)) for key in sorted(structure)]
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    """Half precision as float32, as the served function returns it."""
+    is_half = keras.backend.is_float_dtype(str(array.dtype)) and array.dtype.itemsize < 4
+    return array.astype(np.float32) if is_half else array
