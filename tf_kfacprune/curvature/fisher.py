@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +26,24 @@ SampledLikelihood = Callable[[Any, Any], Any]
 _EPSILON = 1e-7
 
 
+def _fisher_mean(terms: Any) -> Any:
+    """Averages independent terms so that their Fisher is that of a loss which is their mean.
+
+    A loss that averages over D outputs has the Hessian of one term divided by D; gradients of the
+    sum must hence be scaled by 1/sqrt(D), not by 1/D.
+    """
+    batch = ops.cast(ops.shape(terms)[0], "float32")
+    per_example = ops.cast(ops.size(terms), "float32") / batch
+    return ops.sum(terms) / (batch * ops.sqrt(per_example))
+
+
 def _softmax_nll(logits: Any, seed: Any) -> Any:
+    logits = ops.cast(logits, "float32")
     classes = logits.shape[-1]
-    logits = ops.reshape(ops.cast(logits, "float32"), (-1, classes))
-    drawn = keras.random.categorical(ops.stop_gradient(logits), 1, seed=seed)
-    one_hot = ops.one_hot(ops.squeeze(drawn, -1), classes)
-    return -ops.mean(ops.sum(one_hot * ops.log_softmax(logits), axis=-1))
+    flat = ops.reshape(ops.stop_gradient(logits), (-1, classes))
+    drawn = ops.reshape(keras.random.categorical(flat, 1, seed=seed), ops.shape(logits)[:-1])
+    one_hot = ops.one_hot(drawn, classes)
+    return _fisher_mean(-ops.sum(one_hot * ops.log_softmax(logits), axis=-1))
 
 
 def _probabilities_nll(probabilities: Any, seed: Any) -> Any:
@@ -43,7 +56,7 @@ def _sigmoid_nll(logits: Any, seed: Any) -> Any:
     logits = ops.cast(logits, "float32")
     noise = keras.random.uniform(ops.shape(logits), seed=seed)
     drawn = ops.cast(noise < ops.sigmoid(ops.stop_gradient(logits)), "float32")
-    return ops.mean(ops.binary_crossentropy(drawn, logits, from_logits=True))
+    return _fisher_mean(ops.binary_crossentropy(drawn, logits, from_logits=True))
 
 
 def _bernoulli_nll(probabilities: Any, seed: Any) -> Any:
@@ -54,10 +67,8 @@ def _bernoulli_nll(probabilities: Any, seed: Any) -> Any:
 def _gaussian_nll(prediction: Any, seed: Any) -> Any:
     """Likelihood whose Fisher is the Gauss-Newton matrix of the mean squared error."""
     prediction = ops.cast(prediction, "float32")
-    batch = ops.cast(ops.shape(prediction)[0], "float32")
-    outputs = ops.cast(ops.size(prediction), "float32") / batch
     noise = keras.random.normal(ops.shape(prediction), seed=seed)
-    return ops.sum(ops.sqrt(2.0 / outputs) * noise * prediction) / batch
+    return math.sqrt(2.0) * _fisher_mean(noise * prediction)
 
 
 _Loss = keras.losses.Loss

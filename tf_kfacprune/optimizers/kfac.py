@@ -131,7 +131,7 @@ class KFAC(keras.optimizers.Optimizer):
         self,
         learning_rate: float | keras.optimizers.schedules.LearningRateSchedule = 1e-2,
         momentum: float = 0.9,
-        damping: float = 1e-3,
+        damping: float = 0.03,
         kl_clip: float | None = 1e-3,
         factor_decay: float = 0.95,
         factor_every: int = 10,
@@ -222,7 +222,7 @@ class KFAC(keras.optimizers.Optimizer):
 
     def factors_due(self) -> Any:
         """Boolean scalar tensor: whether the factors are to be updated at this step."""
-        return tf.equal(ops.convert_to_tensor(self.iterations) % self.factor_every, 0)
+        return tf.equal(tf.convert_to_tensor(self.iterations) % self.factor_every, 0)
 
     def update_factors(self, factors: Sequence[tuple[Any, Any]]) -> None:
         """Averages in the factors of a batch, and updates the inverses when they are due.
@@ -235,23 +235,23 @@ class KFAC(keras.optimizers.Optimizer):
         flat = [factor for pair in factors for factor in pair]
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(f)) for f in flat])
         tf.cond(finite, lambda: self._average_in(flat), lambda: None)
-        step = ops.convert_to_tensor(self.iterations)
+        step = tf.convert_to_tensor(self.iterations)
         due = tf.logical_or(step < self.inverse_every, step % self.inverse_every < self.factor_every)
         tf.cond(tf.logical_and(due, finite), self._update_inverses, lambda: None)
 
     def _average_in(self, flat: Sequence[Any]) -> None:
         variables = [v for state in self._layout.states for v in (state.a, state.g)]
         for variable, new in zip(variables, flat, strict=True):
-            old = ops.convert_to_tensor(variable)
+            old = tf.convert_to_tensor(variable)
             self.assign(variable, self.factor_decay * old + (1.0 - self.factor_decay) * new)
         self._factor_updates.assign_add(1)
 
     def _update_inverses(self) -> None:
-        updates = tf.cast(ops.convert_to_tensor(self._factor_updates), "float32")
+        updates = tf.cast(tf.convert_to_tensor(self._factor_updates), "float32")
         debias = 1.0 / (1.0 - tf.pow(self.factor_decay, updates))
         for state in self._layout.states:
-            a = ops.convert_to_tensor(state.a) * debias
-            g = ops.convert_to_tensor(state.g) * debias
+            a = tf.convert_to_tensor(state.a) * debias
+            g = tf.convert_to_tensor(state.g) * debias
             damping_a, damping_g = factored_damping(a, g, self.damping)
             self.assign(state.a_inverse, damped_inverse(a, damping_a))
             self.assign(state.g_inverse, damped_inverse(g, damping_g))
@@ -276,8 +276,8 @@ class KFAC(keras.optimizers.Optimizer):
                 kernel, None if bias is None else tf.cast(gradients[bias], "float32")
             )
             step = kronecker_matvec(
-                ops.convert_to_tensor(state.a_inverse),
-                ops.convert_to_tensor(state.g_inverse),
+                tf.convert_to_tensor(state.a_inverse),
+                tf.convert_to_tensor(state.g_inverse),
                 matrix,
             )
             inner_products.append(tf.reduce_sum(step * matrix))
@@ -318,16 +318,16 @@ class KFAC(keras.optimizers.Optimizer):
         if index in self._layout.velocities:
             self._adam_step(gradient, variable, self.adam_ratio * learning_rate, index)
             return
-        self.assign(momentum, self.momentum * ops.convert_to_tensor(momentum) + gradient)
-        self.assign_sub(variable, learning_rate * ops.convert_to_tensor(momentum))
+        self.assign(momentum, self.momentum * tf.convert_to_tensor(momentum) + gradient)
+        self.assign_sub(variable, learning_rate * tf.convert_to_tensor(momentum))
 
     def _adam_step(self, gradient: Any, variable: Any, learning_rate: Any, index: int) -> None:
-        step = ops.cast(ops.convert_to_tensor(self.iterations) + 1, variable.dtype)
+        step = ops.cast(tf.convert_to_tensor(self.iterations) + 1, variable.dtype)
         m, v = self._momentums[index], self._layout.velocities[index]
-        self.assign_add(m, (gradient - ops.convert_to_tensor(m)) * (1.0 - _ADAM_BETA_1))
-        self.assign_add(v, (ops.square(gradient) - ops.convert_to_tensor(v)) * (1.0 - _ADAM_BETA_2))
-        m_hat = ops.convert_to_tensor(m) / (1.0 - ops.power(_ADAM_BETA_1, step))
-        v_hat = ops.convert_to_tensor(v) / (1.0 - ops.power(_ADAM_BETA_2, step))
+        self.assign_add(m, (gradient - tf.convert_to_tensor(m)) * (1.0 - _ADAM_BETA_1))
+        self.assign_add(v, (ops.square(gradient) - tf.convert_to_tensor(v)) * (1.0 - _ADAM_BETA_2))
+        m_hat = tf.convert_to_tensor(m) / (1.0 - ops.power(_ADAM_BETA_1, step))
+        v_hat = tf.convert_to_tensor(v) / (1.0 - ops.power(_ADAM_BETA_2, step))
         self.assign_sub(variable, learning_rate * m_hat / (ops.sqrt(v_hat) + _ADAM_EPSILON))
 
     # ------------------------------------------------------------------ reporting and saving

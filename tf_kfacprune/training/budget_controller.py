@@ -91,7 +91,7 @@ class BudgetController(keras.layers.Layer):
 
     def phase(self) -> Any:
         """The current `GatePhase`, a scalar tensor."""
-        return ops.convert_to_tensor(self._plan.gated.sources[0].phase)
+        return tf.convert_to_tensor(self._plan.gated.sources[0].phase)
 
     def plan(self, total_steps: int, learning_rate: float | None) -> None:
         """Lays out the phases over a run; a run that has settled before stays settled.
@@ -119,12 +119,12 @@ class BudgetController(keras.layers.Layer):
         """Starts pruning or settling when its step has come; called before the forward pass."""
         if self._plan.budget.is_open:
             return
-        step, phase = ops.convert_to_tensor(self.step), self.phase()
+        step, phase = tf.convert_to_tensor(self.step), self.phase()
         starts = tf.logical_and(
-            phase == int(GatePhase.HELD_OPEN), step >= ops.convert_to_tensor(self.prune_start)
+            phase == int(GatePhase.HELD_OPEN), step >= tf.convert_to_tensor(self.prune_start)
         )
         ends = tf.logical_and(
-            phase == int(GatePhase.PRUNING), step >= ops.convert_to_tensor(self.prune_end)
+            phase == int(GatePhase.PRUNING), step >= tf.convert_to_tensor(self.prune_end)
         )
         tf.cond(starts, self._start_pruning, lambda: None)
         tf.cond(ends, self.land, lambda: None)
@@ -136,7 +136,7 @@ class BudgetController(keras.layers.Layer):
     def land(self) -> None:
         """Ends the pruning phase: closes what does not fit and settles every gate."""
         gated = self._plan.gated
-        scores = ops.concatenate([ops.convert_to_tensor(s.logits) for s in gated.sources])
+        scores = ops.concatenate([tf.convert_to_tensor(s.logits) for s in gated.sources])
         keep = land_on_budget(
             scores,
             [size for source in gated.sources for size in source.group_sizes],
@@ -170,14 +170,14 @@ class BudgetController(keras.layers.Layer):
 
     def _price(self, measure: str, expected: Any) -> Any:
         """Updates lambda of one measure and returns the price of its cost, a constant."""
-        steps = tf.cast(ops.convert_to_tensor(self.prune_end - self.prune_start), "float32")
-        passed = tf.cast(ops.convert_to_tensor(self.step - self.prune_start), "float32")
+        steps = tf.cast(tf.convert_to_tensor(self.prune_end - self.prune_start), "float32")
+        passed = tf.cast(tf.convert_to_tensor(self.step - self.prune_start), "float32")
         wanted = target_fraction(self._plan.budget.targets[measure], passed / steps)
         actual = self.fraction(measure)
         # Probabilities react at once, the deterministic network is what has to arrive.
         excess = 0.5 * (tf.math.log(tf.stop_gradient(expected)) + tf.math.log(actual))
         excess -= tf.math.log(wanted)
-        log_price = ops.convert_to_tensor(self.log_prices[measure])
+        log_price = tf.convert_to_tensor(self.log_prices[measure])
         log_price = tf.clip_by_value(log_price + _INTEGRAL_GAIN / steps * excess, *_LOG_PRICE_RANGE)
         self.log_prices[measure].assign(log_price)
         price = tf.exp(log_price + _PROPORTIONAL_GAIN * tf.clip_by_value(excess, -1.0, 1.0))
@@ -187,16 +187,16 @@ class BudgetController(keras.layers.Layer):
 
     def learning_rate(self) -> Any:
         """The decayed learning rate while settling, a scalar tensor."""
-        step = ops.convert_to_tensor(self.step)
+        step = tf.convert_to_tensor(self.step)
         left = tf.cast(self.total_steps - self.prune_end, "float32")
-        progress = tf.cast(step - ops.convert_to_tensor(self.prune_end), "float32") / left
+        progress = tf.cast(step - tf.convert_to_tensor(self.prune_end), "float32") / left
         cosine = 0.5 * (1.0 + tf.cos(math.pi * tf.clip_by_value(progress, 0.0, 1.0)))
-        return ops.convert_to_tensor(self.base_learning_rate) * cosine
+        return tf.convert_to_tensor(self.base_learning_rate) * cosine
 
     def decays_now(self) -> Any:
         """Boolean scalar tensor: whether `learning_rate` applies at this step."""
         settled = tf.equal(self.phase(), int(GatePhase.SETTLED))
-        return tf.logical_and(settled, ops.convert_to_tensor(self.base_learning_rate) > 0)
+        return tf.logical_and(settled, tf.convert_to_tensor(self.base_learning_rate) > 0)
 
     # ------------------------------------------------------------------ figures
 
@@ -220,7 +220,7 @@ class BudgetController(keras.layers.Layer):
             result[f"expected_{measure}"] = gated.cost.fraction(measure, expected)
         single = len(self.prices) == 1
         for measure, price in self.prices.items():
-            result["lambda" if single else f"lambda_{measure}"] = ops.convert_to_tensor(price)
+            result["lambda" if single else f"lambda_{measure}"] = tf.convert_to_tensor(price)
         return result
 
 

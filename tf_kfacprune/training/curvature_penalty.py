@@ -112,8 +112,8 @@ class CurvaturePenalty(keras.layers.Layer):
         variables: Sequence[keras.Variable],
     ) -> list[Any]:
         graph, blocks = self._target.graph, self._target.blocks
-        u = [ops.convert_to_tensor(vector) for vector in self.u]
-        v = [ops.convert_to_tensor(vector) for vector in self.v]
+        u = [tf.convert_to_tensor(vector) for vector in self.u]
+        v = [tf.convert_to_tensor(vector) for vector in self.v]
         place = {id(block): i for i, block in enumerate(blocks)}
         with tf.GradientTape() as tape:
             records, g = per_example_gradients(

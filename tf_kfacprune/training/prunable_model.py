@@ -194,7 +194,7 @@ class PrunableModel(keras.Model):
         if self.controller is not None:
             self.controller.enter_phase()
         state = self._mutable_state()
-        before = [ops.convert_to_tensor(v) for v in state]
+        before = [tf.convert_to_tensor(v) for v in state]
         variables = self.network_variables
         gates = self.controller.logits if self.controller is not None else []
         with tf.GradientTape() as tape:
@@ -259,7 +259,7 @@ class PrunableModel(keras.Model):
         def update() -> None:
             # This second forward pass must not move the normalization statistics again.
             state = self._mutable_state()
-            before = [ops.convert_to_tensor(v) for v in state]
+            before = [tf.convert_to_tensor(v) for v in state]
             records, g = per_example_gradients(
                 self._anatomy.graph,
                 x,
@@ -312,8 +312,8 @@ class PrunableModel(keras.Model):
         if self.controller is not None:
             figures.update(self.controller.figures())
         if self.curvature_penalty is not None:
-            figures["spectral_radius"] = ops.convert_to_tensor(self.curvature_penalty.radius)
-        figures["skipped_steps"] = ops.convert_to_tensor(self.guard.skipped)
+            figures["spectral_radius"] = tf.convert_to_tensor(self.curvature_penalty.radius)
+        figures["skipped_steps"] = tf.convert_to_tensor(self.guard.skipped)
         return figures
 
     # ------------------------------------------------------------------ saving

@@ -44,8 +44,8 @@ class StepGuard(keras.layers.Layer):
         skipped = tf.cast(tf.logical_not(finite), "int64")
         self.step.assign_add(1)
         self.skipped.assign_add(skipped)
-        self.in_a_row.assign((ops.convert_to_tensor(self.in_a_row) + 1) * skipped)
-        longest, in_a_row = (ops.convert_to_tensor(v) for v in (self.longest, self.in_a_row))
+        self.in_a_row.assign((tf.convert_to_tensor(self.in_a_row) + 1) * skipped)
+        longest, in_a_row = (tf.convert_to_tensor(v) for v in (self.longest, self.in_a_row))
         self.longest.assign(tf.maximum(longest, in_a_row))
 
     def check(self) -> None:

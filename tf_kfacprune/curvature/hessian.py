@@ -1,0 +1,312 @@
+r"""Exact products with the Hessian and the Gauss-Newton matrix of a model over a data set.
+
+=========  ================================================================  ===========
+symbol     meaning                                                           shape
+=========  ================================================================  ===========
+``w``      trainable parameters (gate parameters apart), flattened           (n,)
+``L``      (1/N) sum of the examples' losses, inference mode                 scalar
+``H``      Hessian of L with respect to w                                    (n, n)
+``J``      Jacobian of the natural parameters (logits) of one example        (m, n)
+``H_l``    Hessian of one example's loss with respect to them                (m, m)
+``G``      generalized Gauss-Newton matrix (1/N) sum J^T H_l J               (n, n)
+``D``      diagonal: each parameter's tensor norm ``|w_t|``, or 1            (n,)
+=========  ================================================================  ===========
+
+``H v = grad (grad L . v)`` (Pearlmutter 1994); ``J v`` is the derivative of ``J^T u`` by u. Both
+are exact, batch by batch, in the model's precision, and accumulated in float64. Memory does not
+depend on N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from tf_kfacprune.curvature.objective import Objective
+from tf_kfacprune.curvature.second_derivatives import check_second_derivatives
+from tf_kfacprune.errors import DataError, InvalidArgumentError, UnsupportedModelError
+from tf_kfacprune.gates import GateSource
+
+__all__ = ["CurvatureOperator"]
+
+_CURVATURES = ("hessian", "ggn")
+_SCALINGS = (None, "norm")
+_ZERO = tf.UnconnectedGradients.ZERO
+
+
+class CurvatureOperator:
+    """The Hessian or Gauss-Newton matrix of a model's mean loss over a data set, as a product.
+
+    The model runs in inference mode and is left as it was. Regularization losses are not part of
+    the objective. Gates are held at their inference values and are no parameters.
+
+    Args:
+        model: A built `keras.Model` with one output, or an object that holds one as ``.net``.
+        data: ``(x, y)`` arrays (x may be nested), or a `tf.data.Dataset` of batches ``(x, y)``
+            that yields the same examples each time it is iterated.
+        loss: As given to `compile`; taken as a mean over examples.
+        curvature: ``"hessian"``, or ``"ggn"`` for the generalized Gauss-Newton matrix.
+        scaling: ``None``; or ``"norm"`` for ``D H D``, whose eigenvalues do not change when one
+            layer is scaled up and the next one down by the same factor.
+        batch_size: Number of examples per product when ``data`` holds arrays. It changes speed
+            and memory, and the result only by rounding.
+
+    Raises:
+        InvalidArgumentError: If an argument is not one of its options.
+        UnsupportedModelError: If the model is unbuilt, has several outputs, runs in reduced
+            precision, or contains a layer without trustworthy second derivatives.
+        DataError: If the data are empty, of unequal lengths, or change between passes.
+
+    References:
+        Pearlmutter 1994, "Fast Exact Multiplication by the Hessian"; Schraudolph 2002 (GGN);
+        Tsuzuku, Sato & Sugiyama 2020, "Normalized Flat Minima" (scaling).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: Any,
+        loss: Any,
+        *,
+        curvature: str = "hessian",
+        scaling: str | None = None,
+        batch_size: int = 500,
+    ) -> None:
+        _check_option("curvature", curvature, _CURVATURES)
+        _check_option("scaling", scaling, _SCALINGS)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InvalidArgumentError(
+                f"batch_size must be an integer >= 1. Received: batch_size={batch_size!r}"
+            )
+        self._net = _checked_network(model)
+        check_second_derivatives(self._net, jacobian_only=curvature == "ggn")
+        self._objective = Objective(loss)
+        self._batches = _batches_of(data, batch_size)
+        self._variables = _parameters(self._net)
+        # The shapes of batches differ at most in the last one: two traces.
+        product = self._hessian_product if curvature == "hessian" else self._ggn_product
+        self._product = tf.function(product, reduce_retracing=True, jit_compile=False)
+        self._value = tf.function(self._batch_loss, reduce_retracing=True, jit_compile=False)
+        self._num_examples: int | None = None
+        self._scale = self._scaling_vector() if scaling == "norm" else None
+
+    @property
+    def dimension(self) -> int:
+        """Number of parameters, n."""
+        return sum(int(np.prod(v.shape)) for v in self._variables)
+
+    @property
+    def parameters(self) -> NDArray[np.float64]:
+        """The parameters w, flattened, shape (n,)."""
+        flat = [np.asarray(v.numpy(), np.float64).ravel() for v in self._variables]
+        return np.concatenate(flat)
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples in the data, N (one pass over them, if none was made yet)."""
+        if self._num_examples is None:
+            self._checked_count(sum(_length(y) for _, y in self._batches()))
+        return self._num_examples or 0
+
+    def loss(self) -> float:
+        """The mean loss L over the data."""
+        total = 0.0
+        count = 0
+        for x, y in self._batches():
+            total += float(self._value(x, y))
+            count += _length(y)
+        return total / self._checked_count(count)
+
+    def matvec(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Multiplies the matrix with a vector: one pass over the data.
+
+        Args:
+            vector: Shape (n,).
+
+        Returns:
+            The product, float64, shape (n,).
+
+        Raises:
+            DataError: If the number of examples differs from that of the pass before.
+            UnsupportedModelError: If TensorFlow lacks a second derivative that is needed.
+        """
+        scaled = vector if self._scale is None else self._scale * vector
+        parts = self._split(scaled)
+        total = np.zeros(self.dimension)
+        count = 0
+        for x, y in self._batches():
+            total += _flattened(self._differentiated(self._product, x, y, parts))
+            count += _length(y)
+        total /= self._checked_count(count)
+        return total if self._scale is None else self._scale * total
+
+    def _batch_loss(self, x: Any, y: Any) -> Any:
+        return self._objective.sum(y, self._net(x, training=False))
+
+    def _hessian_product(self, x: Any, y: Any, vector: Sequence[Any]) -> list[Any]:
+        variables = self._variables
+        with tf.GradientTape(watch_accessed_variables=False) as outer:
+            outer.watch(variables)
+            with tf.GradientTape(watch_accessed_variables=False) as inner:
+                inner.watch(variables)
+                value = self._batch_loss(x, y)
+            gradients = inner.gradient(value, variables, unconnected_gradients=_ZERO)
+            along = _inner_product(gradients, vector)
+        return outer.gradient(along, variables, unconnected_gradients=_ZERO)
+
+    def _ggn_product(self, x: Any, y: Any, vector: Sequence[Any]) -> list[Any]:
+        variables = self._variables
+        with tf.GradientTape(watch_accessed_variables=False, persistent=True) as outer:
+            with tf.GradientTape(watch_accessed_variables=False, persistent=True) as inner:
+                inner.watch(variables)
+                natural = self._objective.natural_parameters(self._net(x, training=False))
+            dual = tf.zeros_like(natural)
+            outer.watch(dual)
+            pulled = inner.gradient(
+                natural, variables, output_gradients=dual, unconnected_gradients=_ZERO
+            )
+            along = _inner_product(pulled, vector)
+        pushed = outer.gradient(along, dual, unconnected_gradients=_ZERO)  # J v
+        curved = self._loss_hessian_product(y, tf.stop_gradient(natural), pushed)
+        return inner.gradient(
+            natural, variables, output_gradients=curved, unconnected_gradients=_ZERO
+        )
+
+    def _loss_hessian_product(self, y: Any, natural: Any, vector: Any) -> Any:
+        with tf.GradientTape() as outer:
+            outer.watch(natural)
+            with tf.GradientTape() as inner:
+                inner.watch(natural)
+                value = self._objective.sum_at(y, natural)
+            gradient = inner.gradient(value, natural, unconnected_gradients=_ZERO)
+            along = _inner_product([gradient], [vector])
+        return outer.gradient(along, natural, unconnected_gradients=_ZERO)
+
+    def _differentiated(self, function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return function(*args)
+        except LookupError as error:  # "gradient registry has no entry for: ..."
+            raise UnsupportedModelError(
+                f"Model {self._net.name!r} contains an operation without a second derivative in "
+                f"TensorFlow ({error}). Replace the layer that uses it."
+            ) from error
+
+    def _split(self, vector: NDArray[np.float64]) -> list[Any]:
+        if vector.shape != (self.dimension,):
+            raise InvalidArgumentError(
+                f"vector must have the shape ({self.dimension},), one entry per parameter. "
+                f"Received: shape {vector.shape}"
+            )
+        ends = np.cumsum([int(np.prod(v.shape)) for v in self._variables])[:-1]
+        parts = np.split(vector, ends)
+        return [
+            tf.constant(part.reshape(v.shape), dtype=v.dtype)
+            for part, v in zip(parts, self._variables, strict=True)
+        ]
+
+    def _scaling_vector(self) -> NDArray[np.float64]:
+        blocks = [np.asarray(v.numpy(), np.float64) for v in self._variables]
+        return np.concatenate([np.full(block.size, np.linalg.norm(block)) for block in blocks])
+
+    def _checked_count(self, count: int) -> int:
+        if count == 0:
+            raise DataError("data: there is no example in it.")
+        if self._num_examples not in (None, count):
+            raise DataError(
+                f"data: it yielded {self._num_examples} examples in one pass and {count} in "
+                "another. The matrix is defined over a fixed data set; pass arrays, or a "
+                "tf.data.Dataset without sampling."
+            )
+        self._num_examples = count
+        return count
+
+
+def _check_option(name: str, value: Any, options: tuple[Any, ...]) -> None:
+    if value not in options:
+        raise InvalidArgumentError(f"{name} must be one of {options}. Received: {name}={value!r}")
+
+
+def _checked_network(model: Any) -> keras.Model:
+    net = getattr(model, "net", model)
+    if not isinstance(net, keras.Model):
+        raise UnsupportedModelError(
+            f"model must be a keras.Model or hold one as `.net`. Received: {type(model).__name__}"
+        )
+    if not net.built or not net.trainable_variables:
+        raise UnsupportedModelError(
+            f"Model {net.name!r} must be built and have trainable parameters. Call it once on "
+            "data, or give it an Input."
+        )
+    for layer in net.layers:
+        if layer.compute_dtype not in ("float32", "float64"):
+            raise UnsupportedModelError(
+                f"Layer {layer.name!r} ({type(layer).__name__}) computes in "
+                f"{layer.compute_dtype}; exact curvature needs float32 or float64. Rebuild the "
+                "model with dtype='float32' and copy the weights."
+            )
+    return net
+
+
+def _parameters(net: keras.Model) -> list[tf.Variable]:
+    """Backend variables of all trainable parameters but those of gates."""
+    gates = {
+        id(variable)
+        for layer in net.layers
+        for source in (layer, getattr(layer, "gate", None))
+        if isinstance(source, GateSource)
+        for variable in source.trainable_variables
+    }
+    return [v.value for v in net.trainable_variables if id(v) not in gates]
+
+
+def _batches_of(data: Any, batch_size: int) -> Callable[[], Iterator[tuple[Any, Any]]]:
+    """A function that starts a new pass over the data, in the same order each time."""
+    if isinstance(data, tf.data.Dataset):
+        return lambda: (_pair(element) for element in data)
+    x, y = _pair(data)
+    lengths = {len(part) for part in keras.tree.flatten((x, y))}
+    if len(lengths) != 1 or 0 in lengths:
+        raise DataError(
+            "data: x and y must have the same number of examples, at least one. Received: "
+            f"{sorted(lengths)}"
+        )
+    total = lengths.pop()
+
+    def batches() -> Iterator[tuple[Any, Any]]:
+        for start in range(0, total, batch_size):
+            part = slice(start, start + batch_size)
+            yield keras.tree.map_structure(lambda a, s=part: tf.convert_to_tensor(a[s]), (x, y))
+
+    return batches
+
+
+def _pair(element: Any) -> tuple[Any, Any]:
+    if not isinstance(element, tuple | list) or len(element) != 2:
+        received = f"{type(element).__name__}" + (
+            f" of {len(element)} elements" if isinstance(element, tuple | list) else ""
+        )
+        raise DataError(
+            "data must be a pair (x, y) of arrays, or a tf.data.Dataset of batches (x, y) without "
+            f"sample weights. Received: {received}"
+        )
+    return element[0], element[1]
+
+
+def _length(y: Any) -> int:
+    return int(keras.tree.flatten(y)[0].shape[0])
+
+
+def _inner_product(left: Sequence[Any], right: Sequence[Any]) -> Any:
+    return tf.add_n(
+        [tf.reduce_sum(tf.convert_to_tensor(a) * b) for a, b in zip(left, right, strict=True)]
+    )
+
+
+def _flattened(parts: Sequence[Any]) -> NDArray[np.float64]:
+    dense = [tf.convert_to_tensor(part).numpy() for part in parts]
+    return np.concatenate([part.astype(np.float64).ravel() for part in dense])
