@@ -1,0 +1,78 @@
+"""Budgets, phases and the landing on a budget."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tf_kfacprune.errors import BudgetError, InvalidArgumentError
+from tf_kfacprune.pruning import Budget, Phases, land_on_budget, target_fraction
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, 1.01, 15, "small", float("nan")])
+def test_a_bound_outside_the_unit_interval_is_refused(value):
+    with pytest.raises(BudgetError, match="macs="):
+        Budget(macs=value)
+
+
+def test_a_budget_needs_a_bound():
+    with pytest.raises(BudgetError, match="at least one bound"):
+        Budget()
+
+
+@pytest.mark.parametrize("thing", [Budget(macs=0.1, params=0.5), Phases(0.2, 0.3, decay=False)])
+def test_settings_round_trip_through_keras_serialization(thing):
+    config = keras.saving.serialize_keras_object(thing)
+    assert keras.saving.deserialize_keras_object(config) == thing
+
+
+@pytest.mark.parametrize("shares", [(1.0, 0.5), (0.5, 0.5), (-0.1, 0.5), (0.1, 0.0)])
+def test_phases_leave_steps_to_settle(shares):
+    with pytest.raises(InvalidArgumentError, match="settle"):
+        Phases(*shares)
+
+
+def test_even_one_step_runs_have_a_pruning_phase():
+    start, end = Phases(0.1, 0.5).boundaries(1)
+    assert start < end
+
+
+def test_the_target_falls_from_one_to_the_budget_and_stays():
+    path = [float(target_fraction(0.1, p)) for p in np.linspace(0, 1, 11).astype("float32")]
+    assert path[0] == pytest.approx(1.0)
+    assert all(a >= b for a, b in zip(path, path[1:], strict=False))
+    np.testing.assert_allclose(path[7:], 0.1, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    target=st.floats(0.05, 1.0),
+    seed=st.integers(0, 1000),
+)
+def test_landing_is_the_largest_network_within_the_budget(sizes, target, seed):
+    n = sum(sizes)
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=n).astype("float32")
+    weights = rng.uniform(0.1, 1.0, size=n).astype("float32")
+
+    def fraction(measure, keep):
+        return keras.ops.sum(keep * weights) / weights.sum()
+
+    keep = np.array(land_on_budget(scores, sizes, fraction, {"macs": target})) > 0
+    groups = np.split(keep, np.cumsum(sizes)[:-1])
+    assert all(group.any() for group in groups)
+    cost = weights[keep].sum() / weights.sum()
+    best_of_groups = [s + np.argmax(scores[s : s + k]) for s, k in zip(_starts(sizes), sizes, strict=True)]
+    assert keep[best_of_groups].all()
+    removable = [i for i in range(n) if keep[i] and i not in best_of_groups]
+    assert cost <= target + 1e-5 or not removable
+    closed = np.flatnonzero(~keep)
+    if len(closed):
+        reopened = closed[np.argmax(scores[closed])]
+        assert cost + weights[reopened] / weights.sum() > target - 1e-5
+
+
+def _starts(sizes):
+    return np.cumsum([0, *sizes[:-1]])
