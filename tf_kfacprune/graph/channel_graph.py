@@ -1,0 +1,316 @@
+"""The channel graph of a model: its neurons, how they are grouped, and where each one is read.
+
+A *neuron* is a set of coupled channels that can only go together, across all layers and tensors
+they appear in. Neurons with the same producers form a *group*, numbered contiguously.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+
+from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
+from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.components import connected_components
+from tf_kfacprune.graph.labels import NO_SLOT, LabelFlow
+from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, rule_for
+from tf_kfacprune.graph.tracer import Call, Graph, Value, trace
+
+__all__ = ["ChannelGraph", "Edge", "Frozen", "NeuronGroup", "analyze"]
+
+Exclude: TypeAlias = str | re.Pattern[str] | keras.Layer
+
+
+@dataclass(frozen=True)
+class NeuronGroup:
+    """Neurons created by the same layers.
+
+    Attributes:
+        name: Name of the group: of its first producer, with a suffix if that is taken.
+        start: Number of the first neuron.
+        size: Number of neurons.
+        producers: Names (paths) of the layers or inputs that create the neurons.
+        consumers: Names (paths) of the contractions that read them.
+    """
+
+    name: str
+    start: int
+    size: int
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+    @property
+    def neurons(self) -> range:
+        """Numbers of the group's neurons."""
+        return range(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """The data input of one contraction call.
+
+    Attributes:
+        call: The call.
+        layer: The contraction layer.
+        value: The tensor that is read.
+        axis: The channel axis of the tensor.
+        neurons: Neuron at each position of the axis; `num_neurons` where nothing can be removed.
+        slots: In a gated model, the gate that each position has passed; -1 where none.
+    """
+
+    call: Call
+    layer: keras.Layer
+    value: Value
+    axis: int
+    neurons: np.ndarray
+    slots: np.ndarray
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Channels that cannot be removed.
+
+    Attributes:
+        layer: Name (path) of the layer or input that creates them.
+        channels: How many.
+        reason: One of the constants in `tf_kfacprune.graph.reasons`.
+        where: Name (path) of the call that froze them.
+    """
+
+    layer: str
+    channels: int
+    reason: str
+    where: str
+
+
+class ChannelGraph:
+    """Neurons, groups and edges of a traced model; made by `analyze`.
+
+    Attributes:
+        graph: The traced model.
+        flow: The labels it was resolved from.
+        groups: Groups of neurons, contiguous, in the order of their first producers.
+        num_neurons: Number of neurons that can be removed.
+        edges: All contraction edges with tracked channels, in order.
+        frozen: Channels that cannot be removed, with reasons.
+    """
+
+    def __init__(self, graph: Graph, flow: LabelFlow) -> None:
+        self.graph = graph
+        self.flow = flow
+        self._component = connected_components(flow.size, flow.pairs)
+        why = self._why_frozen()
+        partition = self._partition(why)
+        self._neuron_of_label, groups = self._number(partition)
+        self.num_neurons = sum(len(roots) for roots in groups)
+        self.edges = [
+            Edge(r.call, r.call.operation, r.value, r.axis, self.neurons(r.labels), r.slots)
+            for r in flow.readings
+        ]
+        self.groups = self._describe(groups)
+        self.frozen = self._frozen(why)
+
+    def neurons(self, labels: np.ndarray) -> np.ndarray:
+        """The neuron behind each label; `num_neurons` where nothing can be removed."""
+        return self._neuron_of_label[self.flow.base(labels)]
+
+    def roles(self, layer: keras.Layer) -> dict[str, np.ndarray]:
+        """The neurons that a layer's weight axes hold, by role; only tracked roles."""
+        named = self.flow.roles(layer)
+        return {role: self.neurons(labels) for role, labels in named.items() if labels is not None}
+
+    def axes(self, value: Value) -> list[np.ndarray | None]:
+        """The neurons along each axis of a tensor; None where nothing is tracked."""
+        tracked = self.flow.axes[value]
+        return [None if labels is None else self.neurons(labels) for labels in tracked]
+
+    def _why_frozen(self) -> np.ndarray:
+        """For each component root the number of the event that froze it first, or -1."""
+        flow = self.flow
+        why = np.full(flow.size, -1)
+        for number, event in enumerate(flow.freezes):
+            roots = self._component[event.labels]
+            why[roots] = np.where(why[roots] < 0, number, why[roots])
+        return why
+
+    def _partition(self, why: np.ndarray) -> np.ndarray:
+        """For each free component root a key shared exactly by roots with equal producers."""
+        key = np.zeros(self.flow.size, int)
+        for producer in self.flow.producers:
+            roots = np.unique(self._component[producer.labels])
+            roots = roots[why[roots] < 0]
+            _, inverse = np.unique(key[roots], return_inverse=True)
+            key[roots] = key.max() + 1 + inverse
+        return key
+
+    def _number(self, key: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Numbers the neurons group by group, in the order of their first producers."""
+        groups: list[np.ndarray] = []
+        seen: set[int] = set()
+        for producer in self.flow.producers:
+            roots = self._component[producer.labels]
+            _, first = np.unique(roots, return_index=True)
+            roots = roots[np.sort(first)]
+            for group in dict.fromkeys(key[roots].tolist()):
+                if group and group not in seen:
+                    seen.add(group)
+                    groups.append(roots[key[roots] == group])
+        groups = [roots for roots in groups if len(roots) > 1]
+        count = sum(map(len, groups))
+        of_root = np.full(self.flow.size, count)
+        if groups:
+            of_root[np.concatenate(groups)] = np.arange(count)
+        return of_root[self._component], groups
+
+    def _describe(self, groups: Sequence[np.ndarray]) -> list[NeuronGroup]:
+        starts = np.cumsum([0, *map(len, groups)])
+        group_of_neuron = np.repeat(np.arange(len(groups)), np.diff(starts))
+        producers = self._members(
+            group_of_neuron, [(p.name, self.neurons(p.labels)) for p in self.flow.producers]
+        )
+        consumers = self._members(group_of_neuron, [(e.call.path, e.neurons) for e in self.edges])
+        described: list[NeuronGroup] = []
+        taken: dict[str, int] = {}
+        for number, roots in enumerate(groups):
+            name = producers[number][0]
+            taken[name] = taken.get(name, 0) + 1
+            described.append(
+                NeuronGroup(
+                    name=name if taken[name] == 1 else f"{name}:{taken[name]}",
+                    start=int(starts[number]),
+                    size=len(roots),
+                    producers=producers[number],
+                    consumers=consumers[number],
+                )
+            )
+        return described
+
+    def _members(
+        self, group_of_neuron: np.ndarray, named: Iterable[tuple[str, np.ndarray]]
+    ) -> dict[int, tuple[str, ...]]:
+        members: dict[int, dict[str, None]] = {}
+        for name, neurons in named:
+            for group in np.unique(group_of_neuron[neurons[neurons < self.num_neurons]]):
+                members.setdefault(int(group), {})[name] = None
+        return {group: tuple(names) for group, names in members.items()}
+
+    def _frozen(self, why: np.ndarray) -> list[Frozen]:
+        frozen: list[Frozen] = []
+        for producer in self.flow.producers:
+            closed = producer.labels[self.neurons(producer.labels) == self.num_neurons]
+            events, counts = np.unique(why[self._component[closed]], return_counts=True)
+            for event, count in zip(events.tolist(), counts.tolist(), strict=True):
+                reason, where = reasons.ONLY_NEURON, producer.name
+                if event >= 0:
+                    reason, where = self.flow.freezes[event].reason, self.flow.freezes[event].where
+                frozen.append(Frozen(producer.name, count, reason, where))
+        return frozen
+
+
+def analyze(
+    model: keras.Model | Graph,
+    *,
+    prune_inputs: bool = False,
+    exclude: Sequence[Exclude] = (),
+    gated_only: bool = False,
+) -> ChannelGraph:
+    """Finds out which neurons of a model can be removed, and what goes with each of them.
+
+    Args:
+        model: A Sequential or Functional model, or its traced graph.
+        prune_inputs: Whether input features may be removed too.
+        exclude: Layers that keep all their neurons: names, regular expressions (matched against
+            the whole name) or layer objects.
+        gated_only: Whether only neurons count whose every reading edge is gated.
+
+    Returns:
+        The channel graph.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be traced, or holds a gate where closing it
+            would not remove a channel.
+        InvalidArgumentError: If `exclude` names a layer that does not exist.
+    """
+    graph = model if isinstance(model, Graph) else trace(model)
+    flow = LabelFlow(graph, prune_inputs, _excluder(graph, exclude))
+    for call in graph.calls:
+        rule = rule_for(call.operation)
+        _refuse_misplaced_gate(call, rule, flow)
+        for value, axes in zip(call.outputs, rule.propagate(call, flow), strict=True):
+            flow.axes[value] = axes
+        _mark_raw(call, rule, flow)
+    for value in graph.outputs:
+        flow.freeze_value(value, reasons.MODEL_OUTPUT, "model output")
+    for reading in flow.readings if gated_only else ():
+        ungated = reading.labels[reading.slots == NO_SLOT]
+        flow.freeze(ungated, reasons.NOT_GATED, reading.call.path)
+    _freeze_unread(flow)
+    return ChannelGraph(graph, flow)
+
+
+def _mark_raw(call: Call, rule: ChannelRule, flow: LabelFlow) -> None:
+    """Values computed from inputs alone, without a contraction, are input features too."""
+    if isinstance(rule, ContractionRule) or not call.inputs:
+        return
+    if all(value in flow.raw for value in call.inputs):
+        flow.raw.update(dict.fromkeys(call.outputs, flow.raw[call.inputs[0]]))
+
+
+def _freeze_unread(flow: LabelFlow) -> None:
+    component = connected_components(flow.size, flow.pairs)
+    is_read = np.zeros(flow.size, bool)
+    for reading in flow.readings:
+        is_read[component[reading.labels]] = True
+    for producer in flow.producers:
+        unread = producer.labels[~is_read[component[producer.labels]]]
+        flow.freeze(unread, reasons.NOT_READ, producer.name)
+
+
+def _refuse_misplaced_gate(call: Call, rule: ChannelRule, flow: LabelFlow) -> None:
+    gated = [value for value in call.inputs if flow.is_gated(value)]
+    if not gated or rule.is_homogeneous(call):
+        return
+    if isinstance(rule, ContractionRule) and rule.folded is not None:
+        axis = rule.channel_axis(call)
+        others = [labels for k, labels in enumerate(flow.of(gated[0])) if k != axis]
+        if all(labels is None or (flow.slots(labels) == NO_SLOT).all() for labels in others):
+            return
+    kind = type(call.operation).__name__
+    raise UnsupportedModelError(
+        f"A gate stands in front of {call.path!r} ({kind}), behind which a closed channel is not "
+        "zero any more or is mixed with others, so it could not be removed exactly. Place the "
+        "gate on the data input of the Dense or convolution layer that reads the channel."
+    )
+
+
+def _excluder(graph: Graph, exclude: Sequence[Exclude]) -> Callable[[str, Any], bool]:
+    entries = [exclude] if isinstance(exclude, (str, re.Pattern)) else list(exclude)
+    names = {call.path for call in graph.calls} | set(graph.input_names)
+    names |= {name.rsplit("/", 1)[-1] for name in names}
+    operations = {id(call.operation) for call in graph.calls}
+    for entry in entries:
+        if isinstance(entry, (str, re.Pattern)):
+            known = any(re.fullmatch(entry, name) for name in names)
+        else:
+            known = id(entry) in operations
+        if not known:
+            raise InvalidArgumentError(
+                f"Argument `exclude` names no layer of model {graph.model.name!r}: {entry!r}. "
+                "Expected layer names, regular expressions for whole names, or layers of the model."
+            )
+
+    def is_excluded(name: str, layer: Any) -> bool:
+        short = name.rsplit("/", 1)[-1]
+        return any(
+            bool(re.fullmatch(entry, name) or re.fullmatch(entry, short))
+            if isinstance(entry, (str, re.Pattern))
+            else entry is layer
+            for entry in entries
+        )
+
+    return is_excluded

@@ -1,0 +1,230 @@
+"""Channel labels: which positions of which tensors live and die together.
+
+Every tensor carries, per axis, an integer label array (one label per position) or None where
+nothing can be removed. Rules make fresh labels where a layer creates channels, hand them on where
+an operation treats channels one by one, unite them where channels are coupled, and freeze them
+where removal would not be exact. Nothing is resolved until all calls are done.
+
+A *gated* label stands for a channel that has been multiplied by a gate: it remembers the channel
+(`base`) and the gate (`slot`), and travels like any label until a contraction reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tf_kfacprune.errors import UnsupportedModelError
+from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.tracer import Call, Graph, Value
+
+__all__ = ["CONSTANT", "NO_SLOT", "Axes", "Freeze", "LabelFlow", "Producer", "Reading"]
+
+Labels = np.ndarray
+Axes = list[Labels | None]
+CONSTANT = 0  # the label of positions that are always there
+NO_SLOT = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Producer:
+    """A layer (or model input) that creates channels, with their labels in order."""
+
+    name: str
+    layer: Any  # None for a model input
+    labels: Labels
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A contraction reading channels: labels and gate slots per position."""
+
+    call: Call
+    value: Value
+    axis: int
+    labels: Labels
+    slots: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Freeze:
+    """An event that froze channels: where and why."""
+
+    labels: Labels
+    reason: str
+    where: str
+
+
+class LabelFlow:
+    """State of the label propagation, and the vocabulary in which rules are written.
+
+    Attributes:
+        graph: The traced graph.
+        axes: Labels of every value seen so far, one entry per axis.
+        producers: Creators of channels, in order.
+        readings: Contraction edges, in order.
+        selections: For a call and one of its inputs: axis and labels of the input features that
+            the call reads; the others can be cut off right before it.
+        slot_origin: First gate number behind a value that holds a vector of gates.
+        num_slots: Number of gates met so far.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        prune_inputs: bool = False,
+        is_excluded: Callable[[str, Any], bool] = lambda name, layer: False,
+    ) -> None:
+        self.graph = graph
+        self.axes: dict[Value, Axes] = {}
+        self.producers: list[Producer] = []
+        self.readings: list[Reading] = []
+        self.selections: dict[tuple[Call, Value], tuple[int, Labels]] = {}
+        self.freezes: list[Freeze] = []
+        self.slot_origin: dict[Value, int] = {}
+        self.slot_sources: dict[Any, int] = {}
+        self.num_slots = 0
+        self.raw: dict[Value, str] = {}  # computed from inputs alone -> name of the input
+        self.size = 1
+        self._prune_inputs = prune_inputs
+        self._is_excluded = is_excluded
+        self._features: dict[tuple[Value, int], Labels] = {}
+        self._roles: dict[Any, dict[str, Labels | None]] = {}
+        self._pairs: list[np.ndarray] = []
+        self._base = np.zeros(1, int)
+        self._slot = np.full(1, NO_SLOT)
+        self.freezes.append(Freeze(np.zeros(1, int), reasons.UNTRACKED_OPERAND, "constants"))
+        for value, name in zip(graph.inputs, graph.input_names, strict=True):
+            self.axes[value] = [None] * len(value.shape)
+            self.raw[value] = name
+
+    # ---- making labels
+
+    def fresh(self, size: int, name: str, layer: Any) -> Labels:
+        """New channels, created by a layer (or by a model input: `layer=None`)."""
+        labels = self._allocate(np.arange(self.size, self.size + size), NO_SLOT)
+        self.producers.append(Producer(name, layer, labels))
+        if self._is_excluded(name, layer):
+            self.freeze(labels, reasons.EXCLUDED, name)
+        return labels
+
+    def gated(self, labels: Labels, slots: np.ndarray) -> Labels:
+        """Labels of the same channels behind gates; `NO_SLOT` where there is no gate."""
+        twice = (self._slot[labels] != NO_SLOT) & (slots != NO_SLOT)
+        if twice.any():
+            raise UnsupportedModelError(
+                "A channel passes two gates before one contraction. Keep one gate per edge."
+            )
+        has_slot = slots != NO_SLOT
+        derived = np.array(labels)
+        derived[has_slot] = self._allocate(labels[has_slot], slots[has_slot])
+        return derived
+
+    def _allocate(self, base: np.ndarray, slot: np.ndarray | int) -> Labels:
+        labels = np.arange(self.size, self.size + len(base))
+        self._base = np.concatenate([self._base, base])
+        self._slot = np.concatenate([self._slot, np.broadcast_to(slot, base.shape)])
+        self.size += len(base)
+        return labels
+
+    # ---- reading labels
+
+    def of(self, value: Value) -> Axes:
+        """The labels of a value, per axis (a copy of the list)."""
+        return list(self.axes[value])
+
+    def base(self, labels: Labels) -> Labels:
+        """The channels behind labels, gated or not."""
+        return self._base[labels]
+
+    def slots(self, labels: Labels) -> np.ndarray:
+        """The gates that labels have passed, `NO_SLOT` where none."""
+        return self._slot[labels]
+
+    def is_gated(self, value: Value) -> bool:
+        """Whether some channel of a value has passed a gate."""
+        axes = (labels for labels in self.axes[value] if labels is not None)
+        return any((self._slot[labels] != NO_SLOT).any() for labels in axes)
+
+    def select(self, call: Call, value: Value, axis: int) -> Labels | None:
+        """Labels of one axis; for input features, made here if inputs are prunable."""
+        labels = self.axes[value][axis]
+        size = value.shape[axis]
+        if labels is not None or not self._prune_inputs or value not in self.raw or not size:
+            return labels
+        if (value, axis) not in self._features:
+            self._features[value, axis] = self.fresh(size, self.raw[value], None)
+        labels = self._features[value, axis]
+        self.selections[call, value] = (axis, labels)
+        return labels
+
+    def read(self, call: Call, value: Value, axis: int) -> Labels | None:
+        """Labels that a contraction reads; records the edge."""
+        labels = self.select(call, value, axis)
+        if labels is not None:
+            slots = self.slots(labels)
+            labels = self.base(labels)
+            self.readings.append(Reading(call, value, axis, labels, slots))
+        return labels
+
+    # ---- relating labels
+
+    def unite(self, first: Labels | None, second: Labels | None, where: str) -> Labels | None:
+        """Couples channels position by position; if one side is untracked, freezes the other."""
+        if first is None or second is None:
+            self.freeze(first, reasons.UNTRACKED_OPERAND, where)
+            self.freeze(second, reasons.UNTRACKED_OPERAND, where)
+            return None
+        if not np.array_equal(self.slots(first), self.slots(second)):
+            raise UnsupportedModelError(
+                f"Tensors that have passed different gates meet in {where!r}, so closing a gate "
+                "does not remove a channel there. Place the gate on the data input of the next "
+                "Dense or convolution layer instead."
+            )
+        self._pairs.append(np.stack([self.base(first), self.base(second)], axis=1))
+        return first
+
+    def freeze(self, labels: Labels | None, reason: str, where: str) -> None:
+        """Forbids the removal of channels."""
+        if labels is not None and labels.size:
+            self.freezes.append(Freeze(self.base(labels), reason, where))
+
+    def freeze_value(self, value: Value, reason: str, where: str) -> None:
+        """Forbids the removal of channels on every axis of a value."""
+        for labels in self.axes[value]:
+            self.freeze(labels, reason, where)
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """All coupled pairs, shape `(num_pairs, 2)`."""
+        return np.concatenate([np.zeros((0, 2), int), *self._pairs])
+
+    # ---- what layers remember of their channels
+
+    def role(self, layer: Any, name: str, labels: Labels | None, where: str) -> Labels | None:
+        """Names the labels that a layer's weights refer to.
+
+        A second call of a shared layer is coupled with the first.
+        """
+        roles = self._roles.setdefault(layer, {})
+        labels = None if labels is None else self.base(labels)
+        if name not in roles:
+            roles[name] = labels
+        elif roles[name] is not labels:
+            roles[name] = self.unite(roles[name], labels, where)
+        return roles[name]
+
+    def created(self, call: Call, name: str, size: int) -> Labels:
+        """Labels of the channels a layer creates; the same in every call of a shared layer."""
+        roles = self._roles.setdefault(call.operation, {})
+        labels = roles.get(name)
+        if labels is None:
+            labels = roles[name] = self.fresh(size, call.path, call.operation)
+        return labels
+
+    def roles(self, layer: Any) -> dict[str, Labels | None]:
+        """All named labels of a layer."""
+        return self._roles.get(layer, {})

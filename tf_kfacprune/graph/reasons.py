@@ -1,0 +1,41 @@
+"""Why channels are frozen: one named constant per reason, with what would unfreeze them."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ARRAY_CONSTANT",
+    "BROADCAST",
+    "CROSS_CHANNEL_ACTIVATION",
+    "EXCLUDED",
+    "INPUT_FEATURES",
+    "MIXED_AXES",
+    "MODEL_OUTPUT",
+    "NORMALIZED_ACROSS_CHANNELS",
+    "NOT_A_CHANNEL_AXIS",
+    "NOT_GATED",
+    "NOT_READ",
+    "ONLY_NEURON",
+    "RECURRENT_STATE",
+    "UNKNOWN_ACTIVATION",
+    "UNKNOWN_OPERATION",
+    "UNTRACKED_OPERAND",
+    "WEIGHTS_NOT_PLAIN",
+]
+
+MODEL_OUTPUT = "part of a model output, whose shape is fixed"
+EXCLUDED = "excluded by the caller"
+INPUT_FEATURES = "joined with input features, which are pruned only with prune_inputs=True"
+ONLY_NEURON = "the only neuron of its layer; a layer keeps at least one"
+NOT_GATED = "read without a gate by a Dense or convolution layer; gate every such edge"
+NOT_READ = "not read by any Dense or convolution layer, so there is no edge to gate"
+UNKNOWN_OPERATION = "no channel rule for this operation; add one with register_channel_rule"
+UNKNOWN_ACTIVATION = "activation function not known to treat channels one by one"
+CROSS_CHANNEL_ACTIVATION = "activation mixes channels (softmax and its kin)"
+NORMALIZED_ACROSS_CHANNELS = "normalized with statistics taken across channels"
+RECURRENT_STATE = "recurrent state, which is fed back inside the layer"
+ARRAY_CONSTANT = "combined with an array constant that has one entry per channel"
+UNTRACKED_OPERAND = "combined with a tensor whose channels cannot be removed"
+BROADCAST = "a single channel broadcast over all channels of another tensor"
+MIXED_AXES = "a reshape mixes several channel axes"
+NOT_A_CHANNEL_AXIS = "the axis is read as positions (space or time), not as channels"
+WEIGHTS_NOT_PLAIN = "the layer's weights are quantized or adapted by LoRA"

@@ -1,0 +1,33 @@
+"""Channel rules: one class per layer type, in a registry that users can extend."""
+
+from tf_kfacprune.graph.rules import (
+    activations,
+    channelwise,
+    contractions,
+    merging,
+    reshaping,
+)
+from tf_kfacprune.graph.rules.base import (
+    ChannelRule,
+    Extent,
+    register_channel_rule,
+    register_operator_rule,
+    rule_for,
+    weight_extents,
+)
+from tf_kfacprune.graph.rules.contractions import ContractionRule
+
+__all__ = [
+    "ChannelRule",
+    "ContractionRule",
+    "Extent",
+    "activations",
+    "channelwise",
+    "contractions",
+    "merging",
+    "register_channel_rule",
+    "register_operator_rule",
+    "reshaping",
+    "rule_for",
+    "weight_extents",
+]

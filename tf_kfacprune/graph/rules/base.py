@@ -1,0 +1,246 @@
+"""Channel rules: what each layer type does to channels, and the registry of rules.
+
+A rule answers four questions about one layer type: how labels propagate through a call, which
+weight axes hold which channels, how the layer's configuration changes when channels go, and how
+many multiply-accumulates a call costs. What has no rule is frozen with a reason, never guessed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import keras
+import numpy as np
+
+from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.labels import Axes, LabelFlow
+from tf_kfacprune.graph.tracer import Call, Value
+
+__all__ = [
+    "ChannelRule",
+    "Extent",
+    "channel_axis",
+    "extents",
+    "register_channel_rule",
+    "register_operator_rule",
+    "rule_for",
+    "weight_extents",
+]
+
+# One factor of a cost: a fixed number, or labels of which only the open ones count.
+Extent = int | np.ndarray
+RuleClass = TypeVar("RuleClass", bound="type[ChannelRule]")
+
+
+class ChannelRule:
+    """How one layer type treats channels. Subclass it and register the subclass.
+
+    The default is the rule for an operation about which nothing is known: everything that enters
+    is frozen.
+
+    Attributes:
+        weights: For each weight attribute the role of every axis, None for an axis without
+            channels. A role is a name given to labels with `LabelFlow.role` or `created`.
+        sizes: Configuration entries that count channels: entry -> role.
+        folded: The weight that multiplies the input of a contraction, and the role of its input
+            axis, if the layer is one: soft gates are folded into it.
+
+    Example:
+        >>> @kp.register_channel_rule(MyScale)
+        ... class MyScaleRule(kp.ChannelRule):
+        ...     weights = {"gamma": ("channels",)}
+        ...     def propagate(self, call, flow):
+        ...         axes = flow.of(call.inputs[0])
+        ...         flow.role(call.operation, "channels", axes[-1], call.path)
+        ...         return [axes]
+    """
+
+    weights: ClassVar[Mapping[str, Sequence[str | None]]] = {}
+    sizes: ClassVar[Mapping[str, str]] = {}
+    folded: ClassVar[tuple[str, str] | None] = None
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        """Relates the labels of the inputs to those of the outputs.
+
+        Args:
+            call: The call.
+            flow: Holds the labels; rules talk to it.
+
+        Returns:
+            For every output of the call, the labels of each of its axes.
+        """
+        return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
+
+    def weight_roles(self, layer: Any) -> Mapping[str, Sequence[str | None]]:
+        """The entries of `weights` that this layer has, each with a role for every axis."""
+        found = {name: getattr(layer, name, None) for name in self.weights}
+        return {name: self.weights[name] for name, weight in found.items() if weight is not None}
+
+    def is_homogeneous(self, call: Call) -> bool:
+        """Whether f(z x) = z f(x) for every z >= 0 per channel.
+
+        If so, a gate may stand in front of the operation as well as behind it.
+        """
+        del call
+        return False
+
+    def edit_config(
+        self,
+        layer: Any,
+        config: dict[str, Any],
+        count: Callable[[str], int | None],
+        shape: tuple[int | None, ...],
+    ) -> None:
+        """Changes a layer's configuration in place to fewer channels.
+
+        Args:
+            layer: The layer.
+            config: Its configuration.
+            count: Number of channels left in a role, or None if the role is not tracked.
+            shape: Shape of the layer's first output once channels are gone.
+        """
+        del layer, shape
+        for entry, role in self.sizes.items():
+            left = count(role)
+            if left is not None:
+                config[entry] = left
+
+    def fold(self, layer: Any, kernel: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Folds gates into the weight named by `folded`: f(scale * x) = f_folded(x).
+
+        Args:
+            layer: The layer.
+            kernel: Its weight, with all channels.
+            scale: Gate values, one per input channel.
+
+        Returns:
+            The scaled weight.
+        """
+        if self.folded is None:
+            return kernel
+        axis = self.weight_roles(layer)[self.folded[0]].index(self.folded[1])
+        return kernel * scale.reshape([-1 if k == axis else 1 for k in range(kernel.ndim)])
+
+    def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
+        """Multiply-accumulates of a call: a sum of products of extents."""
+        del call, flow
+        return []
+
+    def replay(
+        self, call: Call, args: Any, kwargs: Any, shapes: Sequence[tuple[int | None, ...]]
+    ) -> Any:
+        """Executes a call of a stateless operation whose arguments depend on channel counts.
+
+        Args:
+            call: The call.
+            args: Positional arguments, symbolic tensors filled in.
+            kwargs: Keyword arguments, likewise.
+            shapes: Shapes of the outputs once channels are gone.
+
+        Returns:
+            The outputs, or NotImplemented to execute the operation as it is.
+        """
+        del call, args, kwargs, shapes
+        return NotImplemented
+
+    def freeze_all(self, call: Call, flow: LabelFlow, reason: str) -> list[Axes]:
+        """Freezes every channel that enters a call, and tracks nothing behind it."""
+        for value in call.inputs:
+            flow.freeze_value(value, reason, call.path)
+        return [[None] * len(value.shape) for value in call.outputs]
+
+
+_LAYER_RULES: dict[type, ChannelRule] = {}
+_OPERATOR_RULES: dict[str, ChannelRule] = {}
+_UNKNOWN = ChannelRule()
+
+
+def register_channel_rule(*layer_classes: type) -> Callable[[RuleClass], RuleClass]:
+    """Class decorator: registers a `ChannelRule` for layer types.
+
+    A rule holds for exactly the classes it is registered for. Subclasses may do anything in
+    their `call`, so they need a registration of their own.
+
+    Args:
+        *layer_classes: Layer (or `keras.Operation`) classes.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        InvalidArgumentError: If something else than an operation class or a rule is given.
+
+    Example:
+        >>> @kp.register_channel_rule(MyActivation)
+        ... class MyActivationRule(kp.ChannelRule):
+        ...     def propagate(self, call, flow):
+        ...         return [flow.of(call.inputs[0])]
+    """
+    for layer_class in layer_classes:
+        if not (inspect.isclass(layer_class) and issubclass(layer_class, keras.Operation)):
+            raise InvalidArgumentError(
+                "register_channel_rule takes Keras layer classes. "
+                f"Received: {layer_class!r} (of type {type(layer_class).__name__})"
+            )
+
+    def register(rule_class: RuleClass) -> RuleClass:
+        if not (inspect.isclass(rule_class) and issubclass(rule_class, ChannelRule)):
+            raise InvalidArgumentError(
+                f"A channel rule must be a subclass of ChannelRule. Received: {rule_class!r}"
+            )
+        _LAYER_RULES.update(dict.fromkeys(layer_classes, rule_class()))
+        return rule_class
+
+    return register
+
+
+def register_operator_rule(*names: str) -> Callable[[RuleClass], RuleClass]:
+    """Class decorator: registers a rule for Keras' own stateless operations, by class name.
+
+    The classes behind `x + y` and `keras.ops.*` are not exported by Keras, so they are known by
+    name; only classes that are part of Keras match.
+    """
+
+    def register(rule_class: RuleClass) -> RuleClass:
+        _OPERATOR_RULES.update(dict.fromkeys(names, rule_class()))
+        return rule_class
+
+    return register
+
+
+def rule_for(operation: Any) -> ChannelRule:
+    """The rule of a layer or operation; the all-freezing one if there is none."""
+    kind = type(operation)
+    if kind in _LAYER_RULES:
+        return _LAYER_RULES[kind]
+    is_operator = not isinstance(operation, keras.Layer) and kind.__module__.startswith("keras.")
+    return _OPERATOR_RULES.get(kind.__name__, _UNKNOWN) if is_operator else _UNKNOWN
+
+
+def channel_axis(layer: Any, rank: int) -> int:
+    """The channel axis of a layer with a `data_format`, else the last axis."""
+    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
+
+
+def extents(value: Value, flow: LabelFlow, axes: Sequence[int]) -> list[Extent]:
+    """What the given axes of a value contribute to a cost; an unknown size counts as 1."""
+    found: list[Extent] = []
+    for k in axes:
+        labels = flow.axes[value][k]
+        found.append((value.shape[k] or 1) if labels is None else flow.base(labels))
+    return found
+
+
+def weight_extents(
+    weight: Any, axes: Sequence[str | None], layer: Any, flow: LabelFlow
+) -> list[Extent]:
+    """The extents of a weight's axes, given their roles."""
+    named = flow.roles(layer)
+    found: list[Extent] = []
+    for size, role in zip(weight.shape, axes, strict=True):
+        labels = None if role is None else named.get(role)
+        found.append(size if labels is None else labels)
+    return found

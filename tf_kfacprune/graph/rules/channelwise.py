@@ -1,0 +1,140 @@
+"""Channel rules for layers that keep channels apart: normalization, noise, pooling, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from keras import layers
+
+from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.labels import Axes, LabelFlow
+from tf_kfacprune.graph.rules.base import ChannelRule, channel_axis, register_channel_rule
+from tf_kfacprune.graph.tracer import Call
+
+__all__: list[str] = []
+
+
+def _axes_of(axis: Any) -> tuple[int, ...]:
+    return (axis,) if isinstance(axis, int) else tuple(axis)
+
+
+@register_channel_rule(layers.BatchNormalization)
+class BatchNormalizationRule(ChannelRule):
+    """Batch normalization: per-channel statistics, scale and shift."""
+
+    weights: ClassVar = dict.fromkeys(
+        (
+            "gamma",
+            "beta",
+            "moving_mean",
+            "moving_variance",
+            "moving_stddev",
+            "renorm_mean",
+            "renorm_stddev",
+        ),
+        ("channels",),
+    )
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        axes = flow.of(call.inputs[0])
+        flow.role(call.operation, "channels", axes[call.operation.axis], call.path)
+        return [axes]
+
+
+@register_channel_rule(layers.Normalization, layers.Rescaling)
+class ConstantsRule(ChannelRule):
+    """Layers with constants: where a constant has several entries, channels are frozen."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        layer, axes = call.operation, flow.of(call.inputs[0])
+        names = ("scale", "offset", "mean", "variance")
+        shapes = [np.shape(getattr(layer, name, None) or ()) for name in names[:2]]
+        shapes += [tuple(getattr(getattr(layer, name, None), "shape", ())) for name in names[2:]]
+        for shape in shapes:
+            for k in range(1, len(shape) + 1):
+                if shape[-k] != 1:
+                    flow.freeze(axes[-k], reasons.ARRAY_CONSTANT, call.path)
+        return [axes]
+
+
+@register_channel_rule(layers.LayerNormalization, layers.RMSNormalization)
+class AcrossChannelsRule(ChannelRule):
+    """Normalization with statistics across channels: the normalized axes are frozen."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        axes = flow.of(call.inputs[0])
+        for k in _axes_of(call.operation.axis):
+            flow.freeze(axes[k], reasons.NORMALIZED_ACROSS_CHANNELS, call.path)
+        return [axes]
+
+
+@register_channel_rule(layers.GroupNormalization, layers.UnitNormalization)
+class AcrossEverythingRule(ChannelRule):
+    """Normalization over several axes at once: everything is frozen."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        return self.freeze_all(call, flow, reasons.NORMALIZED_ACROSS_CHANNELS)
+
+
+@register_channel_rule(
+    layers.Dropout,
+    layers.SpatialDropout1D,
+    layers.SpatialDropout2D,
+    layers.SpatialDropout3D,
+    layers.GaussianDropout,
+    layers.GaussianNoise,
+    layers.AlphaDropout,
+    layers.ActivityRegularization,
+)
+class NoiseRule(ChannelRule):
+    """Noise that is absent in inference, element by element."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        return [flow.of(call.inputs[0])]
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
+
+
+@register_channel_rule(
+    *(
+        getattr(layers, f"{kind}{rank}D")
+        for kind in ("MaxPooling", "AveragePooling", "ZeroPadding", "Cropping", "UpSampling")
+        for rank in (1, 2, 3)
+    )
+)
+class SpatialRule(ChannelRule):
+    """Pooling, padding, cropping and upsampling: channels pass, positions do not."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        value = call.inputs[0]
+        channels = channel_axis(call.operation, len(value.shape))
+        axes = flow.of(value)
+        for k, labels in enumerate(axes):
+            if k != channels:
+                flow.freeze(labels, reasons.NOT_A_CHANNEL_AXIS, call.path)
+                axes[k] = None
+        return [axes]
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
+
+
+@register_channel_rule(
+    *(
+        getattr(layers, f"Global{kind}Pooling{rank}D")
+        for kind in ("Max", "Average")
+        for rank in (1, 2, 3)
+    )
+)
+class GlobalPoolingRule(SpatialRule):
+    """Global pooling: channels pass, positions vanish."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        ((*axes,),) = super().propagate(call, flow)
+        if call.operation.keepdims:
+            return [axes]
+        channels = channel_axis(call.operation, len(call.inputs[0].shape))
+        return [[axes[0], axes[channels]]]

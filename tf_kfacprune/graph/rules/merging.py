@@ -1,0 +1,128 @@
+"""Channel rules for operations on several tensors: sums, products, concatenation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from keras import layers, tree
+
+from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.labels import CONSTANT, Axes, LabelFlow
+from tf_kfacprune.graph.rules.base import (
+    ChannelRule,
+    register_channel_rule,
+    register_operator_rule,
+)
+from tf_kfacprune.graph.tracer import Call, Value
+
+__all__: list[str] = []
+
+
+@register_channel_rule(layers.Multiply)
+@register_operator_rule(
+    *("Add", "Divide", "DivideNoNan", "Maximum", "Minimum", "Multiply", "Power", "Subtract"),
+    "TrueDivide",
+)
+class MergeRule(ChannelRule):
+    """Element-wise combination with broadcasting: coupled channels live and die together.
+
+    Axes are aligned from the right. A single channel that is broadcast over many is frozen. An
+    array constant freezes the axes along which it has several entries.
+    """
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        shape = call.outputs[0].shape
+        merged: Axes = []
+        for k in range(1, len(shape) + 1):
+            merged.insert(0, self._merge_axis(call, flow, k, shape[-k]))
+        for leaf in tree.flatten((call.args, call.kwargs)):
+            if not isinstance(leaf, Value):
+                self._freeze_by_constant(call, flow, merged, np.shape(leaf))
+        return [merged]
+
+    def _merge_axis(
+        self, call: Call, flow: LabelFlow, k: int, size: int | None
+    ) -> np.ndarray | None:
+        """Unites the operands on the k-th axis from the right."""
+        present = []
+        for value in dict.fromkeys(call.inputs):
+            if len(value.shape) < k:
+                continue
+            if value.shape[-k] == 1 and size != 1:
+                flow.freeze(flow.of(value)[-k], reasons.BROADCAST, call.path)
+            else:
+                present.append(value)
+        if all(flow.of(value)[-k] is None for value in present):
+            return None
+        operands = [flow.select(call, value, len(value.shape) - k) for value in present]
+        result = operands[0]
+        for labels in operands[1:]:
+            result = flow.unite(result, labels, call.path)
+        return result
+
+    def _freeze_by_constant(
+        self, call: Call, flow: LabelFlow, axes: Axes, shape: tuple[int, ...]
+    ) -> None:
+        for k in range(1, len(shape) + 1):
+            if shape[-k] != 1:
+                flow.freeze(axes[-k], reasons.ARRAY_CONSTANT, call.path)
+
+
+@register_channel_rule(layers.Add, layers.Subtract, layers.Average, layers.Maximum, layers.Minimum)
+class HomogeneousMergeRule(MergeRule):
+    """Merges with f(z x, z y) = z f(x, y)."""
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
+
+
+@register_channel_rule(layers.Concatenate)
+class ConcatenateRule(ChannelRule):
+    """Concatenation: labels are concatenated; along the other axes operands are united."""
+
+    def axis(self, call: Call) -> int:
+        """The concatenated axis."""
+        return call.operation.axis
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        rank = len(call.outputs[0].shape)
+        joined = self.axis(call) % rank
+        return [
+            [
+                self._join(call, flow, k) if k == joined else self._unite(call, flow, k)
+                for k in range(rank)
+            ]
+        ]
+
+    def _join(self, call: Call, flow: LabelFlow, k: int) -> np.ndarray | None:
+        if all(flow.of(value)[k] is None for value in call.inputs):
+            return None
+        parts = []
+        for value in call.inputs:
+            labels = flow.select(call, value, k)
+            if labels is None:
+                labels = np.full(value.shape[k] or 0, CONSTANT)
+            parts.append(labels)
+        return np.concatenate(parts)
+
+    def _unite(self, call: Call, flow: LabelFlow, k: int) -> np.ndarray | None:
+        operands = [flow.of(value)[k] for value in call.inputs]
+        result = operands[0]
+        for labels in operands[1:]:
+            result = flow.unite(result, labels, call.path)
+        return result
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
+
+
+@register_operator_rule("Concatenate")
+class ConcatenateOperatorRule(ConcatenateRule):
+    """`keras.ops.concatenate`."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        constants = [x for x in tree.flatten(call.args) if not isinstance(x, Value)]
+        if constants:
+            return self.freeze_all(call, flow, reasons.ARRAY_CONSTANT)
+        return super().propagate(call, flow)

@@ -1,0 +1,105 @@
+"""Channel rules for operations that only move elements: the operation itself moves the labels.
+
+Running the operation on an array of labels and reading the labels back is right for every shape
+and order of axes, and needs no formula of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from keras import layers, ops
+
+from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.labels import Axes, LabelFlow
+from tf_kfacprune.graph.rules.base import (
+    ChannelRule,
+    register_channel_rule,
+    register_operator_rule,
+)
+from tf_kfacprune.graph.tracer import Call
+
+__all__: list[str] = []
+
+_STAND_IN = 2  # size of an axis of unknown size while labels are being moved
+
+
+@register_channel_rule(layers.Flatten, layers.Permute)
+@register_operator_rule("Transpose", "Squeeze", "ExpandDims", "Moveaxis", "Swapaxes")
+class IndexRule(ChannelRule):
+    """Operations that only move elements."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        value = call.inputs[0]
+        result: Axes = [None] * len(call.outputs[0].shape)
+        for k, labels in enumerate(flow.of(value)):
+            if labels is None:
+                continue
+            if (labels == labels[0]).all():  # cannot be told from an axis without channels
+                flow.freeze(labels, reasons.ONLY_NEURON, call.path)
+                continue
+            moved = self._move(call, flow, k, labels)
+            if moved is None or result[moved[0]] is not None:
+                flow.freeze(labels, reasons.MIXED_AXES, call.path)
+                if moved is not None:
+                    flow.freeze(result[moved[0]], reasons.MIXED_AXES, call.path)
+            else:
+                result[moved[0]] = moved[1]
+        return [result]
+
+    def _move(
+        self, call: Call, flow: LabelFlow, axis: int, labels: np.ndarray
+    ) -> tuple[int, np.ndarray] | None:
+        """Where the labels of one axis end up: (axis, labels), or None if they are mixed up.
+
+        If they spread over several axes (channels become heads x dimensions), labels are tied
+        within the first of these axes, so that whole heads go.
+        """
+        value, target = call.inputs[0], call.outputs[0].shape
+        shape = [1] + [size or _STAND_IN for size in value.shape[1:]]
+        along = [-1 if k == axis else 1 for k in range(len(shape))]
+        array = np.broadcast_to(labels.reshape(along), shape).astype("int32")
+        moved = np.array(call.operation.call(ops.convert_to_tensor(array)))
+        if moved.shape[0] != 1 or moved.ndim != len(target):
+            return None
+        varying = [k for k in range(1, moved.ndim) if (np.diff(moved, axis=k) != 0).any()]
+        if not varying or target[varying[0]] != moved.shape[varying[0]]:
+            return None
+        rows = np.moveaxis(moved, varying[0], 0).reshape(moved.shape[varying[0]], -1)
+        if len(varying) > 1:
+            for column in rows.T[1:]:
+                flow.unite(rows[:, 0], column, call.path)
+        return varying[0], rows[:, 0]
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
+
+
+def _target(shape: Sequence[int | None]) -> tuple[int, ...]:
+    return tuple(-1 if size is None else size for size in shape)
+
+
+@register_channel_rule(layers.Reshape)
+class ReshapeRule(IndexRule):
+    """`Reshape`: its target shape shrinks with the channels."""
+
+    def edit_config(
+        self,
+        layer: Any,
+        config: dict[str, Any],
+        count: Callable[[str], int | None],
+        shape: tuple[int | None, ...],
+    ) -> None:
+        config["target_shape"] = _target(shape[1:])
+
+
+@register_operator_rule("Reshape")
+class ReshapeOperatorRule(IndexRule):
+    """`keras.ops.reshape`."""
+
+    def replay(
+        self, call: Call, args: Any, kwargs: Any, shapes: Sequence[tuple[int | None, ...]]
+    ) -> Any:
+        return ops.reshape(args[0], _target(shapes[0]))
