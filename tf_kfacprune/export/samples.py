@@ -99,12 +99,12 @@ def _named(batch: Any, signature: Signature, argument: str) -> Named:
             )
         return {name: np.asarray(batch[name]) for name in names}
     if isinstance(batch, list | tuple):
+        if len(batch) == 2 and isinstance(batch[0], Mapping | list | tuple):
+            return _named(batch[0], signature, argument)  # (inputs, labels)
         if len(batch) == len(names):
             return {name: np.asarray(a) for name, a in zip(names, batch, strict=True)}
         if len(batch) == len(names) + 1 == 2:
             return {names[0]: np.asarray(batch[0])}  # (x, y): the labels are not needed
-        if len(batch) == 2 and isinstance(batch[0], Mapping | list | tuple):
-            return _named(batch[0], signature, argument)
         raise DataError(
             f"{argument} must have one array for each of the model's inputs {names}. Found "
             f"{len(batch)}."

@@ -1,0 +1,99 @@
+"""Calibration and verification inputs: accepted forms, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tf_kfacprune.errors import DataError, InvalidArgumentError
+from tf_kfacprune.export.samples import MAX_EXAMPLES, named_examples, random_examples
+from tf_kfacprune.export.serving import Signature
+
+ONE = Signature({"x": ((None, 3), "float32")}, ("output",))
+TWO = Signature({"a": ((None, 2), "float32"), "b": ((None, 2, 2), "int32")}, ("output",))
+A, B = np.arange(8.0).reshape(4, 2), np.ones((4, 2, 2), int)
+X = np.arange(12.0).reshape(4, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        X,
+        [X],
+        {"x": X},
+        (X, np.zeros(4)),
+        iter([X[:3], X[3:]]),
+        ((part, np.zeros(2)) for part in (X[:2], X[2:])),
+    ],
+    ids=["array", "list", "dict", "x and y", "iterator", "iterator of x and y"],
+)
+def test_one_input_is_taken_from_any_form(data):
+    examples = named_examples(data, ONE, "verify_data")
+    np.testing.assert_array_equal(examples["x"], X.astype(np.float32))
+    assert examples["x"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "data", [[A, B], {"b": B, "a": A}, iter([((A, B), np.zeros(4))]), iter([({"a": A, "b": B}, 0)])]
+)
+def test_several_inputs_are_taken_by_name_or_order(data):
+    examples = named_examples(data, TWO, "verify_data")
+    np.testing.assert_array_equal(examples["a"], A)
+    assert examples["b"].dtype == np.int32
+
+
+def test_tf_dataset_is_taken_batch_by_batch():
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices((X, np.zeros(4))).batch(3)
+    np.testing.assert_array_equal(named_examples(dataset, ONE, "verify_data")["x"], X)
+
+
+def test_endless_data_is_read_only_as_far_as_needed():
+    def endless():
+        while True:
+            yield np.ones((100, 3))
+
+    assert len(named_examples(endless(), ONE, "verify_data")["x"]) == MAX_EXAMPLES
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (np.zeros((0, 3)), "empty"),
+        (iter([]), "empty"),
+        (np.zeros((4, 2)), r"shape \('n', 3\).*\(4, 2\)"),
+        (np.zeros(3), r"\(3,\).*batch axis"),
+        (np.array([[1.0, np.nan, 0.0]]), "NaN"),
+        (np.array([["a", "b", "c"]]), "numbers"),
+        ({"y": X}, r"\['x'\] as keys.*\['y'\]"),
+        ([X, X, X], "one array for each"),
+        (7, "int"),
+    ],
+)
+def test_bad_data_is_refused_by_name(data, said):
+    with pytest.raises(DataError, match=said) as caught:
+        named_examples(data, ONE, "representative_data")
+    assert "representative_data" in str(caught.value)
+
+
+def test_single_array_for_several_inputs_is_refused():
+    with pytest.raises(DataError, match=r"dictionary of arrays.*\['a', 'b'\]"):
+        named_examples(A, TWO, "verify_data")
+
+
+def test_inputs_of_different_lengths_are_refused():
+    with pytest.raises(DataError, match="one number of examples"):
+        named_examples({"a": A, "b": B[:2]}, TWO, "verify_data")
+
+
+def test_random_examples_are_the_same_at_every_call():
+    first, second = random_examples(TWO), random_examples(TWO)
+    np.testing.assert_array_equal(first["a"], second["a"])
+    assert set(np.unique(first["b"])) == {0, 1}
+
+
+def test_free_sizes_ask_for_data():
+    free = Signature({"image": ((None, None, None, 3), "float32")}, ("output",))
+    with pytest.raises(InvalidArgumentError, match=r"'image'.*verify_data"):
+        random_examples(free)
