@@ -12,7 +12,9 @@ from tf_kfacprune.gates.gated_layers import (
     GatedSeparableConv1D,
     GatedSeparableConv2D,
 )
+from tf_kfacprune.gates.gated_network import GatedNetwork
 from tf_kfacprune.gates.hard_concrete import HardConcrete
+from tf_kfacprune.gates.insertion import insert_gates
 from tf_kfacprune.gates.neuron_gate import GateBank, GateEdge, NeuronGate
 from tf_kfacprune.gates.proximal import Proximal, UnitInterval
 
@@ -29,10 +31,12 @@ __all__ = [
     "GatedConv3D",
     "GatedConv3DTranspose",
     "GatedDense",
+    "GatedNetwork",
     "GatedSeparableConv1D",
     "GatedSeparableConv2D",
     "HardConcrete",
     "NeuronGate",
     "Proximal",
     "UnitInterval",
+    "insert_gates",
 ]

@@ -68,8 +68,10 @@ class LabelFlow:
         readings: Contraction edges, in order.
         selections: For a call and one of its inputs: axis and labels of the input features that
             the call reads; the others can be cut off right before it.
+        slot_sources: First gate number of every gate source.
         slot_origin: First gate number behind a value that holds a vector of gates.
         num_slots: Number of gates met so far.
+        raw: Values computed from inputs alone, with the name of the input.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class LabelFlow:
         self.slot_origin: dict[Value, int] = {}
         self.slot_sources: dict[Any, int] = {}
         self.num_slots = 0
-        self.raw: dict[Value, str] = {}  # computed from inputs alone -> name of the input
+        self.raw: dict[Value, str] = {}
         self.size = 1
         self._prune_inputs = prune_inputs
         self._is_excluded = is_excluded
@@ -123,6 +125,13 @@ class LabelFlow:
         derived[has_slot] = self._allocate(labels[has_slot], slots[has_slot])
         return derived
 
+    def open_slots(self, source: Any, size: int) -> int:
+        """The number of the first gate of a gate source; the same in all its calls."""
+        if source not in self.slot_sources:
+            self.slot_sources[source] = self.num_slots
+            self.num_slots += size
+        return self.slot_sources[source]
+
     def _allocate(self, base: np.ndarray, slot: np.ndarray | int) -> Labels:
         labels = np.arange(self.size, self.size + len(base))
         self._base = np.concatenate([self._base, base])
@@ -148,6 +157,13 @@ class LabelFlow:
         """Whether some channel of a value has passed a gate."""
         axes = (labels for labels in self.axes[value] if labels is not None)
         return any((self._slot[labels] != NO_SLOT).any() for labels in axes)
+
+    def gate_name(self, value: Value) -> str:
+        """The name of the layer that owns the first gate that a value has passed."""
+        tracked = [labels for labels in self.axes[value] if labels is not None]
+        slot = max(int(self._slot[labels].max()) for labels in tracked)
+        owners = [(start, layer) for layer, start in self.slot_sources.items() if start <= slot]
+        return max(owners, key=lambda owner: owner[0])[1].name
 
     def select(self, call: Call, value: Value, axis: int) -> Labels | None:
         """Labels of one axis; for input features, made here if inputs are prunable."""

@@ -151,16 +151,23 @@ class Graph:
         single = isinstance(outputs, (list, tuple)) and len(outputs) == 1
         return outputs[0] if single else outputs
 
-    def rebuild(self, call_operation: CallOperation | None = None) -> keras.Model:
+    def rebuild(
+        self,
+        call_operation: CallOperation | None = None,
+        begin: Callable[[Sequence[Any]], None] | None = None,
+    ) -> keras.Model:
         """Replays the graph on symbolic tensors into a new, flat Functional model.
 
         Args:
             call_operation: As in `run`, on symbolic tensors.
+            begin: Receives the new model's inputs before the first call.
 
         Returns:
             A model with the name and the input and output structure of the traced one.
         """
         symbolic = [_clone_input(tensor) for tensor in self._functional.inputs]
+        if begin is not None:
+            begin(symbolic)
         env = self._execute(symbolic, call_operation or _call, None)
         return keras.Model(
             self._pack(self._functional._inputs_struct, self.inputs, env),

@@ -1,0 +1,148 @@
+"""Puts gates into a model: on the data input of every contraction that reads prunable neurons."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from tf_kfacprune.errors import UnsupportedModelError
+from tf_kfacprune.gates import rules as _rules  # noqa: F401  (registers the rules of gate layers)
+from tf_kfacprune.gates.neuron_gate import GateBank, GateEdge
+from tf_kfacprune.graph import Call, ChannelGraph, Edge, Value, analyze, fresh_operation
+from tf_kfacprune.graph.channel_graph import Exclude
+
+__all__ = ["describe_frozen", "insert_gates"]
+
+
+def insert_gates(
+    model: keras.Model,
+    *,
+    prune_inputs: bool = False,
+    exclude: Sequence[Exclude] = (),
+    kind: str = "hard_concrete",
+) -> keras.Model:
+    """Builds the gated version of a model.
+
+    One `GateBank` holds the gates of all neurons; a `GateEdge` multiplies the data input of every
+    Dense or convolution layer by the gates of the neurons it reads. There, a closed gate removes
+    the neuron exactly, whatever came before. With all gates open the model is unchanged, to the
+    bit.
+
+    Args:
+        model: A built Sequential or Functional model.
+        prune_inputs: Whether input features are gated too.
+        exclude: Layers that keep all their neurons: names, regular expressions or layers.
+        kind: Kind of gate, `"hard_concrete"` or `"deterministic"`.
+
+    Returns:
+        A flat Functional model of the same layer objects (weights are shared with `model`) and
+        the gates. Nested models are inlined; where two inlined layers have the same name, the
+        later one is renamed, with a warning.
+
+    Raises:
+        UnsupportedModelError: If the model is not built, is subclassed, or nothing in it can be
+            pruned.
+        InvalidArgumentError: If `exclude` or `kind` is wrong.
+    """
+    channels = analyze(model, prune_inputs=prune_inputs, exclude=exclude)
+    if not channels.num_neurons:
+        raise UnsupportedModelError(
+            f"Nothing can be pruned in model {model.name!r}. {describe_frozen(channels)}"
+        )
+    return _Insertion(channels, kind).gated_model()
+
+
+def describe_frozen(channels: ChannelGraph) -> str:
+    """One sentence that says which channels are frozen and why, for error messages."""
+    if not channels.frozen:
+        return "It has no Dense or convolution layer that another one reads."
+    listed = (f"{f.layer!r} ({f.channels} channels): {f.reason}" for f in channels.frozen)
+    return f"Frozen: {'; '.join(listed)}."
+
+
+class _Insertion:
+    def __init__(self, channels: ChannelGraph, kind: str) -> None:
+        self._channels = channels
+        self._names: dict[str, Any] = dict.fromkeys(channels.graph.input_names)
+        self._renamed: list[str] = []
+        self._twins: dict[Any, Any] = {}
+        self._edges: dict[Call, list[Edge]] = {}
+        self._gated: dict[tuple[Value, int, bytes], Any] = {}
+        for call in channels.graph.calls:
+            self._names.setdefault(call.operation.name, call.operation)
+        for edge in channels.edges:
+            if (edge.neurons < channels.num_neurons).any():
+                self._edges.setdefault(edge.call, []).append(edge)
+        self._bank = GateBank(
+            [(group.name, group.size) for group in channels.groups],
+            kind=kind,
+            name=self._free_name("gates"),
+        )
+        self._z: Any = None
+
+    def gated_model(self) -> keras.Model:
+        gated = self._channels.graph.rebuild(self._call, begin=self._begin)
+        if self._renamed:
+            warnings.warn(
+                "Layers of nested models had names that are taken in the flat gated model, and "
+                f"were renamed: {', '.join(self._renamed)}.",
+                stacklevel=4,
+            )
+        return gated
+
+    def _begin(self, inputs: Sequence[Any]) -> None:
+        self._z = self._bank(inputs[0])
+
+    def _call(self, call: Call, args: Any, kwargs: Any) -> Any:
+        operation = self._uniquely_named(call)
+        edges = {edge.value: edge for edge in self._edges.get(call, ())}
+
+        def gate(value: Any, tensor: Any) -> Any:
+            is_read = isinstance(value, Value) and value in edges
+            return self._gate(edges[value], tensor) if is_read else tensor
+
+        args = keras.tree.map_structure(gate, call.args, args)
+        kwargs = {
+            # `training` may have been added; masks and settings are no data.
+            key: keras.tree.map_structure(gate, call.kwargs[key], given)
+            if key in call.kwargs
+            else given
+            for key, given in kwargs.items()
+        }
+        return operation(*args, **kwargs)
+
+    def _gate(self, edge: Edge, tensor: Any) -> Any:
+        key = (edge.value, edge.axis, edge.neurons.tobytes())
+        if key not in self._gated:
+            name = self._free_name(f"{edge.layer.name}_gate")
+            layer = GateEdge(edge.neurons.tolist(), axis=edge.axis, name=name)
+            self._gated[key] = layer([tensor, self._z])
+        return self._gated[key]
+
+    def _uniquely_named(self, call: Call) -> Any:
+        """The operation to call, renamed if another one of that name is already in the model."""
+        operation = call.operation
+        owner = self._names.setdefault(operation.name, operation)
+        if owner is operation:
+            return operation
+        if operation not in self._twins:
+            name = self._free_name(call.path.replace("/", "_"))
+            if call.is_layer:
+                self._renamed.append(f"{operation.name!r} to {name!r}")
+                operation.name = name
+                self._twins[operation] = operation
+            else:
+                self._twins[operation] = fresh_operation(operation, name)
+            self._names[name] = self._twins[operation]
+        return self._twins[operation]
+
+    def _free_name(self, name: str) -> str:
+        free, number = name, 0
+        while free in self._names:
+            number += 1
+            free = f"{name}_{number}"
+        self._names[free] = None
+        return free
