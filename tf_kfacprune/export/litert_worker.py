@@ -94,11 +94,11 @@ def measure(folder: Path, job: dict[str, Any]) -> None:
         interpreters.append(interpreter)
     gc.disable()
     times = np.empty((job["blocks"], len(interpreters)))
-    with_warm_up = [_block(interpreter, 3) for interpreter in interpreters]
+    first_times = [_block(interpreter, 3) for interpreter in interpreters]
     # A block of a slow model is cut short: it needs no 50 runs to show its median.
     runs = [
         max(3, min(job["runs"], int(job["block_seconds"] * 1e6 / max(t, 1e-3))))
-        for t in with_warm_up
+        for t in first_times
     ]
     for block in range(-1, job["blocks"]):  # block -1 warms up
         for i, interpreter in enumerate(interpreters):

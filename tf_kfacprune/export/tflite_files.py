@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,9 @@ def convert(
         folder = Path(temporary)
         write_served(model, signature, folder)
         try:
-            with captured_console() as log:
+            with captured_console() as log, warnings.catch_warnings():
+                # Calibration warns that the interpreter it uses itself is deprecated.
+                warnings.simplefilter("ignore")
                 converter = tf.lite.TFLiteConverter.from_saved_model(temporary)
                 _configure(converter, quantization, representative, io_dtype)
                 content = converter.convert()
