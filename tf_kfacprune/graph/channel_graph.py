@@ -282,7 +282,8 @@ def _refuse_misplaced_gate(call: Call, rule: ChannelRule, flow: LabelFlow) -> No
             return
     kind = type(call.operation).__name__
     raise UnsupportedModelError(
-        f"Gate {flow.gate_name(gated[0])!r} stands in front of {call.path!r} ({kind}), behind which a closed channel is not "
+        f"Gate {flow.gate_name(gated[0])!r} stands in front of {call.path!r} ({kind}), behind "
+        "which a closed channel is not "
         "zero any more or is mixed with others, so it could not be removed exactly. Place the "
         "gate on the data input of the Dense or convolution layer that reads the channel."
     )

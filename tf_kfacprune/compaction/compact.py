@@ -1,0 +1,110 @@
+"""From a gated network to a small, ordinary Keras model that computes the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from tf_kfacprune.compaction.plan import RemovalPlan
+from tf_kfacprune.compaction.rebuilding import rebuild_compact
+from tf_kfacprune.compaction.verification import verify_parity
+from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.gates import GatedNetwork
+from tf_kfacprune.graph import CostModel
+
+__all__ = ["compact", "compaction_report"]
+
+
+def compact(
+    model: Any,
+    *,
+    verify: bool = True,
+    tolerance: float | None = None,
+    verify_data: Any = None,
+) -> keras.Model:
+    """Removes all closed neurons and all gates.
+
+    The result is a plain Functional Keras model: layers have their original names and classes,
+    gates that are neither open nor closed are folded into the weights that read them, and if input
+    features were pruned, the model still takes all of them and picks what it needs.
+
+    Args:
+        model: A `PrunableModel`, or a Keras model that contains gates.
+        verify: Whether to compare the result with the gated model in inference mode.
+        tolerance: Largest relative error allowed, `max |gated - compact| / max |gated|`; by
+            default what rounding explains (1e-5 in float32).
+        verify_data: Inputs for the comparison, in the structure of the model's inputs; random
+            ones by default.
+
+    Returns:
+        The compact model. It shares no weights with `model`.
+
+    Raises:
+        UnsupportedModelError: If the model has no gates or cannot be made smaller exactly.
+        ParityError: If the result differs from the gated model.
+        InvalidArgumentError: If `model` is not a model.
+
+    Example:
+        >>> small = kp.compact(pm)
+    """
+    net = _net_of(model)
+    small = rebuild_compact(_plan(model, net))
+    if verify:
+        verify_parity(net, small, tolerance, verify_data)
+    return small
+
+
+def compaction_report(model: Any, compact_model: keras.Model) -> dict[str, Any]:
+    """What was kept, for records.
+
+    Args:
+        model: What `compact` was given, in the same state.
+        compact_model: What it returned.
+
+    Returns:
+        A dictionary of plain Python values: `layers`, for each layer or input that creates
+        channels the number of channels before and the `kept` ones; `macs` and `params`, each
+        `dense` and `compact`.
+
+    Raises:
+        InvalidArgumentError: If the two models do not belong together.
+    """
+    net = _net_of(model)
+    plan = _plan(model, net)
+    gated = _gated_of(model, net)
+    cost = gated.cost if gated is not None else CostModel(plan.channels)
+    costs = {
+        measure: {"dense": cost.dense(measure), "compact": cost.count(measure, plan.keep)}
+        for measure in cost.measures
+    }
+    if costs["params"]["compact"] != compact_model.count_params():
+        raise InvalidArgumentError(
+            f"Model {compact_model.name!r} has {compact_model.count_params()} parameters, but "
+            f"compacting the given gated model makes {costs['params']['compact']}. Pass the model "
+            "that it was made from, with unchanged gates."
+        )
+    layers = {}
+    for producer in plan.channels.flow.producers:
+        kept = plan.positions(plan.channels.neurons(producer.labels))
+        layers[producer.name] = {"channels": len(producer.labels), "kept": kept.tolist()}
+    return {"layers": layers, **costs}
+
+
+def _net_of(model: Any) -> keras.Model:
+    net = getattr(model, "net", model)
+    if not isinstance(net, keras.Model):
+        raise InvalidArgumentError(
+            "compact takes a PrunableModel or a Keras model with gates. "
+            f"Received: {model!r} (of type {type(model).__name__})"
+        )
+    return net
+
+
+def _gated_of(model: Any, net: keras.Model) -> GatedNetwork | None:
+    # A PrunableModel without a budget trains an ordinary network: nothing goes, nothing is wrong.
+    return model.gated if hasattr(model, "gated") else GatedNetwork(net)
+
+
+def _plan(model: Any, net: keras.Model) -> RemovalPlan:
+    return RemovalPlan(net, _gated_of(model, net))

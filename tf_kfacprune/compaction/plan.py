@@ -1,0 +1,81 @@
+"""Which neurons stay, and what gates their readers absorb."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from tf_kfacprune.errors import UnsupportedModelError
+from tf_kfacprune.gates import GatedNetwork
+from tf_kfacprune.graph import ChannelGraph, Graph, Value, analyze, trace
+
+__all__ = ["RemovalPlan"]
+
+
+class RemovalPlan:
+    """The neurons that stay in a gated network, read off its inference-mode gate values.
+
+    Attributes:
+        graph: The traced network.
+        channels: Its channel graph.
+        keep: For each neuron whether it stays: boolean, shape `(num_neurons,)`.
+        gates: Values of all gates, shape `(num_gates,)`.
+
+    Args:
+        net: A model with gates.
+        gated: Its analysis, if there is one already.
+    """
+
+    def __init__(self, net: keras.Model, gated: GatedNetwork | None) -> None:
+        if gated is None:
+            self.graph: Graph = trace(net)
+            self.channels: ChannelGraph = analyze(self.graph, gated_only=True)
+            self.gates, self.keep = np.ones(0, "float32"), np.ones(0, bool)
+        else:
+            self.graph, self.channels = gated.graph, gated.channels
+            self.gates = gated.gate_values()
+            self.keep = self._kept(gated)
+        self._keep_with_constant = np.append(self.keep, True)
+        self._gate_with_constant = np.append(self.gates, np.float32(1.0))
+        self._scales: dict[Any, np.ndarray] = {}
+        for edge in self.channels.edges:
+            self._add_scale(edge.layer, edge.call.path, self._gate_with_constant[edge.slots])
+
+    def positions(self, neurons: np.ndarray) -> np.ndarray:
+        """The positions that stay on an axis, given the neuron at each position."""
+        return np.flatnonzero(self._keep_with_constant[neurons])
+
+    def scale(self, layer: keras.Layer) -> np.ndarray | None:
+        """The gate values on the input of a contraction layer, or None where there is no gate."""
+        return self._scales.get(layer)
+
+    def shape(self, value: Value) -> tuple[int | None, ...]:
+        """The shape of a tensor once channels are gone."""
+        axes = self.channels.axes(value)
+        return tuple(
+            size if neurons is None else len(self.positions(neurons))
+            for size, neurons in zip(value.shape, axes, strict=True)
+        )
+
+    def _kept(self, gated: GatedNetwork) -> np.ndarray:
+        openness = ops.convert_to_numpy(gated.openness(ops.convert_to_tensor(self.gates)))
+        keep = openness > 0
+        probability = ops.concatenate([source.open_probability() for source in gated.sources])
+        probability = ops.convert_to_numpy(gated.openness(probability))
+        for group in self.channels.groups:
+            members = slice(group.start, group.start + group.size)
+            if not keep[members].any():  # a layer keeps at least one neuron, scaled by its gate: 0
+                keep[group.start + np.argmax(probability[members])] = True
+        return keep
+
+    def _add_scale(self, layer: keras.Layer, path: str, scale: np.ndarray) -> None:
+        known = self._scales.setdefault(layer, scale)
+        if not np.array_equal(known, scale):
+            raise UnsupportedModelError(
+                f"Layer {path!r} is shared, and its calls read through gates of different values, "
+                "which one set of weights cannot absorb. Share the gate too, or use one layer per "
+                "call."
+            )

@@ -1,0 +1,134 @@
+"""Rebuilds a gated network without its closed neurons and without its gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from tf_kfacprune.compaction.plan import RemovalPlan
+from tf_kfacprune.compaction.weights import transfer_weights
+from tf_kfacprune.errors import UnsupportedModelError
+from tf_kfacprune.gates import GateBank
+from tf_kfacprune.gates.rules import GateRule
+from tf_kfacprune.graph import Call, Value, fresh_operation, rule_for
+
+__all__ = ["rebuild_compact"]
+
+
+def rebuild_compact(plan: RemovalPlan) -> keras.Model:
+    """Replays the network with smaller copies of its layers.
+
+    Args:
+        plan: Which neurons stay.
+
+    Returns:
+        A flat Functional model without gates that shares no weights with the network.
+    """
+    return plan.graph.rebuild(_Replay(plan))
+
+
+class _Replay:
+    """Executes calls on symbolic tensors with compact layers in place of the originals."""
+
+    def __init__(self, plan: RemovalPlan) -> None:
+        self._plan = plan
+        self._compact: dict[Any, Any] = {}
+        self._names = set(plan.graph.input_names)
+        self._selected: dict[tuple[Value, int], Any] = {}
+
+    def __call__(self, call: Call, args: Any, kwargs: Any) -> Any:
+        operation, rule = call.operation, rule_for(call.operation)
+        if isinstance(operation, GateBank):
+            return None
+        args = self._select_features(call, args)
+        if isinstance(rule, GateRule):
+            return keras.tree.flatten(args)[0]
+        if not call.is_layer:
+            shapes = [self._plan.shape(value) for value in call.outputs]
+            outputs = rule.replay(call, args, kwargs, shapes)
+            if outputs is not NotImplemented:
+                return outputs
+        if operation in self._compact:
+            return self._compact[operation](*args, **kwargs)
+        compact = self._compact[operation] = self._copy(call)
+        outputs = compact(*args, **kwargs)
+        if call.is_layer and compact is not operation:
+            transfer_weights(operation, compact, self._plan)
+        return outputs
+
+    def _select_features(self, call: Call, args: Any) -> Any:
+        """Cuts off the input features that nothing reads any more."""
+
+        def select(value: Any, tensor: Any) -> Any:
+            selection = None
+            if isinstance(value, Value):
+                selection = self._plan.channels.flow.selections.get((call, value))
+            if selection is None:
+                return tensor
+            axis, labels = selection
+            kept = self._plan.positions(self._plan.channels.neurons(labels))
+            if len(kept) == len(labels):
+                return tensor
+            if (value, axis) not in self._selected:
+                self._selected[value, axis] = ops.take(tensor, kept.tolist(), axis=axis)
+            return self._selected[value, axis]
+
+        return keras.tree.map_structure(select, call.args, args)
+
+    def _copy(self, call: Call) -> Any:
+        operation = call.operation
+        name = self._free_name(call)
+        if not call.is_layer:
+            return fresh_operation(operation, name)
+        if hasattr(operation, "adapt") and not operation.weights:
+            return operation  # a lookup table, whose contents are in no config
+        config = self._edited_config(call)
+        is_edited = config != _config(operation)
+        try:
+            return type(operation).from_config({**config, "name": name})
+        except (NotImplementedError, TypeError, ValueError) as error:
+            if not is_edited and not self._is_touched(operation):
+                return operation  # as it is; some layers do not survive their own config
+            raise UnsupportedModelError(
+                f"Layer {call.path!r} ({type(operation).__name__}) cannot be built anew from its "
+                f"config, so it cannot be made smaller: {error}. Exclude the layers whose neurons "
+                "it reads, or fix its get_config."
+            ) from error
+
+    def _edited_config(self, call: Call) -> dict[str, Any]:
+        layer = call.operation
+        roles = self._plan.channels.roles(layer)
+
+        def count(role: str) -> int | None:
+            return len(self._plan.positions(roles[role])) if role in roles else None
+
+        config = _config(layer)
+        shape = self._plan.shape(call.outputs[0])
+        rule_for(layer).edit_config(layer, config, count, shape)
+        return config
+
+    def _is_touched(self, layer: keras.Layer) -> bool:
+        """Whether a layer loses channels or absorbs a gate."""
+        scale = self._plan.scale(layer)
+        if scale is not None and (scale != 1).any():
+            return True
+        axes = self._plan.channels.roles(layer).values()
+        return any(len(self._plan.positions(neurons)) < len(neurons) for neurons in axes)
+
+    def _free_name(self, call: Call) -> str:
+        candidates = [call.operation.name, call.path.replace("/", "_")]
+        number = 0
+        while candidates[0] in self._names:
+            number += 1
+            candidates = [*candidates[1:], f"{call.path.replace('/', '_')}_{number}"]
+        self._names.add(candidates[0])
+        return candidates[0]
+
+
+def _config(layer: keras.Layer) -> dict[str, Any]:
+    try:
+        return layer.get_config()
+    except NotImplementedError:
+        return {}
