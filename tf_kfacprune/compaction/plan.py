@@ -6,7 +6,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GatedNetwork
@@ -37,7 +36,7 @@ class RemovalPlan:
         else:
             self.graph, self.channels = gated.graph, gated.channels
             self.gates = gated.gate_values()
-            self.keep = self._kept(gated)
+            self.keep = gated.kept_neurons()
         self._keep_with_constant = np.append(self.keep, True)
         self._gate_with_constant = np.append(self.gates, np.float32(1.0))
         self._scales: dict[Any, np.ndarray] = {}
@@ -59,17 +58,6 @@ class RemovalPlan:
             size if neurons is None else len(self.positions(neurons))
             for size, neurons in zip(value.shape, axes, strict=True)
         )
-
-    def _kept(self, gated: GatedNetwork) -> np.ndarray:
-        openness = ops.convert_to_numpy(gated.openness(ops.convert_to_tensor(self.gates)))
-        keep = openness > 0
-        probability = ops.concatenate([source.open_probability() for source in gated.sources])
-        probability = ops.convert_to_numpy(gated.openness(probability))
-        for group in self.channels.groups:
-            members = slice(group.start, group.start + group.size)
-            if not keep[members].any():  # a layer keeps at least one neuron, scaled by its gate: 0
-                keep[group.start + np.argmax(probability[members])] = True
-        return keep
 
     def _add_scale(self, layer: keras.Layer, path: str, scale: np.ndarray) -> None:
         known = self._scales.setdefault(layer, scale)

@@ -78,6 +78,21 @@ class GatedNetwork:
         values = [ops.convert_to_numpy(source.deterministic_values()) for source in self.sources]
         return np.concatenate(values)
 
+    def kept_neurons(self) -> np.ndarray:
+        """Which neurons stay when the network is compacted now: boolean, `(num_neurons,)`.
+
+        Where all neurons of a group are closed, the one most likely to be open stays: a layer
+        keeps at least one.
+        """
+        keep = ops.convert_to_numpy(self.openness(ops.convert_to_tensor(self.gate_values()))) > 0
+        probability = ops.concatenate([source.open_probability() for source in self.sources])
+        probability = ops.convert_to_numpy(self.openness(probability))
+        for group in self.channels.groups:
+            members = slice(group.start, group.start + group.size)
+            if not keep[members].any():
+                keep[group.start + np.argmax(probability[members])] = True
+        return keep
+
     def _gates_by_neuron(self) -> np.ndarray:
         pairs = [np.stack([edge.neurons, edge.slots], axis=1) for edge in self.channels.edges]
         neuron, slot = np.unique(np.concatenate(pairs), axis=0).T
