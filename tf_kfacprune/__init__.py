@@ -1,1 +1,39 @@
-"""Train and prune Keras networks at the same time, toward flat minima."""
+"""Train and prune Keras networks at the same time, toward flat minima.
+
+    import tf_kfacprune as kp
+
+    pm = kp.PrunableModel(network, budget=kp.Budget(macs=0.1))
+    pm.compile(kp.KFAC(1e-2), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    pm.fit(x_train, y_train, epochs=30)
+    small = kp.compact(pm)
+    kp.export.tflite(small, "small.tflite")
+
+References:
+    Ebrahimi & Klabjan, "Neuron-based Pruning of Deep Neural Networks with Better Generalization
+    using Kronecker Factored Curvature Approximation", arXiv 2111.08577.
+"""
+
+from tf_kfacprune import data, diagnostics, errors, export, layers
+from tf_kfacprune.compaction import compact, compaction_report
+from tf_kfacprune.curvature import SpectralRadius
+from tf_kfacprune.graph import register_channel_rule
+from tf_kfacprune.optimizers import KFAC
+from tf_kfacprune.pruning import Budget, Phases
+from tf_kfacprune.training import PrunableModel
+
+__all__ = [
+    "KFAC",
+    "Budget",
+    "Phases",
+    "PrunableModel",
+    "SpectralRadius",
+    "compact",
+    "compaction_report",
+    "data",
+    "diagnostics",
+    "errors",
+    "export",
+    "layers",
+    "register_channel_rule",
+]
+__version__ = "0.1.0"

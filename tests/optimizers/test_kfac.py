@@ -58,7 +58,9 @@ def test_steps_equal_the_float64_reference(use_bias, kl_clip):
     optimizer.bind([block])
     optimizer.build(block.variables)
     reference = _Reference(0.05, 0.8, kl_clip, 0.7)
-    weights = np.concatenate([to_numpy(v).reshape(-1, 3) for v in block.variables]).astype("float64")
+    weights = np.concatenate([to_numpy(v).reshape(-1, 3) for v in block.variables]).astype(
+        "float64"
+    )
     rng = np.random.default_rng(0)
     for seed in range(4):
         a, g = _factors(block.n_a, seed), _factors(3, 10 + seed)
@@ -91,8 +93,10 @@ def test_the_block_is_the_exact_ggn_of_a_linear_layer_with_squared_loss():
     dense = np.array(
         [
             [
-                loss(w0 + unit[i] + unit[j]) - loss(w0 + unit[i] - unit[j])
-                - loss(w0 - unit[i] + unit[j]) + loss(w0 - unit[i] - unit[j])
+                loss(w0 + unit[i] + unit[j])
+                - loss(w0 + unit[i] - unit[j])
+                - loss(w0 - unit[i] + unit[j])
+                + loss(w0 - unit[i] - unit[j])
                 for j in range(15)
             ]
             for i in range(15)
@@ -163,7 +167,9 @@ def test_inverses_follow_their_own_period_after_the_first_steps():
 
 
 def test_config_round_trips():
-    optimizer = KFAC(0.02, damping=0.1, kl_clip=None, labels="data", weight_decay=1e-4, clipnorm=1.0)
+    optimizer = KFAC(
+        0.02, damping=0.1, kl_clip=None, labels="data", weight_decay=1e-4, clipnorm=1.0
+    )
     config = keras.saving.serialize_keras_object(optimizer)
     again = keras.saving.deserialize_keras_object(config)
     assert isinstance(again, KFAC)

@@ -1,5 +1,7 @@
 """Budgets, phases and the landing on a budget."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ def test_even_one_step_runs_have_a_pruning_phase():
 def test_the_target_falls_from_one_to_the_budget_and_stays():
     path = [float(target_fraction(0.1, p)) for p in np.linspace(0, 1, 11).astype("float32")]
     assert path[0] == pytest.approx(1.0)
-    assert all(a >= b for a, b in zip(path, path[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(path))
     np.testing.assert_allclose(path[7:], 0.1, atol=1e-6)
 
 
@@ -64,7 +66,9 @@ def test_landing_is_the_largest_network_within_the_budget(sizes, target, seed):
     groups = np.split(keep, np.cumsum(sizes)[:-1])
     assert all(group.any() for group in groups)
     cost = weights[keep].sum() / weights.sum()
-    best_of_groups = [s + np.argmax(scores[s : s + k]) for s, k in zip(_starts(sizes), sizes, strict=True)]
+    best_of_groups = [
+        s + np.argmax(scores[s : s + k]) for s, k in zip(_starts(sizes), sizes, strict=True)
+    ]
     assert keep[best_of_groups].all()
     removable = [i for i in range(n) if keep[i] and i not in best_of_groups]
     assert cost <= target + 1e-5 or not removable

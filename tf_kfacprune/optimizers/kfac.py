@@ -3,7 +3,8 @@ r"""K-FAC as a Keras optimizer.
 =========  ================================================================  ==============
 symbol     meaning                                                           shape
 =========  ================================================================  ==============
-`A`, `G`   Kronecker factors of a layer, exponential averages                (n_a, n_a), (n_out, n_out)
+`A`        Kronecker factor of a layer's inputs, exponential average         (n_a, n_a)
+`G`        Kronecker factor of its pre-activation gradients, likewise        (n_out, n_out)
 `dW`       gradient of kernel and bias as one matrix                         (n_a, n_out)
 `P`        preconditioned gradient                                           (n_a, n_out)
 `d`        damping                                                           scalar
@@ -236,7 +237,9 @@ class KFAC(keras.optimizers.Optimizer):
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(f)) for f in flat])
         tf.cond(finite, lambda: self._average_in(flat), lambda: None)
         step = tf.convert_to_tensor(self.iterations)
-        due = tf.logical_or(step < self.inverse_every, step % self.inverse_every < self.factor_every)
+        due = tf.logical_or(
+            step < self.inverse_every, step % self.inverse_every < self.factor_every
+        )
         tf.cond(tf.logical_and(due, finite), self._update_inverses, lambda: None)
 
     def _average_in(self, flat: Sequence[Any]) -> None:
@@ -350,7 +353,8 @@ class KFAC(keras.optimizers.Optimizer):
             block = state.block
             size = f"A {block.n_a}x{block.n_a}, G {block.n_out}x{block.n_out}"
             print_fn(f"  {block.name:<24} {size:<28} {_megabytes(state.bytes)}")
-        print_fn(f"  factors and inverses in all: {_megabytes(sum(s.bytes for s in self._layout.states))}")
+        total = sum(state.bytes for state in self._layout.states)
+        print_fn(f"  factors and inverses in all: {_megabytes(total)}")
         reason = NOT_BOUND if self._bound.blocks is None else NO_BLOCK
         print_fn(f"Adam steps: {len(self._layout.rest)} variables ({reason})")
         for index in self._layout.rest:

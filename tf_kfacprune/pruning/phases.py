@@ -33,7 +33,7 @@ class Phases:
     decay: bool = True
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.warmup < 1.0 and 0.0 < self.prune and self.warmup + self.prune < 1.0):
+        if not (0.0 <= self.warmup < 1.0 and self.prune > 0.0 and self.warmup + self.prune < 1.0):
             raise InvalidArgumentError(
                 "Phases need 0 <= warmup, 0 < prune and warmup + prune < 1, so that some steps are "
                 f"left to settle. Received: warmup={self.warmup!r}, prune={self.prune!r}"

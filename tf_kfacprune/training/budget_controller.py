@@ -42,10 +42,11 @@ _INITIAL_PRICE = 1e-2
 _LOG_PRICE_RANGE = (math.log(1e-8), math.log(1e6))
 # A network 10 % too big for 5 % of the pruning phase raises the price e-fold.
 _INTEGRAL_GAIN = 200.0
+_LARGEST_GAIN_PER_STEP = 1.0
 _PROPORTIONAL_GAIN = 3.0
 # Gates can cross their whole range several times within the pruning phase.
 _GATE_TRAVEL = 60.0
-_GATE_RATE_RANGE = (1e-3, 0.1)
+_GATE_RATE_RANGE = (1e-3, 0.3)
 
 
 class BudgetController(keras.layers.Layer):
@@ -58,9 +59,7 @@ class BudgetController(keras.layers.Layer):
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
-    def __init__(
-        self, gated: GatedNetwork, budget: Budget, phases: Phases, **kwargs: Any
-    ) -> None:
+    def __init__(self, gated: GatedNetwork, budget: Budget, phases: Phases, **kwargs: Any) -> None:
         super().__init__(dtype="float32", **kwargs)
         self._plan = _Plan(gated, budget, phases)
         self.gate_optimizer = keras.optimizers.Adam(_GATE_RATE_RANGE[0], name="gate_optimizer")
@@ -178,7 +177,8 @@ class BudgetController(keras.layers.Layer):
         excess = 0.5 * (tf.math.log(tf.stop_gradient(expected)) + tf.math.log(actual))
         excess -= tf.math.log(wanted)
         log_price = tf.convert_to_tensor(self.log_prices[measure])
-        log_price = tf.clip_by_value(log_price + _INTEGRAL_GAIN / steps * excess, *_LOG_PRICE_RANGE)
+        gain = tf.minimum(_INTEGRAL_GAIN / steps, _LARGEST_GAIN_PER_STEP)
+        log_price = tf.clip_by_value(log_price + gain * excess, *_LOG_PRICE_RANGE)
         self.log_prices[measure].assign(log_price)
         price = tf.exp(log_price + _PROPORTIONAL_GAIN * tf.clip_by_value(excess, -1.0, 1.0))
         price = price / wanted

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
-from keras import ops
 
 from tf_kfacprune.curvature import (
     KroneckerBlock,
@@ -26,13 +26,15 @@ def head_of_batch(data: Any, fraction: float) -> Any:
     """The first `ceil(fraction * batch)` examples of every tensor in a structure.
 
     Args:
-        data: Structure of tensors with a common batch axis, or None.
+        data: Structure of tensors with a common batch axis; None stays None.
         fraction: Share of the batch, in (0, 1].
     """
     if fraction == 1.0:
         return data
 
     def head(tensor: Any) -> Any:
+        if tensor is None:
+            return None
         batch = tf.cast(tf.shape(tensor)[0], "float32")
         return tensor[: tf.cast(tf.math.ceil(fraction * batch), "int32")]
 
@@ -122,16 +124,14 @@ class CurvaturePenalty(keras.layers.Layer):
             radii: list[Any] = [0.0] * len(blocks)
             for record, g_of_record in zip(records, g, strict=True):
                 i = place[id(record.block)]
-                radii[i] += layer_spectral_radius(
-                    record.block, record.x, g_of_record, u[i], v[i]
-                )
+                radii[i] += layer_spectral_radius(record.block, record.x, g_of_record, u[i], v[i])
             radius = self.settings.reduce(radii)
             penalty = self.settings.penalty(radius)
         self.radius.assign(radius)
         for record, g_of_record in zip(records, g, strict=True):
             i = place[id(record.block)]
-            self.u[i].assign(_rotate(u[i], lambda w, r=record: r.block.project(r.x, w)))
-            self.v[i].assign(_rotate(v[i], lambda w, g_=g_of_record: _along(g_, w)))
+            self.u[i].assign(_rotate(u[i], functools.partial(record.block.project, record.x)))
+            self.v[i].assign(_rotate(v[i], functools.partial(_along, g_of_record)))
         if self.settings.strength == 0:
             return [tf.zeros(var.shape, var.dtype) for var in variables]
         return tape.gradient(
@@ -166,5 +166,3 @@ class _Target:
     def __init__(self, graph: Graph, blocks: tuple[KroneckerBlock, ...]) -> None:
         self.graph = graph
         self.blocks = blocks
-
-

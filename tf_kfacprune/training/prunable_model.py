@@ -7,7 +7,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from keras import ops
 
 from tf_kfacprune.curvature import (
     KroneckerBlock,
@@ -159,7 +158,7 @@ class PrunableModel(keras.Model):
             kfac.bind(self.blocks)
         # Before weights are loaded: an optimizer without variables would lose its state silently.
         self.optimizer.build(self.network_variables)
-        self._likelihood = _Likelihood(loss)
+        self._compiled = _Compiled(loss, inner_optimizer(self.optimizer))
 
     @property
     def network_variables(self) -> list[keras.Variable]:
@@ -170,8 +169,15 @@ class PrunableModel(keras.Model):
         return [v for v in self.net.trainable_variables if id(v) not in gates]
 
     @property
+    def constant_learning_rate(self) -> float | None:
+        """The learning rate if it is a constant, None if it follows a schedule."""
+        if not self._compiled.constant_learning_rate:
+            return None
+        return float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
+
+    @property
     def _kfac(self) -> KFAC | None:
-        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        inner = inner_optimizer(self.optimizer)
         return inner if isinstance(inner, KFAC) else None
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -244,7 +250,7 @@ class PrunableModel(keras.Model):
 
     def _mean_loss(self, labels: str) -> Any:
         """`(outputs, y) -> scalar`: the likelihood of sampled labels, or the compiled loss."""
-        sampled = self._likelihood.sampled if labels == "sampled" else None
+        sampled = self._compiled.sampled if labels == "sampled" else None
         if sampled is not None:
             return lambda outputs, y: sampled(outputs, self.seed_generator)
         return lambda outputs, y: self.compute_loss(y=y, y_pred=outputs, training=False)
@@ -283,24 +289,13 @@ class PrunableModel(keras.Model):
         if controller is not None:
             scale = self.optimizer.scale_loss(tf.constant(1.0))
             unscaled = [g / scale for g in gate_gradients]
-            tf.cond(
-                controller.is_pruning(), lambda: controller.move_gates(unscaled), lambda: None
-            )
+            tf.cond(controller.is_pruning(), lambda: controller.move_gates(unscaled), lambda: None)
 
     def _decay_learning_rate(self) -> None:
-        if self.controller is not None and self.decays_learning_rate:
+        if self.controller is not None and self._compiled.constant_learning_rate:
             self.optimizer.learning_rate = self.controller.learning_rate()
 
-    @property
-    def decays_learning_rate(self) -> bool:
-        """Whether the settle phase lowers the learning rate: not if a schedule does."""
-        schedule = keras.optimizers.schedules.LearningRateSchedule
-        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        return self.phases.decay and not isinstance(inner._learning_rate, schedule)
-
-    def _update_metrics(
-        self, x: Any, y: Any, y_pred: Any, sample_weight: Any, loss: Any
-    ) -> None:
+    def _update_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, loss: Any) -> None:
         batch = tf.shape(keras.tree.flatten(x)[0])[0]
         for metric in self.metrics:
             if metric.name == "loss":
@@ -366,13 +361,21 @@ class _Anatomy:
                 self.blocks.append(block)
 
 
-class _Likelihood:
-    """The likelihood of the compiled loss, or the reason why it has none."""
+class _Compiled:
+    """What `compile` was told, digested: the likelihood of the loss, the kind of learning rate."""
 
-    def __init__(self, loss: Any) -> None:
-        found: Any = "several losses" if isinstance(loss, (list, dict)) else sampled_likelihood(loss)
+    def __init__(self, loss: Any, optimizer: keras.optimizers.Optimizer) -> None:
+        several = isinstance(loss, (list, tuple, dict))
+        found: Any = "several losses" if several else sampled_likelihood(loss)
         self.sampled = None if isinstance(found, str) else found
         self.reason = found if isinstance(found, str) else None
+        # Keras serializes a schedule as a dictionary, a constant as a number.
+        self.constant_learning_rate = isinstance(optimizer.get_config()["learning_rate"], float)
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer that takes the steps, inside of a loss-scaling one or not."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def _add(gradient: Any, penalty: Any) -> Any:
@@ -398,5 +401,3 @@ def _check_reachable(budget: Budget, gated: GatedNetwork) -> None:
                 f"group. Channels that cannot be pruned: {frozen}. Ask for at least {least:.4g}, "
                 "or unfreeze channels (`inspect` tells how)."
             )
-
-

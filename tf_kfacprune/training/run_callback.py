@@ -24,7 +24,7 @@ class RunCallback(keras.callbacks.Callback):
                 "PrunableModel.fit must know the number of steps to lay out its phases, and the "
                 "data do not tell. Received: steps_per_epoch=None. Pass `steps_per_epoch=...`."
             )
-        rate = float(model.optimizer.learning_rate) if model.decays_learning_rate else None
+        rate = model.constant_learning_rate
         model.controller.plan(int(epochs) * int(steps), rate)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from keras import ops
 
 from tf_kfacprune.errors import NonFiniteError
 
