@@ -11,7 +11,7 @@ from tf_kfacprune.graph.rules.base import (
     ChannelRule,
     Extent,
     register_channel_rule,
-    register_operator_rule,
+    register_internal_rule,
     rule_for,
     weight_extents,
 )
@@ -26,7 +26,7 @@ __all__ = [
     "contractions",
     "merging",
     "register_channel_rule",
-    "register_operator_rule",
+    "register_internal_rule",
     "reshaping",
     "rule_for",
     "weight_extents",

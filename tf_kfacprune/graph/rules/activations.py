@@ -17,7 +17,7 @@ from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
     register_channel_rule,
-    register_operator_rule,
+    register_internal_rule,
 )
 from tf_kfacprune.graph.tracer import Call
 
@@ -74,7 +74,7 @@ class ActivationRule(ChannelRule):
 
 
 @register_channel_rule(layers.ELU)
-@register_operator_rule(
+@register_internal_rule(
     *("Abs", "Absolute", "Cast", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Expm1"),
     *("Floor", "Gelu", "HardShrink", "HardSigmoid", "HardSilu", "HardTanh", "Log", "Log1p"),
     *("LogSigmoid", "Negative", "Reciprocal", "Relu6", "Round", "Rsqrt", "Selu", "Sigmoid"),
@@ -89,7 +89,7 @@ class ElementwiseRule(ChannelRule):
 
 
 @register_channel_rule(layers.LeakyReLU, layers.Identity)
-@register_operator_rule("Relu", "LeakyRelu", "StopGradient")
+@register_internal_rule("Relu", "LeakyRelu", "StopGradient")
 class HomogeneousRule(ElementwiseRule):
     """Functions of each element alone with f(z x) = z f(x)."""
 
@@ -136,7 +136,7 @@ class SoftmaxRule(ChannelRule):
         return [axes]
 
 
-@register_operator_rule("Softmax", "LogSoftmax", "Sparsemax", "Glu")
+@register_internal_rule("Softmax", "LogSoftmax", "Sparsemax", "Glu")
 class CrossChannelOperatorRule(ChannelRule):
     """Operators that mix the entries of an axis."""
 

@@ -25,7 +25,7 @@ __all__ = [
     "channel_axis",
     "extents",
     "register_channel_rule",
-    "register_operator_rule",
+    "register_internal_rule",
     "rule_for",
     "weight_extents",
 ]
@@ -154,7 +154,7 @@ class ChannelRule:
 
 
 _LAYER_RULES: dict[type, ChannelRule] = {}
-_OPERATOR_RULES: dict[str, ChannelRule] = {}
+_INTERNAL_RULES: dict[str, ChannelRule] = {}
 _UNKNOWN = ChannelRule()
 
 
@@ -197,15 +197,15 @@ def register_channel_rule(*layer_classes: type) -> Callable[[RuleClass], RuleCla
     return register
 
 
-def register_operator_rule(*names: str) -> Callable[[RuleClass], RuleClass]:
-    """Class decorator: registers a rule for Keras' own stateless operations, by class name.
+def register_internal_rule(*names: str) -> Callable[[RuleClass], RuleClass]:
+    """Class decorator: registers a rule for classes that Keras does not export, by name.
 
-    The classes behind `x + y` and `keras.ops.*` are not exported by Keras, so they are known by
-    name; only classes that are part of Keras match.
+    These are the operations behind `x + y` and `keras.ops.*`, and a few layers of
+    `keras.applications`. Only classes that are part of Keras match.
     """
 
     def register(rule_class: RuleClass) -> RuleClass:
-        _OPERATOR_RULES.update(dict.fromkeys(names, rule_class()))
+        _INTERNAL_RULES.update(dict.fromkeys(names, rule_class()))
         return rule_class
 
     return register
@@ -216,8 +216,11 @@ def rule_for(operation: Any) -> ChannelRule:
     kind = type(operation)
     if kind in _LAYER_RULES:
         return _LAYER_RULES[kind]
-    is_operator = not isinstance(operation, keras.Layer) and kind.__module__.startswith("keras.")
-    return _OPERATOR_RULES.get(kind.__name__, _UNKNOWN) if is_operator else _UNKNOWN
+    is_internal = kind.__module__.startswith("keras.src.")
+    exported = isinstance(operation, keras.Layer) and hasattr(keras.layers, kind.__name__)
+    if not is_internal or exported:
+        return _UNKNOWN
+    return _INTERNAL_RULES.get(kind.__name__, _UNKNOWN)
 
 
 def channel_axis(layer: Any, rank: int) -> int:

@@ -10,7 +10,12 @@ from keras import layers
 
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, channel_axis, register_channel_rule
+from tf_kfacprune.graph.rules.base import (
+    ChannelRule,
+    channel_axis,
+    register_channel_rule,
+    register_internal_rule,
+)
 from tf_kfacprune.graph.tracer import Call
 
 __all__: list[str] = []
@@ -41,6 +46,22 @@ class BatchNormalizationRule(ChannelRule):
         axes = flow.of(call.inputs[0])
         flow.role(call.operation, "channels", axes[call.operation.axis], call.path)
         return [axes]
+
+
+@register_internal_rule("LayerScale")
+class LayerScaleRule(ChannelRule):
+    """`LayerScale` of ConvNeXt: one factor per channel."""
+
+    weights: ClassVar = {"gamma": ("channels",)}
+    sizes: ClassVar = {"projection_dim": "channels"}
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        axes = flow.of(call.inputs[0])
+        flow.role(call.operation, "channels", axes[-1], call.path)
+        return [axes]
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
 
 
 @register_channel_rule(layers.Normalization, layers.Rescaling)
@@ -88,6 +109,7 @@ class AcrossEverythingRule(ChannelRule):
     layers.AlphaDropout,
     layers.ActivityRegularization,
 )
+@register_internal_rule("StochasticDepth")
 class NoiseRule(ChannelRule):
     """Noise that is absent in inference, element by element."""
 

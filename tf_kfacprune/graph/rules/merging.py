@@ -12,7 +12,7 @@ from tf_kfacprune.graph.labels import CONSTANT, Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
     register_channel_rule,
-    register_operator_rule,
+    register_internal_rule,
 )
 from tf_kfacprune.graph.tracer import Call, Value
 
@@ -20,7 +20,7 @@ __all__: list[str] = []
 
 
 @register_channel_rule(layers.Multiply)
-@register_operator_rule(
+@register_internal_rule(
     *("Add", "Divide", "DivideNoNan", "Maximum", "Minimum", "Multiply", "Power", "Subtract"),
     "TrueDivide",
 )
@@ -70,6 +70,7 @@ class MergeRule(ChannelRule):
 
 
 @register_channel_rule(layers.Add, layers.Subtract, layers.Average, layers.Maximum, layers.Minimum)
+@register_internal_rule("CustomScaleLayer")
 class HomogeneousMergeRule(MergeRule):
     """Merges with f(z x, z y) = z f(x, y)."""
 
@@ -117,7 +118,7 @@ class ConcatenateRule(ChannelRule):
         return True
 
 
-@register_operator_rule("Concatenate")
+@register_internal_rule("Concatenate")
 class ConcatenateOperatorRule(ConcatenateRule):
     """`keras.ops.concatenate`."""
 

@@ -17,7 +17,7 @@ from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
     register_channel_rule,
-    register_operator_rule,
+    register_internal_rule,
 )
 from tf_kfacprune.graph.tracer import Call
 
@@ -27,7 +27,7 @@ _STAND_IN = 2  # size of an axis of unknown size while labels are being moved
 
 
 @register_channel_rule(layers.Flatten, layers.Permute)
-@register_operator_rule("Transpose", "Squeeze", "ExpandDims", "Moveaxis", "Swapaxes")
+@register_internal_rule("Transpose", "Squeeze", "ExpandDims", "Moveaxis", "Swapaxes")
 class IndexRule(ChannelRule):
     """Operations that only move elements."""
 
@@ -95,7 +95,7 @@ class ReshapeRule(IndexRule):
         config["target_shape"] = _target(shape[1:])
 
 
-@register_operator_rule("Reshape")
+@register_internal_rule("Reshape")
 class ReshapeOperatorRule(IndexRule):
     """`keras.ops.reshape`."""
 

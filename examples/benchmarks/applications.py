@@ -1,0 +1,126 @@
+"""Gates and compacts the models of `keras.applications`, and proves that nothing else changes.
+
+    python examples/benchmarks/applications.py [--models=ResNet50,VGG16]
+
+Every model gets random BatchNormalization statistics, biases and layer scales, then random gates,
+hard and soft. Recorded per model: the share of channels outside the classifier that can be pruned,
+what freezes the rest, the relative error between gated and compact model, and how much closing the
+gates changes the output at all, next to which the error is to be judged.
+"""
+
+import gc
+import inspect
+import json
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+from absl import app, flags
+
+from tf_kfacprune.compaction import compact, parity_error, random_inputs
+from tf_kfacprune.gates import GatedNetwork, insert_gates
+from tf_kfacprune.graph import CostModel, analyze
+
+MODELS = flags.DEFINE_list("models", None, "Constructor names; default: all of them.")
+SIZE = flags.DEFINE_integer("size", 96, "Height and width of the input images.")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file; default: results/ beside this script.")
+
+RANDOM = {
+    "beta": (-0.5, 0.5),
+    "moving_mean": (-0.5, 0.5),
+    "bias": (-0.5, 0.5),
+    "gamma": (0.5, 1.5),
+    "variable": (0.5, 1.5),  # LayerScale
+    "moving_variance": (0.5, 1.5),
+}
+
+
+def constructors():
+    """All constructors of `keras.applications`, by name."""
+    return dict(inspect.getmembers(keras.applications, inspect.isfunction))
+
+
+def randomize(model, rng):
+    """Closed channels must not hide behind zeros."""
+    for weight in model.weights:
+        kind = weight.path.rsplit("/", 1)[-1]
+        if kind in RANDOM:
+            weight.assign(rng.uniform(*RANDOM[kind], weight.shape))
+
+
+def channel_share(channels, classifier):
+    """Share of prunable channels outside the classifier, and what freezes the others."""
+    total = sum(len(p.labels) for p in channels.flow.producers if p.name != classifier)
+    frozen = [f for f in channels.frozen if f.layer != classifier]
+    causes = {}
+    for record in frozen:
+        causes[record.reason] = causes.get(record.reason, 0) + record.channels
+    return 1 - sum(f.channels for f in frozen) / total, causes
+
+
+def timed(function, *args, **kwargs):
+    """The result of a call and its wall time in seconds."""
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    return result, round(time.perf_counter() - start, 3)
+
+
+def examine(name, constructor, size):
+    """Gates, compacts and compares one model."""
+    rng = np.random.default_rng(0)
+    model = constructor(
+        weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None
+    )
+    randomize(model, rng)
+    channels, analyze_s = timed(analyze, model)
+    cost, cost_s = timed(CostModel, channels)
+    contractions = [edge.layer for edge in channels.edges]
+    share, causes = channel_share(channels, contractions[-1].name)
+    gated, insert_s = timed(insert_gates, model)
+    x = random_inputs(model, batch_size=2)
+    dense = model(x, training=False)
+    record = {
+        "model": name,
+        "neurons": channels.num_neurons,
+        "groups": len(channels.groups),
+        "prunable_share": round(share, 4),
+        "frozen": causes,
+        "counts_all_parameters": cost.params_dense == model.count_params(),
+        "open_gates_change": parity_error(dense, gated(x, training=False)),
+        "seconds": {"analyze": analyze_s, "cost": cost_s, "insert": insert_s},
+    }
+    (bank,) = GatedNetwork(gated).sources
+    for kind in ("hard", "soft"):
+        values = rng.uniform(0.3, 1.0, bank.size) * (rng.uniform(size=bank.size) < 0.7)
+        bank.set_values((values > 0).astype("float32") if kind == "hard" else values)
+        small, record["seconds"][f"compact_{kind}"] = timed(compact, gated, verify=False)
+        expected = gated(x, training=False)
+        effect = parity_error(dense, expected)
+        record[kind] = {
+            "error": parity_error(expected, small(x, training=False)),
+            "effect": effect,
+            "params": small.count_params() / model.count_params(),
+        }
+        del small
+    return record
+
+
+def main(argv):
+    """Examines the models and writes the records."""
+    del argv
+    output = Path(OUTPUT.value or Path(__file__).parent / "results" / "applications.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    every = constructors()
+    records = {r["model"]: r for r in json.loads(output.read_text())} if output.exists() else {}
+    for name in MODELS.value or every:
+        records[name] = examine(name, every[name], SIZE.value)
+        print(json.dumps(records[name]), flush=True)
+        ordered = [records[key] for key in sorted(records)]
+        output.write_text(json.dumps(ordered, indent=1) + "\n")
+        keras.backend.clear_session()
+        gc.collect()
+
+
+if __name__ == "__main__":
+    app.run(main)
