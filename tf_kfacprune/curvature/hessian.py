@@ -19,7 +19,8 @@ depend on N.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -27,8 +28,12 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from tf_kfacprune.curvature.batches import batches_of, length_of
 from tf_kfacprune.curvature.objective import Objective
-from tf_kfacprune.curvature.second_derivatives import check_second_derivatives
+from tf_kfacprune.curvature.second_derivatives import (
+    check_second_derivatives,
+    reachable_operations,
+)
 from tf_kfacprune.errors import DataError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import GateSource
 
@@ -86,7 +91,7 @@ class CurvatureOperator:
         self._net = _checked_network(model)
         check_second_derivatives(self._net, jacobian_only=curvature == "ggn")
         self._objective = Objective(loss)
-        self._batches = _batches_of(data, batch_size)
+        self._batches = batches_of(data, batch_size)
         self._variables = _parameters(self._net)
         # The shapes of batches differ at most in the last one: two traces.
         product = self._hessian_product if curvature == "hessian" else self._ggn_product
@@ -110,7 +115,7 @@ class CurvatureOperator:
     def num_examples(self) -> int:
         """Number of examples in the data, N (one pass over them, if none was made yet)."""
         if self._num_examples is None:
-            self._checked_count(sum(_length(y) for _, y in self._batches()))
+            self._checked_count(sum(length_of(y) for _, y in self._batches()))
         return self._num_examples or 0
 
     def loss(self) -> float:
@@ -119,7 +124,7 @@ class CurvatureOperator:
         count = 0
         for x, y in self._batches():
             total += float(self._value(x, y))
-            count += _length(y)
+            count += length_of(y)
         return total / self._checked_count(count)
 
     def matvec(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -141,7 +146,7 @@ class CurvatureOperator:
         count = 0
         for x, y in self._batches():
             total += _flattened(self._differentiated(self._product, x, y, parts))
-            count += _length(y)
+            count += length_of(y)
         total /= self._checked_count(count)
         return total if self._scale is None else self._scale * total
 
@@ -190,10 +195,14 @@ class CurvatureOperator:
     def _differentiated(self, function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args)
-        except LookupError as error:  # "gradient registry has no entry for: ..."
+        except Exception as error:
+            # TensorFlow raises LookupError, wrapped in various ways when it traces.
+            missing = re.search(r"gradient registry has no entry for: (\w+)", str(error))
+            if missing is None:
+                raise
             raise UnsupportedModelError(
                 f"Model {self._net.name!r} contains an operation without a second derivative in "
-                f"TensorFlow ({error}). Replace the layer that uses it."
+                f"TensorFlow ({missing[1]}). Replace the layer that uses it."
             ) from error
 
     def _split(self, vector: NDArray[np.float64]) -> list[Any]:
@@ -242,8 +251,14 @@ def _checked_network(model: Any) -> keras.Model:
             f"Model {net.name!r} must be built and have trainable parameters. Call it once on "
             "data, or give it an Input."
         )
-    for layer in net.layers:
-        if layer.compute_dtype not in ("float32", "float64"):
+    outputs = getattr(net, "outputs", None) or [None]  # a subclassed model has no list of them
+    if len(outputs) != 1:
+        raise UnsupportedModelError(
+            f"Model {net.name!r} must have one output. Received: {len(outputs)} outputs. Measure "
+            "one of them: keras.Model(model.inputs, model.outputs[0])."
+        )
+    for layer in reachable_operations(net):
+        if isinstance(layer, keras.Layer) and layer.compute_dtype not in ("float32", "float64"):
             raise UnsupportedModelError(
                 f"Layer {layer.name!r} ({type(layer).__name__}) computes in "
                 f"{layer.compute_dtype}; exact curvature needs float32 or float64. Rebuild the "
@@ -256,49 +271,11 @@ def _parameters(net: keras.Model) -> list[tf.Variable]:
     """Backend variables of all trainable parameters but those of gates."""
     gates = {
         id(variable)
-        for layer in net.layers
-        for source in (layer, getattr(layer, "gate", None))
-        if isinstance(source, GateSource)
-        for variable in source.trainable_variables
+        for operation in reachable_operations(net)
+        if isinstance(operation, GateSource)
+        for variable in operation.trainable_variables
     }
     return [v.value for v in net.trainable_variables if id(v) not in gates]
-
-
-def _batches_of(data: Any, batch_size: int) -> Callable[[], Iterator[tuple[Any, Any]]]:
-    """A function that starts a new pass over the data, in the same order each time."""
-    if isinstance(data, tf.data.Dataset):
-        return lambda: (_pair(element) for element in data)
-    x, y = _pair(data)
-    lengths = {len(part) for part in keras.tree.flatten((x, y))}
-    if len(lengths) != 1 or 0 in lengths:
-        raise DataError(
-            "data: x and y must have the same number of examples, at least one. Received: "
-            f"{sorted(lengths)}"
-        )
-    total = lengths.pop()
-
-    def batches() -> Iterator[tuple[Any, Any]]:
-        for start in range(0, total, batch_size):
-            part = slice(start, start + batch_size)
-            yield keras.tree.map_structure(lambda a, s=part: tf.convert_to_tensor(a[s]), (x, y))
-
-    return batches
-
-
-def _pair(element: Any) -> tuple[Any, Any]:
-    if not isinstance(element, tuple | list) or len(element) != 2:
-        received = f"{type(element).__name__}" + (
-            f" of {len(element)} elements" if isinstance(element, tuple | list) else ""
-        )
-        raise DataError(
-            "data must be a pair (x, y) of arrays, or a tf.data.Dataset of batches (x, y) without "
-            f"sample weights. Received: {received}"
-        )
-    return element[0], element[1]
-
-
-def _length(y: Any) -> int:
-    return int(keras.tree.flatten(y)[0].shape[0])
 
 
 def _inner_product(left: Sequence[Any], right: Sequence[Any]) -> Any:

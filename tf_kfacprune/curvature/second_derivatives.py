@@ -16,7 +16,12 @@ import keras
 
 from tf_kfacprune.errors import UnsupportedModelError
 
-__all__ = ["SecondDerivativeFault", "check_second_derivatives", "second_derivative_faults"]
+__all__ = [
+    "SecondDerivativeFault",
+    "check_second_derivatives",
+    "reachable_operations",
+    "second_derivative_faults",
+]
 
 MOMENTS_STOP_GRADIENT = (
     "tf.nn.moments stops a gradient that matters at second order; the result is off by percents"
@@ -64,7 +69,7 @@ def second_derivative_faults(model: keras.Model) -> list[SecondDerivativeFault]:
         The faults, in the order in which the parts are found; empty for a sound model.
     """
     faults = []
-    for operation in _operations(model):
+    for operation in reachable_operations(model):
         reason, in_jacobian = _fault_of(operation)
         if reason:
             kind = type(operation).__name__
@@ -114,7 +119,7 @@ def _fault_of(operation: keras.Operation) -> tuple[str, bool]:
     return "", False
 
 
-def _operations(root: keras.Operation) -> Iterator[keras.Operation]:
+def reachable_operations(root: keras.Operation) -> Iterator[keras.Operation]:
     """All layers and operations reachable from one, each once, through models and wrappers."""
     seen: set[int] = set()
     pending: list[Any] = [root]

@@ -1,0 +1,333 @@
+"""Exact curvature products against dense float64 Hessians and finite differences."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from tf_kfacprune.curvature.diagnostics import CurvatureOperator, hessian_spectrum
+from tf_kfacprune.curvature.objective import Objective
+from tf_kfacprune.errors import DataError, InvalidArgumentError, UnsupportedModelError
+from tf_kfacprune.gates import GatePhase, NeuronGate
+
+N = 7
+
+
+def with_random_weights(model: keras.Model, seed: int = 0) -> keras.Model:
+    """Biases and moving statistics too, so that no term of the Hessian is zero by accident."""
+    rng = np.random.default_rng(seed)
+    for variable in model.weights:
+        value = rng.normal(size=variable.shape) * 0.7
+        if variable.path.endswith("moving_variance"):
+            value = np.exp(value)
+        variable.assign(value)
+    return model
+
+
+def dense_net(dtype="float64", outputs=3, final="linear") -> keras.Model:
+    return with_random_weights(
+        keras.Sequential(
+            [
+                keras.Input((4,), dtype=dtype),
+                layers.Dense(5, activation="tanh", dtype=dtype),
+                layers.Dense(outputs, activation=final, dtype=dtype),
+            ]
+        )
+    )
+
+
+def conv_net() -> keras.Model:
+    x = inputs = keras.Input((6, 6, 2), dtype="float64")
+    x = layers.Conv2D(3, 3, dtype="float64")(x)
+    x = layers.BatchNormalization(dtype="float64")(x)
+    x = layers.Activation("gelu", dtype="float64")(x)
+    x = layers.MaxPooling2D(dtype="float64")(x)
+    x = layers.Flatten(dtype="float64")(x)
+    return with_random_weights(keras.Model(inputs, layers.Dense(3, dtype="float64")(x)))
+
+
+def data_for(model: keras.Model, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(N, *model.input_shape[1:]))
+    return x, rng.integers(0, model.output_shape[-1], N)
+
+
+def dense_gradient(model, x, y, loss, flat) -> np.ndarray:
+    """Gradient of the mean loss at parameters ``flat``, by one plain tape."""
+    original = [v.numpy() for v in model.trainable_variables]
+    assign(model, flat)
+    with tf.GradientTape() as tape:
+        value = Objective(loss).sum(y, model(x, training=False)) / N
+    gradients = tape.gradient(value, [v.value for v in model.trainable_variables])
+    for variable, value in zip(model.trainable_variables, original, strict=True):
+        variable.assign(value)
+    return np.concatenate([tf.convert_to_tensor(g).numpy().ravel() for g in gradients])
+
+
+def assign(model, flat) -> None:
+    for variable in model.trainable_variables:
+        size = int(np.prod(variable.shape))
+        variable.assign(flat[:size].reshape(variable.shape))
+        flat = flat[size:]
+
+
+def dense_hessian(model, x, y, loss) -> np.ndarray:
+    """Hessian of the mean loss by central differences of the gradient, O(eps^2)."""
+    flat = np.concatenate([v.numpy().ravel() for v in model.trainable_variables])
+    step = 1e-5
+    rows = [
+        dense_gradient(model, x, y, loss, flat + step * unit)
+        - dense_gradient(model, x, y, loss, flat - step * unit)
+        for unit in np.eye(flat.size)
+    ]
+    return np.array(rows) / (2 * step)
+
+
+def dense_ggn(model, x, output_hessian) -> np.ndarray:
+    """(1/N) sum J^T H_l J from explicit Jacobians of the logits."""
+    with tf.GradientTape() as tape:
+        z = model(x, training=False)
+    jacobians = tape.jacobian(z, [v.value for v in model.trainable_variables])
+    j = np.concatenate([part.numpy().reshape(*z.shape, -1) for part in jacobians], axis=-1)
+    return sum(j[i].T @ output_hessian(z.numpy()[i]) @ j[i] for i in range(N)) / N
+
+
+def as_matrix(operator: CurvatureOperator) -> np.ndarray:
+    return np.array([operator.matvec(unit) for unit in np.eye(operator.dimension)])
+
+
+def softmax_hessian(z):
+    p = np.exp(z - z.max())
+    p /= p.sum()
+    return np.diag(p) - np.outer(p, p)
+
+
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@pytest.mark.parametrize("build", [dense_net, conv_net])
+def test_hessian_equals_the_dense_one(build):
+    model = build()
+    x, y = data_for(model)
+    matrix = as_matrix(CurvatureOperator(model, (x, y), CROSS_ENTROPY, batch_size=3))
+    expected = dense_hessian(model, x, y, CROSS_ENTROPY)
+    np.testing.assert_allclose(matrix, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
+    np.testing.assert_allclose(matrix, matrix.T, rtol=0, atol=1e-13 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("build", [dense_net, conv_net])
+def test_ggn_equals_the_dense_one(build):
+    model = build()
+    data = data_for(model)
+    operator = CurvatureOperator(model, data, CROSS_ENTROPY, curvature="ggn", batch_size=3)
+    expected = dense_ggn(model, data[0], softmax_hessian)
+    np.testing.assert_allclose(as_matrix(operator), expected, rtol=0, atol=1e-12)
+
+
+def test_ggn_is_the_same_for_logits_and_for_probabilities():
+    logits, softmax = dense_net(), dense_net(final="softmax")
+    data = data_for(logits)
+    for loss in ("sparse_categorical_crossentropy", keras.losses.SparseCategoricalCrossentropy()):
+        one = as_matrix(CurvatureOperator(softmax, data, loss, curvature="ggn"))
+        two = as_matrix(CurvatureOperator(logits, data, CROSS_ENTROPY, curvature="ggn"))
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-10)
+
+
+def test_ggn_is_the_same_for_odds_and_for_sigmoid_probabilities():
+    logits, sigmoid = dense_net(outputs=2), dense_net(outputs=2, final="sigmoid")
+    x = data_for(logits)[0]
+    y = np.random.default_rng(3).integers(0, 2, (N, 2)).astype("float64")
+    loss = keras.losses.BinaryCrossentropy
+    one = as_matrix(CurvatureOperator(sigmoid, (x, y), loss(), curvature="ggn"))
+    two = as_matrix(CurvatureOperator(logits, (x, y), loss(from_logits=True), curvature="ggn"))
+    np.testing.assert_allclose(one, two, rtol=0, atol=1e-10)
+
+
+def test_ggn_equals_the_hessian_for_a_linear_model_with_squared_error():
+    model = with_random_weights(
+        keras.Sequential([keras.Input((4,), dtype="float64"), layers.Dense(2, dtype="float64")])
+    )
+    x = np.random.default_rng(0).normal(size=(N, 4))
+    y = np.random.default_rng(1).normal(size=(N, 2))
+    hessian = as_matrix(CurvatureOperator(model, (x, y), "mse"))
+    ggn = as_matrix(CurvatureOperator(model, (x, y), "mse", curvature="ggn"))
+    a = np.concatenate([x, np.ones((N, 1))], axis=1)
+    # the mean over 2 outputs of squares: Hessian A (x) I * 2/2; kernel rows first, then the bias
+    np.testing.assert_allclose(hessian, np.kron(a.T @ a / N, np.eye(2)), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(ggn, hessian, rtol=0, atol=1e-13)
+
+
+def test_recurrent_and_attention_layers_match_finite_differences():
+    x = inputs = keras.Input((3, 4), dtype="float64")
+    x = layers.LSTM(2, return_sequences=True, dtype="float64")(x)
+    x = layers.MultiHeadAttention(1, 2, dtype="float64")(x, x)
+    outputs = layers.Dense(2, dtype="float64")(layers.GlobalAveragePooling1D(dtype="float64")(x))
+    model = with_random_weights(keras.Model(inputs, outputs))
+    x, y = data_for(model)
+    operator = CurvatureOperator(model, (x, y), CROSS_ENTROPY)
+    flat, v = operator.parameters, np.random.default_rng(2).normal(size=operator.dimension)
+    step = 1e-5
+    ahead = dense_gradient(model, x, y, CROSS_ENTROPY, flat + step * v)
+    behind = dense_gradient(model, x, y, CROSS_ENTROPY, flat - step * v)
+    np.testing.assert_allclose(operator.matvec(v), (ahead - behind) / (2 * step), atol=1e-8)
+
+
+def test_embedding_gradients_are_counted_densely():
+    inputs = keras.Input((3,), dtype="int32")
+    x = layers.Flatten(dtype="float64")(layers.Embedding(5, 2, dtype="float64")(inputs))
+    model = with_random_weights(keras.Model(inputs, layers.Dense(2, dtype="float64")(x)))
+    x, y = np.random.default_rng(0).integers(0, 5, (N, 3)), np.arange(N) % 2
+    matrix = as_matrix(CurvatureOperator(model, (x, y), CROSS_ENTROPY))
+    expected = dense_hessian(model, x, y, CROSS_ENTROPY)
+    np.testing.assert_allclose(matrix, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
+
+
+def test_float32_products_agree_with_float64_ones_to_float32_rounding():
+    wide, narrow = dense_net(), dense_net("float32")
+    x, y = data_for(wide)
+    exact = as_matrix(CurvatureOperator(wide, (x, y), CROSS_ENTROPY))
+    single = as_matrix(CurvatureOperator(narrow, (x.astype("float32"), y), CROSS_ENTROPY))
+    assert np.linalg.norm(single - exact, 2) <= 20 * np.finfo("float32").eps * np.linalg.norm(
+        exact, 2
+    )
+
+
+def test_batching_and_dataset_objects_do_not_change_the_result():
+    model = dense_net()
+    x, y = data_for(model)
+    v = np.random.default_rng(0).normal(size=model.count_params())
+    whole = CurvatureOperator(model, (x, y), CROSS_ENTROPY, batch_size=100)
+    for other in (
+        CurvatureOperator(model, (x, y), CROSS_ENTROPY, batch_size=2),
+        CurvatureOperator(
+            model, tf.data.Dataset.from_tensor_slices((x, y)).batch(3), CROSS_ENTROPY
+        ),
+    ):
+        np.testing.assert_allclose(other.matvec(v), whole.matvec(v), rtol=1e-12, atol=1e-14)
+        assert other.loss() == pytest.approx(whole.loss(), rel=1e-14)
+        assert other.num_examples == N
+
+
+def test_one_program_serves_all_batches():
+    model = dense_net()
+    operator = CurvatureOperator(model, data_for(model), CROSS_ENTROPY, batch_size=2)
+    for seed in range(3):
+        operator.matvec(np.random.default_rng(seed).normal(size=operator.dimension))
+    assert operator._product.experimental_get_tracing_count() <= 2
+
+
+def test_the_model_is_left_as_it_was():
+    inputs = keras.Input((4,))
+    x = layers.BatchNormalization()(layers.Dense(4)(inputs))
+    model = keras.Model(inputs, layers.Dense(2)(layers.Dropout(0.5)(x)))
+    model.compile("adam", "mse")
+    x = np.random.default_rng(0).normal(size=(N, 4)).astype("float32")
+    y = np.random.default_rng(1).normal(size=(N, 2)).astype("float32")
+    model.train_on_batch(x, y)
+    before = [v.numpy().copy() for v in [*model.variables, *model.optimizer.variables]]
+    one = hessian_spectrum(model, (x, y), "mse", k=2)
+    two = hessian_spectrum(model, (x, y), "mse", k=2)
+    after = [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+    np.testing.assert_array_equal(one.eigenvalues, two.eigenvalues)  # dropout is off
+    for value, expected in zip(after, before, strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+def test_gates_are_constants_and_what_they_close_is_flat():
+    inputs = keras.Input((4,), dtype="float64")
+    gate = NeuronGate(dtype="float64")
+    hidden = gate(layers.Dense(3, activation="tanh", dtype="float64")(inputs))
+    model = keras.Model(inputs, layers.Dense(2, dtype="float64")(hidden))
+    gate.logits.assign([9.0, -9.0, 9.0])
+    gate.phase.assign(GatePhase.PRUNING)
+    data = data_for(model)
+    operator = CurvatureOperator(model, data, CROSS_ENTROPY)
+    assert operator.dimension == 4 * 3 + 3 + 3 * 2 + 2
+    closed = np.array([i % 3 == 1 for i in range(15)] + [2 <= i < 4 for i in range(8)])
+    matrix = as_matrix(operator)
+    assert not np.any(matrix[closed])
+    assert np.any(matrix[~closed])
+
+
+def test_an_object_with_a_net_is_measured_by_its_net():
+    class Holder:
+        def __init__(self, net):
+            self.net = net
+
+    model = dense_net()
+    v = np.ones(model.count_params())
+    data = data_for(model)
+    held = CurvatureOperator(Holder(model), data, CROSS_ENTROPY)
+    plain = CurvatureOperator(model, data, CROSS_ENTROPY)
+    np.testing.assert_array_equal(held.matvec(v), plain.matvec(v))
+
+
+def test_a_subclassed_model_is_measured_once_built():
+    class Custom(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(x) ** 2
+
+    model = Custom()
+    x = np.ones((N, 3), "float32")
+    with pytest.raises(UnsupportedModelError, match="must be built"):
+        CurvatureOperator(model, (x, np.zeros((N, 2))), "mse")
+    model(x)
+    assert CurvatureOperator(model, (x, np.zeros((N, 2))), "mse").dimension == 8
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((np.zeros((0, 4)), np.zeros(0)), "at least one"),
+        ((np.zeros((3, 4)), np.zeros(2)), r"\[2, 3\]"),
+        ((np.zeros((3, 4)),), "1 elements"),
+        (np.zeros((3, 4)), "ndarray"),
+    ],
+    ids=["empty", "unequal", "no labels", "no pair"],
+)
+def test_data_that_do_not_fit_are_described(data, message):
+    with pytest.raises(DataError, match=message):
+        CurvatureOperator(dense_net(), data, "mse")
+
+
+def test_data_that_change_between_passes_are_refused():
+    counts = iter([3, 4])
+    data = tf.data.Dataset.from_generator(
+        lambda: ((np.ones(4), 0) for _ in range(next(counts))),
+        output_signature=(tf.TensorSpec(4, tf.float64), tf.TensorSpec((), tf.int32)),
+    ).batch(2)
+    operator = CurvatureOperator(dense_net(), data, CROSS_ENTROPY)
+    v = np.ones(operator.dimension)
+    operator.matvec(v)
+    with pytest.raises(DataError, match="3 examples in one pass and 4"):
+        operator.matvec(v)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"curvature": "fisher"}, {"scaling": "l2"}, {"batch_size": 0}, {"loss": "nope"}]
+)
+def test_unknown_options_are_named(arguments):
+    model = dense_net()
+    with pytest.raises(InvalidArgumentError, match=next(iter(arguments))):
+        CurvatureOperator(model, data_for(model), **{"loss": "mse", **arguments})
+
+
+def test_reduced_precision_is_refused_by_the_layers_name():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(2, dtype="mixed_bfloat16", name="half")(inputs))
+    with pytest.raises(UnsupportedModelError, match=r"'half'.*bfloat16"):
+        CurvatureOperator(model, (np.zeros((2, 4)), np.zeros((2, 2))), "mse")
+
+
+def test_several_outputs_are_refused():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, [layers.Dense(2)(inputs), layers.Dense(2)(inputs)])
+    with pytest.raises(UnsupportedModelError, match="2 outputs"):
+        CurvatureOperator(model, (np.zeros((2, 4)), np.zeros((2, 2))), "mse")

@@ -1,0 +1,62 @@
+"""A data set as batches in a fixed order, for diagnostics that pass over it many times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_kfacprune.errors import DataError
+
+__all__ = ["batches_of", "length_of"]
+
+
+def batches_of(data: Any, batch_size: int) -> Callable[[], Iterator[tuple[Any, Any]]]:
+    """Prepares repeated passes over a data set.
+
+    Args:
+        data: ``(x, y)`` arrays (x may be nested), or a `tf.data.Dataset` of batches ``(x, y)``.
+        batch_size: Number of examples per batch when ``data`` holds arrays.
+
+    Returns:
+        A function that starts a new pass and yields batches ``(x, y)`` in the order of the data.
+
+    Raises:
+        DataError: If the data are empty, of unequal lengths, or no pair.
+    """
+    if isinstance(data, tf.data.Dataset):
+        return lambda: (_pair(element) for element in data)
+    x, y = _pair(data)
+    lengths = {len(part) for part in keras.tree.flatten((x, y))}
+    if len(lengths) != 1 or 0 in lengths:
+        raise DataError(
+            "data: x and y must have the same number of examples, at least one. Received: "
+            f"{sorted(lengths)}"
+        )
+    total = lengths.pop()
+
+    def batches() -> Iterator[tuple[Any, Any]]:
+        for start in range(0, total, batch_size):
+            part = slice(start, start + batch_size)
+            yield keras.tree.map_structure(lambda a, s=part: tf.convert_to_tensor(a[s]), (x, y))
+
+    return batches
+
+
+def _pair(element: Any) -> tuple[Any, Any]:
+    if not isinstance(element, tuple | list) or len(element) != 2:
+        received = f"{type(element).__name__}" + (
+            f" of {len(element)} elements" if isinstance(element, tuple | list) else ""
+        )
+        raise DataError(
+            "data must be a pair (x, y) of arrays, or a tf.data.Dataset of batches (x, y) without "
+            f"sample weights. Received: {received}"
+        )
+    return element[0], element[1]
+
+
+def length_of(y: Any) -> int:
+    """Number of examples in the labels of a batch."""
+    return int(keras.tree.flatten(y)[0].shape[0])
