@@ -1,0 +1,98 @@
+"""The inspection: groups, savings that come true, and reasons for what stays."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
+from tf_kfacprune.gates import NeuronGate
+from tf_kfacprune.graph import reasons
+from tf_kfacprune.reporting import inspect
+
+
+def residual(filters=8, units=16):
+    image = keras.Input((6, 6, 1), name="image")
+    x = keras.layers.Conv2D(filters, 3, name="stem")(image)
+    x = keras.layers.Add()([x, keras.layers.Conv2D(filters, 3, padding="same", name="branch")(x)])
+    x = keras.layers.Dense(units, name="fc")(keras.layers.Flatten()(x))
+    return keras.Model(image, keras.layers.Dense(3, activation="softmax", name="out")(x))
+
+
+def test_coupled_layers_are_one_group():
+    inspection = inspect(residual())
+    stem, fc = inspection.groups
+    assert (stem.size, stem.producers, stem.consumers) == (8, ("stem", "branch"), ("branch", "fc"))
+    assert (fc.name, fc.size) == ("fc", 16)
+    assert inspection.num_neurons == 24
+
+
+def test_savings_are_those_of_the_model_with_one_neuron_left():
+    model, inspection = residual(), inspect(residual())
+    assert inspection.params == model.count_params()
+    expected = 1 - residual(filters=1).count_params() / model.count_params()
+    assert inspection.groups[0].params_saved == pytest.approx(expected)
+    macs = 16 * 9 * 8 + 16 * 9 * 64 + 128 * 16 + 16 * 3
+    assert inspection.macs == macs
+    fewer = 16 * 9 * 8 + 16 * 9 * 64 + 128 * 1 + 1 * 3
+    assert inspection.groups[1].macs_saved == pytest.approx(1 - fewer / macs)
+    least = residual(filters=1, units=1).count_params() / model.count_params()
+    assert inspection.least_params == pytest.approx(least)
+
+
+def test_frozen_channels_have_a_reason_and_a_place():
+    (output,) = inspect(residual()).frozen
+    assert (output.layer, output.channels) == ("out", 3)
+    assert output.reason == reasons.CROSS_CHANNEL_ACTIVATION
+
+
+def test_inputs_and_exclusions_are_the_callers_choice():
+    model = keras.Sequential(
+        [keras.Input((8,), name="x"), keras.layers.Dense(4, name="fc"), keras.layers.Dense(2)]
+    )
+    assert [group.size for group in inspect(model).groups] == [4]
+    assert [group.size for group in inspect(model, prune_inputs=True).groups] == [8, 4]
+    excluded = inspect(model, exclude=["fc"])
+    assert excluded.groups == ()
+    assert reasons.EXCLUDED in {frozen.reason for frozen in excluded.frozen}
+    with pytest.raises(InvalidArgumentError, match="names no layer"):
+        inspect(model, exclude=["fc9"])
+
+
+def test_gated_model_is_inspected_through_its_own_gates():
+    x = keras.Input((8,), name="x")
+    hidden = keras.layers.Dense(4, name="fc")(x)
+    model = keras.Model(x, keras.layers.Dense(2, name="out")(NeuronGate(name="gate")(hidden)))
+    inspection = inspect(model)
+    assert [group.name for group in inspection.groups] == ["fc"]
+    assert inspection.params == 8 * 4 + 4 + 4 * 2 + 2
+    with pytest.raises(UnsupportedModelError, match="already has gates"):
+        inspect(model, prune_inputs=True)
+
+
+def test_text_and_html_show_groups_and_reasons():
+    inspection = inspect(residual())
+    for shown in [str(inspection), inspection._repr_html_()]:
+        assert "stem, branch" in shown
+        assert reasons.CROSS_CHANNEL_ACTIVATION in shown
+        assert f"{inspection.params:,} parameters" in shown
+
+
+def test_long_lists_of_layers_are_cut_in_the_table_only():
+    x = keras.Input((4, 4, 2))
+    y = keras.layers.Conv2D(2, 1, name="c0")(x)
+    for i in range(6):
+        y = keras.layers.Add()([y, keras.layers.Conv2D(2, 1, name=f"c{i + 1}")(y)])
+    model = keras.Model(x, keras.layers.Dense(2)(keras.layers.Flatten()(y)))
+    inspection = inspect(model)
+    assert len(inspection.groups[0].producers) == 7
+    assert "c0, c1, c2 and 4 more" in " ".join(str(inspection).split())
+
+
+def test_model_without_prunable_neurons_shows_only_reasons():
+    model = keras.Sequential([keras.Input((3,), name="x"), keras.layers.Dense(2, name="out")])
+    text = str(inspect(model))
+    assert "0 neurons can be pruned" in text
+    assert "Neurons that can be pruned" not in text
+    assert np.isclose(inspect(model).least_macs, 1.0)

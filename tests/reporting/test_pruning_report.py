@@ -1,0 +1,99 @@
+"""The report measures both models, and refuses models that do not belong together."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+from tf_kfacprune.compaction import compact
+from tf_kfacprune.errors import DataError, ExportError, InvalidArgumentError
+from tf_kfacprune.gates import GateSource
+from tf_kfacprune.gates.insertion import insert_gates
+from tf_kfacprune.reporting import accuracy, file_size, report
+from tf_kfacprune.reporting.figures import tflite_size
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(40, 6)).astype("float32")
+Y = RNG.integers(0, 3, 40)
+
+
+@pytest.fixture(scope="module")
+def models():
+    keras.utils.set_random_seed(0)
+    dense = keras.Sequential(
+        [
+            keras.Input((6,), name="x"),
+            keras.layers.Dense(20, activation="relu", name="fc"),
+            keras.layers.Dense(3, name="out"),
+        ]
+    )
+    gated = insert_gates(dense)
+    (bank,) = [layer for layer in gated.layers if isinstance(layer, GateSource)]
+    closed = np.where(np.arange(20) < 15, -20.0, 20.0)
+    bank.logits.assign(closed)
+    bank.phase.assign(2)
+    bank.keep.assign((closed > 0).astype("float32"))
+    return dense, gated, compact(gated)
+
+
+def test_report_counts_and_measures_both_models(models):
+    dense, gated, small = models
+    comparison = report(gated, small, dense=dense, data=(X, Y))
+    assert comparison.dense.neurons["fc"] == 20
+    assert comparison.compact.neurons["fc"] == 5
+    assert comparison.kept["fc"] == list(range(15, 20))
+    assert comparison.dense.params == dense.count_params() == 20 * 7 + 3 * 21
+    assert comparison.compact.params == small.count_params() == 5 * 7 + 3 * 6
+    assert (comparison.dense.macs, comparison.compact.macs) == (20 * 9, 5 * 9)
+    assert comparison.dense.accuracy == np.mean(dense.predict(X, verbose=0).argmax(1) == Y)
+    assert comparison.compact.tflite.raw < comparison.dense.tflite.raw
+    assert comparison.latency_ratio > 0.0
+
+
+def test_without_the_dense_model_only_the_compact_one_is_measured(models):
+    _, gated, small = models
+    comparison = report(gated, small, data=(X, Y), files=False)
+    assert comparison.dense.accuracy is None
+    assert comparison.compact.accuracy is not None
+    assert comparison.compact.tflite is None
+    assert comparison.latency_ratio is None
+
+
+def test_models_that_do_not_belong_together_are_refused(models):
+    dense, gated, _ = models
+    with pytest.raises(InvalidArgumentError, match="Pass the model"):
+        report(gated, dense)
+
+
+def test_data_must_be_a_pair(models):
+    _, gated, small = models
+    with pytest.raises(InvalidArgumentError, match=r"pair \(x, y\)"):
+        report(gated, small, data=X)
+
+
+def test_accuracy_counts_the_largest_output(models):
+    dense, _, _ = models
+    right = dense.predict(X, verbose=0).argmax(axis=1)
+    assert accuracy(dense, X, right) == 1.0
+    assert accuracy(dense, X, right[:, None]) == 1.0
+    right[:10] = (right[:10] + 1) % 3
+    assert accuracy(dense, X, right) == 0.75
+
+
+def test_accuracy_refuses_what_is_not_a_classifier(models):
+    single = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+    with pytest.raises(InvalidArgumentError, match="at least 2 classes"):
+        accuracy(single, X, Y)
+    with pytest.raises(DataError, match="39 labels for 40 inputs"):
+        accuracy(models[0], X, Y[:39])
+
+
+def test_file_sizes_are_bytes_as_stored_and_compressed(tmp_path, models):
+    path = tmp_path / "zeros"
+    path.write_bytes(bytes(10_000))
+    assert file_size(path).raw == 10_000
+    assert file_size(path).gzip < 100
+    with pytest.raises(ExportError, match="no such file"):
+        file_size(tmp_path / "none")
+    assert tflite_size(models[0]).raw > 4 * models[0].count_params()

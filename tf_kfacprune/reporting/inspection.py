@@ -1,0 +1,229 @@
+"""What can be pruned in a model, what cannot and why, and what pruning would save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tf_kfacprune.errors import UnsupportedModelError
+from tf_kfacprune.export.serving import layers_within
+from tf_kfacprune.gates import GatedNetwork, GateSource
+from tf_kfacprune.graph import ChannelGraph, CostModel, analyze
+from tf_kfacprune.reporting.rendering import Rendered
+
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
+
+__all__ = ["FrozenChannels", "GroupSummary", "Inspection", "inspect"]
+
+# Longer lists of layers are cut in the table (not in the data).
+_LAYERS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """One group of neurons that have the same producers.
+
+    Attributes:
+        name: name of the group.
+        size: number of neurons.
+        producers: layers or inputs that create the neurons; a neuron goes in all of them at once.
+        consumers: layers that read them.
+        macs_saved: fraction of the model's MACs saved if one neuron stays, in [0, 1].
+        params_saved: the same for parameters.
+    """
+
+    name: str
+    size: int
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    macs_saved: float
+    params_saved: float
+
+
+@dataclass(frozen=True)
+class FrozenChannels:
+    """Channels that cannot be removed.
+
+    Attributes:
+        layer: layer or input that creates them.
+        channels: how many.
+        reason: why, one of the constants in `tf_kfacprune.graph.reasons`.
+        where: layer or operation that froze them.
+    """
+
+    layer: str
+    channels: int
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Inspection(Rendered):
+    """The result of `inspect`; printing it shows tables, a notebook shows them as HTML.
+
+    Attributes:
+        name: name of the model.
+        macs: multiply-accumulates of one inference, without biases.
+        params: number of weights, biases and normalization statistics included.
+        groups: groups of prunable neurons, in the order of the model.
+        frozen: channels that cannot be removed, with reasons.
+        least_macs: the least fraction of MACs that pruning can reach, one neuron left per group.
+        least_params: the same for parameters.
+    """
+
+    name: str
+    macs: int
+    params: int
+    groups: tuple[GroupSummary, ...]
+    frozen: tuple[FrozenChannels, ...]
+    least_macs: float
+    least_params: float
+
+    @property
+    def num_neurons(self) -> int:
+        """Number of prunable neurons."""
+        return sum(group.size for group in self.groups)
+
+    def render(self) -> Group:
+        from rich.console import Group
+
+        parts: list[RenderableType] = [
+            f"Model {self.name!r}: {self.params:,} parameters, {self.macs:,} MACs. "
+            f"{self.num_neurons:,} neurons can be pruned; at the least "
+            f"{_percent(self.least_params)} of the parameters and {_percent(self.least_macs)} of "
+            "the MACs stay."
+        ]
+        if self.groups:
+            parts.append(self._group_table())
+        if self.frozen:
+            parts.append(self._frozen_table())
+        return Group(*parts)
+
+    def _group_table(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table(
+            title="Neurons that can be pruned",
+            caption="saved: when one neuron of the group stays",
+            title_justify="left",
+        )
+        table.add_column("group", overflow="fold")
+        table.add_column("neurons", justify="right")
+        table.add_column("created by", overflow="fold")
+        table.add_column("read by", overflow="fold")
+        table.add_column("MACs saved", justify="right")
+        table.add_column("parameters saved", justify="right")
+        for group in self.groups:
+            table.add_row(
+                group.name,
+                f"{group.size:,}",
+                _shown(group.producers),
+                _shown(group.consumers),
+                _percent(group.macs_saved),
+                _percent(group.params_saved),
+            )
+        return table
+
+    def _frozen_table(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table(title="Channels that cannot be pruned", title_justify="left")
+        table.add_column("created by", overflow="fold")
+        table.add_column("channels", justify="right")
+        table.add_column("reason", overflow="fold")
+        table.add_column("at", overflow="fold")
+        for frozen in self.frozen:
+            table.add_row(frozen.layer, f"{frozen.channels:,}", frozen.reason, frozen.where)
+        return table
+
+
+def inspect(model: Any, *, prune_inputs: bool = False, exclude: Sequence[Any] = ()) -> Inspection:
+    """Shows what can be pruned in a model, what cannot and why, and what it would save.
+
+    Args:
+        model: a Sequential or Functional model; also a gated model or a `PrunableModel`, whose
+            own gates then decide (the other arguments must be left out).
+        prune_inputs: whether input features may be pruned too.
+        exclude: layers that keep all their neurons: names, regular expressions or layers.
+
+    Returns:
+        An inspection that prints as tables.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be traced, or options are given for a model
+            that already has gates.
+        InvalidArgumentError: if ``exclude`` names a layer that does not exist.
+
+    Example:
+        >>> import keras, tf_kfacprune as kp
+        >>> net = keras.Sequential([
+        ...     keras.Input((8,)), keras.layers.Dense(16, name="fc"), keras.layers.Dense(2)
+        ... ])
+        >>> kp.inspect(net).groups[0].size
+        16
+    """
+    net = getattr(model, "net", model)
+    channels, cost = _analysis(net, prune_inputs, exclude)
+    return Inspection(
+        name=net.name,
+        macs=cost.macs_dense,
+        params=cost.params_dense,
+        groups=tuple(_summaries(channels, cost)),
+        frozen=tuple(
+            FrozenChannels(f.layer, f.channels, f.reason, f.where) for f in channels.frozen
+        ),
+        least_macs=cost.least("macs"),
+        least_params=cost.least("params"),
+    )
+
+
+def _analysis(
+    net: Any, prune_inputs: bool, exclude: Sequence[Any]
+) -> tuple[ChannelGraph, CostModel]:
+    has_gates = any(isinstance(layer, GateSource) for layer in layers_within(net))
+    if not has_gates:
+        channels = analyze(net, prune_inputs=prune_inputs, exclude=exclude)
+        return channels, CostModel(channels)
+    if prune_inputs or exclude:
+        raise UnsupportedModelError(
+            f"Model {net.name!r} already has gates, which decide what is pruned: leave out "
+            "prune_inputs and exclude, or inspect the model without gates."
+        )
+    gated = GatedNetwork(net)
+    return gated.channels, gated.cost
+
+
+def _summaries(channels: ChannelGraph, cost: CostModel) -> list[GroupSummary]:
+    summaries = []
+    for group in channels.groups:
+        openness = np.ones(channels.num_neurons)
+        openness[group.start + 1 : group.start + group.size] = 0.0
+        saved = {
+            measure: 1.0 - cost.count(measure, openness) / max(cost.dense(measure), 1)
+            for measure in cost.measures
+        }
+        summaries.append(
+            GroupSummary(
+                name=group.name,
+                size=group.size,
+                producers=group.producers,
+                consumers=group.consumers,
+                macs_saved=saved["macs"],
+                params_saved=saved["params"],
+            )
+        )
+    return summaries
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    if len(names) <= _LAYERS_SHOWN:
+        return ", ".join(names)
+    return f"{', '.join(names[: _LAYERS_SHOWN - 1])} and {len(names) - _LAYERS_SHOWN + 1} more"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
