@@ -56,7 +56,7 @@ def test_existing_folder_is_refused_and_replaced_on_request(model, written):
 
 
 def test_mismatch_raises_and_leaves_nothing(model, tmp_path, monkeypatch):
-    def other_network(folder, inputs):
+    def other_network(folder, inputs, what):
         assert (folder / "saved_model.pb").is_file()
         return {"output": np.ones((len(inputs["image"]), 3), "float32")}
 

@@ -163,11 +163,15 @@ def test_changed_weights_are_found_and_nothing_is_left(model, tmp_path, monkeypa
     assert len(old.read_bytes()) > 1000
 
 
-def test_truncated_file_is_found(files, tmp_path):
+def test_truncated_file_is_found(model, files, tmp_path, monkeypatch):
     half = tmp_path / "half.tflite"
     half.write_bytes(files[None].read_bytes()[:500])
     with pytest.raises(ExportError, match=r"half\.tflite cannot be run"):
         run_tflite(half, X)
+    monkeypatch.setattr(tflite_files, "convert", lambda *args, **options: half.read_bytes())
+    with pytest.raises(ExportError, match=r"The file for \S+/net\.tflite cannot be run"):
+        tflite(model, tmp_path / "net.tflite")
+    assert os.listdir(tmp_path) == ["half.tflite"]
     with pytest.raises(ExportError, match="no such file"):
         run_tflite(tmp_path / "none.tflite", X)
 
@@ -279,6 +283,15 @@ def test_rolled_recurrence_is_refused_in_full_integer_before_the_converter_crash
     data = np.zeros((2, 4, 3), "float32")
     with pytest.raises(UnsupportedModelError, match="unroll=True"):
         tflite(model, tmp_path / "n.tflite", quantization="int8", representative_data=data)
+
+
+def test_rolled_recurrence_needs_a_fixed_batch(tmp_path):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((4, 3))
+    model = keras.Model(x, keras.layers.LSTM(2, name="lstm")(x))
+    with pytest.raises(InvalidArgumentError, match=r"'lstm' \(LSTM\).*batch_size=1"):
+        tflite(model, tmp_path / "net.tflite")
+    tflite(model, tmp_path / "net.tflite", batch_size=1)
 
 
 def test_unrolled_recurrence_converts_in_full_integer(tmp_path):

@@ -74,12 +74,13 @@ def saved_model(
     with atomic_directory(path, marker="saved_model.pb", overwrite=overwrite) as partial:
         write_served(model, signature, partial)
         if inputs is not None:
+            what = f"The SavedModel for {path}"
             compare_outputs(
                 finite_reference(model, signature, inputs),
-                run_saved_model(partial, inputs),
+                run_saved_model(partial, inputs, what=what),
                 tolerance=compute_tolerance(model),
                 quantization=None,
-                what=f"The SavedModel for {path}",
+                what=what,
             )
     return Path(path)
 

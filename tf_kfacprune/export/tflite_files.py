@@ -92,7 +92,7 @@ def tflite(
     """
     check_exportable(model, batch_size)
     _check_options(quantization, representative_data, io_dtype, tolerance)
-    _refuse_rolled_recurrence(model, quantization)
+    _refuse_rolled_recurrence(model, quantization, batch_size)
     signature = Signature.of(model, batch_size)
     representative = None
     if representative_data is not None:
@@ -111,12 +111,13 @@ def tflite(
         )
         if inputs is not None:
             allowed = compute_tolerance(model, quantization) if tolerance is None else tolerance
+            what = f"The file for {path}"
             compare_outputs(
                 finite_reference(model, signature, inputs),
-                run_litert(partial, inputs),
+                run_litert(partial, inputs, what=what),
                 tolerance=allowed,
                 quantization=quantization,
-                what=f"The file for {path}",
+                what=what,
             )
     return Path(path)
 
@@ -258,16 +259,25 @@ def _check_options(
         )
 
 
-def _refuse_rolled_recurrence(model: keras.Model, quantization: str | None) -> None:
-    """Full integer conversion of a rolled recurrent layer crashes the whole process."""
-    if quantization not in _FULL_INTEGER:
-        return
+def _refuse_rolled_recurrence(
+    model: keras.Model, quantization: str | None, batch_size: int | None
+) -> None:
+    """Recurrent loops: they crash full integer conversion, and others need a fixed batch."""
     for layer in layers_within(model):
-        if isinstance(layer, keras.layers.RNN) and not layer.unroll:
+        if not isinstance(layer, keras.layers.RNN) or layer.unroll:
+            continue
+        where = f"Layer {layer.name!r} ({type(layer).__name__})"
+        if quantization in _FULL_INTEGER:
             raise UnsupportedModelError(
-                f"Layer {layer.name!r} ({type(layer).__name__}) cannot be converted with "
-                f"quantization={quantization!r}: the converter crashes on rolled recurrent layers. "
-                "Build the layer with unroll=True, or use 'dynamic'."
+                f"{where} cannot be converted with quantization={quantization!r}: the converter "
+                "crashes on rolled recurrent layers. Build the layer with unroll=True, or use "
+                "'dynamic' with batch_size=1."
+            )
+        if batch_size is None:
+            raise InvalidArgumentError(
+                f"{where} needs a fixed batch size: there is no built-in operation for a "
+                "recurrent loop over a batch of any size. Pass batch_size=1, or build the layer "
+                "with unroll=True."
             )
 
 

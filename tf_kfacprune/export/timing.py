@@ -104,7 +104,7 @@ def latency(
             for i, name in enumerate(names)
         ]
         job = {"files": files, "block_seconds": _BLOCK_SECONDS, **counts}
-        times = litert_job("time", job)["microseconds"]
+        times = litert_job("time", job, what=", ".join(names))["microseconds"]
     ratios = times / times[:, [names.index(reference)]]
     return Latency(
         microseconds=dict(zip(names, np.median(times, axis=0).tolist(), strict=True)),

@@ -144,35 +144,51 @@ def _relative_error(expected: np.ndarray, found: np.ndarray, quantization: str |
     return float(size / max(scale, np.finfo(np.float32).tiny)) if size > 0 else 0.0
 
 
-def run_litert(file: Path, inputs: Named, *, threads: int = 1) -> Named:
+def run_litert(file: Path, inputs: Named, *, threads: int = 1, what: str = "") -> Named:
     """Outputs of a ``.tflite`` file, by name, run by LiteRT in a process without TensorFlow.
+
+    Args:
+        file: the file to run.
+        inputs: arrays by input name.
+        threads: number of threads.
+        what: how messages call the file, if not by its name.
+
+    Returns:
+        Arrays by output name.
 
     Raises:
         ExportError: if LiteRT is not installed, or cannot load or run the file.
     """
-    return litert_job("run", {"file": os.fspath(file), "threads": threads}, inputs)
+    job = {"file": os.fspath(file), "threads": threads}
+    return litert_job("run", job, inputs, what=what or str(file))
 
 
-def litert_job(action: str, job: Mapping[str, Any], inputs: Named | None = None) -> Named:
+def litert_job(
+    action: str, job: Mapping[str, Any], inputs: Named | None = None, *, what: str
+) -> Named:
     """Lets the LiteRT worker do a job and returns the arrays it stored."""
     if importlib.util.find_spec("ai_edge_litert") is None:
         raise ExportError(
             "LiteRT is needed to run a .tflite file and is not installed. Install it with "
             "pip install ai-edge-litert, or pass verify=False to write the file unverified."
         )
-    return _work(_LITERT, action, job, inputs)
+    return _work(_LITERT, action, job, inputs, what)
 
 
-def run_saved_model(folder: Path, inputs: Named) -> Named:
+def run_saved_model(folder: Path, inputs: Named, *, what: str = "") -> Named:
     """Outputs of a SavedModel, by name, run in a process that does not import this package.
+
+    Arguments and result as for `run_litert`.
 
     Raises:
         ExportError: if TensorFlow cannot load or run it there.
     """
-    return _work(_SAVED_MODEL, "run", {"file": os.fspath(folder)}, inputs)
+    return _work(_SAVED_MODEL, "run", {"file": os.fspath(folder)}, inputs, what or str(folder))
 
 
-def _work(worker: str, action: str, job: Mapping[str, Any], inputs: Named | None) -> Named:
+def _work(
+    worker: str, action: str, job: Mapping[str, Any], inputs: Named | None, what: str
+) -> Named:
     """Starts a worker program on a temporary job folder; returns the arrays it leaves there."""
     environment = dict(os.environ, TF_CPP_MIN_LOG_LEVEL="2", CUDA_VISIBLE_DEVICES="-1")
     with tempfile.TemporaryDirectory() as temporary:
@@ -193,17 +209,11 @@ def _work(worker: str, action: str, job: Mapping[str, Any], inputs: Named | None
             )
         except subprocess.TimeoutExpired as error:
             raise ExportError(
-                f"{_subject(job)} was not finished within {_TIME_LIMIT_SECONDS} s."
+                f"{what}: running it took more than {_TIME_LIMIT_SECONDS} s."
             ) from error
         if done.returncode != 0:
             reason = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-            raise ExportError(
-                f"{_subject(job)} cannot be run (exit code {done.returncode}):\n{reason}"
-            )
+            raise ExportError(f"{what} cannot be run (exit code {done.returncode}):\n{reason}")
         names = json.loads((folder / "results.json").read_text())
         with np.load(folder / "results.npz") as archive:
             return dict(zip(names, (archive[key] for key in archive.files), strict=True))
-
-
-def _subject(job: Mapping[str, Any]) -> str:
-    return str(job["file"] if "file" in job else ", ".join(job["files"]))
