@@ -309,9 +309,10 @@ class KFAC(keras.optimizers.Optimizer):
         for place, gradient in zip(places, grads, strict=True):
             by_place[place] = gradient
         preconditioned = self._precondition(by_place, learning_rate)
-        super()._backend_update_step(
-            [preconditioned[place] for place in places], trainable_variables, learning_rate
-        )
+        # In a branch of tf.cond the all-reduce of the base class wants its arguments from that
+        # branch, not some of them from outside.
+        steps = [tf.identity(preconditioned[place]) for place in places]
+        super()._backend_update_step(steps, trainable_variables, learning_rate)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)

@@ -1,0 +1,322 @@
+"""One `fit` that trains and prunes: equality with Keras, phases, budgets, bad input, saving."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_kfacprune as kp
+from tf_kfacprune.errors import (
+    BudgetError,
+    DataError,
+    InvalidArgumentError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
+from tf_kfacprune.gates import GatePhase
+
+to_numpy = keras.ops.convert_to_numpy
+LOSS = "sparse_categorical_crossentropy"
+
+
+def _network(normalized=False):
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((10,), name="features")
+    x = keras.layers.Dense(24, activation="relu", name="first")(inputs)
+    if normalized:
+        x = keras.layers.BatchNormalization(name="norm")(x)
+    x = keras.layers.Dense(16, activation="relu", name="second")(x)
+    return keras.Model(inputs, keras.layers.Dense(3, activation="softmax", name="head")(x))
+
+
+def _data(n=512):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 10)).astype("float32")
+    y = (np.abs(x[:, 0]) + x[:, 1] > 0.8).astype("int32") + (x[:, 2] > 0.5)
+    return x, y.astype("int32")
+
+
+def _fit(model, optimizer=None, epochs=12, **kwargs):
+    model.compile(optimizer or kp.KFAC(0.02), loss=LOSS, metrics=["accuracy"])
+    x, y = _data()
+    return model.fit(x, y, batch_size=32, epochs=epochs, verbose=0, **kwargs).history
+
+
+class _StepLosses(keras.callbacks.Callback):
+    """The mean loss after every step of the first epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.losses.append(float(logs["loss"]))
+
+
+@pytest.mark.parametrize("budget", [None, kp.Budget(macs=1.0)], ids=["none", "open"])
+@pytest.mark.parametrize(
+    "optimizer", [keras.optimizers.SGD(0.1), keras.optimizers.Adam(1e-2)], ids=["sgd", "adam"]
+)
+def test_without_a_budget_to_meet_training_equals_plain_keras(optimizer, budget):
+    x, y = _data(640)
+    losses = []
+    for wrap in (lambda m: m, lambda m: kp.PrunableModel(m, budget=budget)):
+        model = wrap(_network(normalized=True))
+        config = keras.saving.serialize_keras_object(optimizer)
+        model.compile(keras.saving.deserialize_keras_object(config), LOSS)
+        recorder = _StepLosses()
+        model.fit(x, y, batch_size=32, shuffle=False, verbose=0, callbacks=[recorder])
+        losses.append(recorder.losses)
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gate", ["hard_concrete", "deterministic"])
+@pytest.mark.parametrize("budget", [kp.Budget(macs=0.3), kp.Budget(macs=0.5, params=0.25)], ids=str)
+def test_the_network_lands_within_its_budget_and_compacts_to_the_same_function(budget, gate):
+    model = kp.PrunableModel(_network(), budget=budget, gate=gate, seed=0)
+    history = _fit(model)
+    small = kp.compact(model)
+    dense = _network()
+    figures = {"macs": history["macs"][-1], "params": history["params"][-1]}
+    assert figures["params"] == pytest.approx(small.count_params() / dense.count_params())
+    for measure, target in budget.targets.items():
+        assert figures[measure] <= target
+    # One more neuron of the costliest layer would not fit.
+    largest_neuron = 11 + 16
+    slack = min(t - figures[m] for m, t in budget.targets.items())
+    assert slack <= 2 * largest_neuron / dense.count_params()
+    x, _ = _data()
+    np.testing.assert_allclose(small.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-5)
+    assert type(small).__module__.startswith("keras")
+
+
+def test_pruning_beats_chance_by_far():
+    history = _fit(kp.PrunableModel(_network(), budget=kp.Budget(macs=0.3), seed=0), epochs=30)
+    assert history["accuracy"][-1] > 0.85
+
+
+def test_every_phase_does_what_it_says():
+    model = kp.PrunableModel(
+        _network(), budget=kp.Budget(macs=0.3), phases=kp.Phases(warmup=0.25, prune=0.5), seed=0
+    )
+    phases, values, rates = [], [], []
+
+    def watch(epoch, logs):
+        phases.append(int(model.controller.phase()))
+        values.append(model.gated.gate_values())
+        rates.append(float(model.optimizer.learning_rate))
+
+    _fit(model, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=watch)])
+    assert phases == [GatePhase.HELD_OPEN] * 3 + [GatePhase.PRUNING] * 6 + [GatePhase.SETTLED] * 3
+    assert all(np.all(v == 1.0) for v in values[:3])
+    assert not np.array_equal(values[4], values[5])
+    np.testing.assert_array_equal(values[-1], values[-2])
+    assert rates[:9] == [rates[0]] * 9
+    assert rates[8] > rates[9] > rates[10] > rates[11] > 0
+
+
+def test_a_learning_rate_schedule_of_the_user_is_left_alone():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.02, 100, 0.5)
+    model = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.3))
+    _fit(model, kp.KFAC(schedule), epochs=4)
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.02 * 0.5**0.64, rel=1e-4)
+
+
+def test_history_has_cost_neurons_price_and_radius():
+    model = kp.PrunableModel(
+        _network(), budget=kp.Budget(macs=0.3), curvature=kp.SpectralRadius(1e-3)
+    )
+    history = _fit(model, epochs=3)
+    expected = {"loss", "accuracy", "macs", "expected_macs", "params", "expected_params"}
+    expected |= {"neurons", "lambda", "spectral_radius", "skipped_steps"}
+    assert set(history) == expected
+    assert history["spectral_radius"][-1] > 0
+
+
+def test_the_penalty_leads_to_a_smaller_spectral_radius():
+    radii = {}
+    for strength in (0.0, 3e-2):
+        model = kp.PrunableModel(
+            _network(), curvature=kp.SpectralRadius(strength, every=1, batch_fraction=1.0), seed=0
+        )
+        radii[strength] = _fit(model, keras.optimizers.Adam(1e-2), epochs=20)["spectral_radius"]
+    assert np.mean(radii[3e-2][-5:]) < 0.5 * np.mean(radii[0.0][-5:])
+
+
+def test_gates_built_by_hand_are_used_as_they_are():
+    inputs = keras.Input((10,))
+    x = keras.layers.Dense(24, activation="relu", name="first")(inputs)
+    x = kp.layers.GatedDense(16, activation="relu", name="second")(x)
+    net = keras.Model(inputs, kp.layers.GatedDense(3, activation="softmax", name="head")(x))
+    model = kp.PrunableModel(net, budget=kp.Budget(params=0.4), seed=0)
+    assert model.net is net
+    history = _fit(model)
+    small = kp.compact(model)
+    assert history["params"][-1] <= 0.4
+    assert [layer.name for layer in small.layers[1:]] == ["first", "second", "head"]
+
+
+def test_pruned_inputs_are_selected_in_the_compact_model():
+    model = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.1), prune_inputs=True, seed=0)
+    _fit(model)
+    small = kp.compact(model)
+    assert small.input_shape == (None, 10)
+    assert small.get_layer("first").kernel.shape[0] < 10
+
+
+# ---------------------------------------------------------------------- not finite
+
+
+def _snapshot(model):
+    return [to_numpy(v) for v in [*model.net.weights, *model.optimizer.variables]]
+
+
+def test_a_batch_with_nan_changes_nothing_and_is_counted():
+    model = kp.PrunableModel(
+        _network(normalized=True), budget=kp.Budget(macs=0.5), phases=kp.Phases(0.0, 0.5)
+    )
+    _fit(model, epochs=1, callbacks=[])
+    x, y = _data(32)
+    x[5, 3] = np.nan
+    before = _snapshot(model)
+    logs = model.train_on_batch(x, y, return_dict=True)
+    for old, new in zip(before, _snapshot(model), strict=True):
+        np.testing.assert_array_equal(new, old)
+    assert float(logs["skipped_steps"]) == 1
+    assert np.isfinite(logs["loss"])
+
+
+def test_training_ends_with_an_error_after_too_many_bad_batches():
+    model = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.5), max_skipped_steps=3)
+    model.compile(kp.KFAC(0.02), LOSS)
+    x, y = _data(320)
+    x[64:] = np.inf
+    before = [to_numpy(v) for v in model.net.weights]
+    with pytest.raises(NonFiniteError, match=r"in 5 training steps.*max_skipped_steps=3"):
+        model.fit(x, y, batch_size=32, shuffle=False, verbose=0)
+    after = [to_numpy(v) for v in model.net.weights]
+    assert all(np.all(np.isfinite(v)) for v in after)
+    assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_few_bad_batches_do_not_end_the_training():
+    model = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.5), max_skipped_steps=3)
+    model.compile(kp.KFAC(0.02), LOSS)
+    x, y = _data(512)
+    x[40] = x[200] = np.nan
+    history = model.fit(x, y, batch_size=32, epochs=3, shuffle=False, verbose=0).history
+    assert history["skipped_steps"] == [2, 4, 6]
+    assert np.isfinite(history["loss"]).all()
+    assert history["macs"][-1] <= 0.5
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_labels_out_of_range_are_refused_before_training(label):
+    model = kp.PrunableModel(_network())
+    model.compile("sgd", LOSS)
+    x, y = _data(32)
+    y[7] = label
+    with pytest.raises(DataError, match=rf"0 to 2.*{label}"):
+        model.fit(x, y, verbose=0)
+
+
+def test_an_unreachable_budget_says_what_is_the_least():
+    with pytest.raises(BudgetError, match=r"params=0.01 cannot be reached.*least.*params=0.0"):
+        kp.PrunableModel(_network(), budget=kp.Budget(params=0.01))
+
+
+def test_frozen_channels_are_named_when_they_keep_the_budget_out_of_reach():
+    with pytest.raises(BudgetError, match="first"):
+        kp.PrunableModel(_network(), budget=kp.Budget(macs=0.1), exclude=["first"])
+
+
+def test_subclassed_and_unbuilt_models_are_refused():
+    class Custom(keras.Model):
+        def call(self, x):
+            return x
+
+    for model in (Custom(), keras.Sequential([keras.layers.Dense(3)])):
+        with pytest.raises(UnsupportedModelError):
+            kp.PrunableModel(model, budget=kp.Budget(macs=0.5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 0.1}, "budget=0.1"),
+        ({"curvature": 1e-3}, "curvature=0.001"),
+        ({"phases": (0.1, 0.5)}, "phases="),
+        ({"max_skipped_steps": 0}, "max_skipped_steps=0"),
+        ({"budget": kp.Budget(macs=0.5), "gate": "soft"}, "soft"),
+    ],
+    ids=["budget", "curvature", "phases", "max_skipped_steps", "gate"],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        kp.PrunableModel(_network(), **arguments)
+
+
+def test_data_of_unknown_length_need_the_number_of_steps():
+    model = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.5))
+    model.compile("sgd", LOSS)
+    x, y = _data(64)
+
+    def batches():
+        while True:
+            yield x, y
+
+    with pytest.raises(InvalidArgumentError, match="steps_per_epoch"):
+        model.fit(batches(), epochs=1, shuffle=False, verbose=0)
+    model.fit(batches(), epochs=2, steps_per_epoch=4, shuffle=False, verbose=0)
+
+
+# ---------------------------------------------------------------------- saving
+
+
+def test_a_model_saved_in_mid_pruning_goes_on_as_if_nothing_had_happened(tmp_path):
+    x, y = _data()
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
+
+    def run(interrupt):
+        model = kp.PrunableModel(
+            _network(normalized=True),
+            budget=kp.Budget(macs=0.4),
+            curvature=kp.SpectralRadius(1e-3, labels="data"),
+            gate="deterministic",
+        )
+        model.compile(kp.KFAC(0.02, labels="data"), LOSS)
+        if not interrupt:
+            model.fit(data, epochs=8, shuffle=False, verbose=0)
+            return model
+        stop = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch == 3)
+        )
+        model.fit(data, epochs=8, shuffle=False, verbose=0, callbacks=[stop])
+        model.save(tmp_path / "half.keras")
+        loaded = keras.models.load_model(tmp_path / "half.keras")
+        loaded.fit(data, initial_epoch=4, epochs=8, shuffle=False, verbose=0)
+        return loaded
+
+    straight, resumed = run(False), run(True)
+    for a, b in zip(straight.weights, resumed.weights, strict=True):
+        np.testing.assert_array_equal(to_numpy(a), to_numpy(b), err_msg=a.path)
+
+
+def test_network_variables_leave_the_gates_to_their_own_optimizer():
+    model = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.5))
+    paths = [v.path for v in model.network_variables]
+    assert len(paths) == 6
+    assert not any("logits" in path for path in paths)
+
+
+def test_steps_per_execution_and_data_sets_work():
+    x, y = _data()
+    model = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.3))
+    model.compile(kp.KFAC(0.02), LOSS, steps_per_execution=4)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
+    history = model.fit(data, epochs=6, shuffle=False, verbose=0).history
+    assert history["macs"][-1] <= 0.3
