@@ -1,0 +1,40 @@
+"""`kfacprune inspect`: what can be pruned, what cannot and why."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from tf_kfacprune import zoo
+from tf_kfacprune.cli.command import Command
+from tf_kfacprune.cli.shared import add_data_flags, load_data, model_named
+from tf_kfacprune.reporting import inspect
+
+__all__ = ["command"]
+
+
+def command() -> Command:
+    """The command, with flags of its own."""
+    return Command("inspect", "Show what can be pruned, what cannot and why.", _define, _execute)
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "model",
+        None,
+        f"Network: {', '.join(zoo.NAMES)}, or the path of a .keras file.",
+        flag_values=values,
+        required=True,
+    )
+    add_data_flags(values, default=None)
+    flags.DEFINE_bool(
+        "prune_inputs", False, "Count input features as neurons too.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "exclude", [], "Layers that keep all their neurons, comma-separated.", flag_values=values
+    )
+
+
+def _execute(values: flags.FlagValues) -> None:
+    dataset = load_data(values) if values.data else None
+    model = model_named(values.model, dataset)
+    print(inspect(model, prune_inputs=values.prune_inputs, exclude=values.exclude))

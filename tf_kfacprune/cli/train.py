@@ -1,0 +1,159 @@
+"""`kfacprune train`: one run that trains, prunes, compacts, exports and reports."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import keras
+from absl import flags
+
+from tf_kfacprune import zoo
+from tf_kfacprune.cli.command import Command
+from tf_kfacprune.cli.shared import (
+    add_data_flags,
+    add_output_flags,
+    fitted_inputs,
+    load_data,
+    loss_for,
+    model_named,
+)
+from tf_kfacprune.compaction import compact
+from tf_kfacprune.curvature import SpectralRadius
+from tf_kfacprune.data import validation_split
+from tf_kfacprune.export import keras_file, saved_model, tflite
+from tf_kfacprune.export.atomic import atomic_directory
+from tf_kfacprune.optimizers import KFAC
+from tf_kfacprune.pruning import Budget
+from tf_kfacprune.reporting import record, report, write_json_atomic
+from tf_kfacprune.training import PrunableModel
+
+__all__ = ["command"]
+
+_OPTIMIZERS = ("kfac", "adam", "sgd")
+RECORD = "record.json"
+
+
+def command() -> Command:
+    """The command, with flags of its own."""
+    return Command("train", "Train and prune a network, compact and export it.", _define, _execute)
+
+
+def _define(values: flags.FlagValues) -> None:
+    add_data_flags(values)
+    flags.DEFINE_string(
+        "model",
+        "digits_cnn",
+        f"Network: {', '.join(zoo.NAMES)}, or the path of a .keras file of your own.",
+        flag_values=values,
+    )
+    for measure, meaning in [("macs", "multiply-accumulates"), ("params", "parameters")]:
+        flags.DEFINE_float(
+            f"budget_{measure}",
+            None,
+            f"Fraction of the dense network's {meaning} to keep, in (0, 1]. Without any budget "
+            "nothing is pruned.",
+            flag_values=values,
+        )
+    flags.DEFINE_bool("prune_inputs", False, "Prune input features too.", flag_values=values)
+    flags.DEFINE_list(
+        "exclude", [], "Layers that keep all their neurons, comma-separated.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "curvature",
+        0.0,
+        "Strength of the penalty on the spectral radius of the curvature; 0 for none.",
+        lower_bound=0.0,
+        flag_values=values,
+    )
+    flags.DEFINE_enum("optimizer", "kfac", _OPTIMIZERS, "Optimizer.", flag_values=values)
+    flags.DEFINE_float(
+        "learning_rate", None, "Learning rate; the optimizer's own if left out.", flag_values=values
+    )
+    for name, default, meaning in [
+        ("epochs", 30, "Passes over the training data, all phases together."),
+        ("batch_size", 128, "Examples per step."),
+    ]:
+        flags.DEFINE_integer(name, default, meaning, lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "validation",
+        0,
+        "Hold out this many training examples and measure on them instead of the test set.",
+        lower_bound=0,
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "compare_dense", False, "Train the dense network too, to compare with.", flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of everything random.", flag_values=values)
+    add_output_flags(
+        values,
+        "output_dir",
+        "Folder for pruned.keras, compact.keras, compact.tflite, saved_model and record.json.",
+    )
+
+
+def _execute(values: flags.FlagValues) -> None:
+    # The folder appears whole at the end, or not at all; a wrong one is refused before training.
+    with atomic_directory(values.output_dir, marker=RECORD, overwrite=values.overwrite) as folder:
+        comparison = _train_into(folder, values)
+    print(comparison)
+    print(f"Wrote {values.output_dir}{os.sep}")
+
+
+def _train_into(folder: Path, values: flags.FlagValues) -> Any:
+    keras.utils.set_random_seed(values.seed)
+    targets = {"macs": values.budget_macs, "params": values.budget_params}
+    asked = {measure: target for measure, target in targets.items() if target is not None}
+    budget = Budget(**asked) if asked else None
+    dataset = load_data(values)
+    if values.validation:
+        dataset = validation_split(dataset, values.validation)
+    network = model_named(values.model, dataset, values.seed)
+    x_train = fitted_inputs(network, dataset.x_train)
+    x_test = fitted_inputs(network, dataset.x_test)
+    loss = loss_for(network)
+    dense = None
+    if values.compare_dense:
+        dense = model_named(values.model, dataset, values.seed)
+        _fit(PrunableModel(dense, seed=values.seed), loss, x_train, dataset.y_train, values)
+    pruned = PrunableModel(
+        network,
+        budget=budget,
+        curvature=SpectralRadius(values.curvature) if values.curvature else None,
+        prune_inputs=values.prune_inputs,
+        exclude=values.exclude,
+        seed=values.seed,
+    )
+    _fit(pruned, loss, x_train, dataset.y_train, values)
+    small = compact(pruned)
+    keras_file(pruned, folder / "pruned.keras")
+    keras_file(small, folder / "compact.keras")
+    saved_model(small, folder / "saved_model", verify_data=x_test[:256])
+    tflite(small, folder / "compact.tflite", verify_data=x_test[:256])
+    comparison = report(pruned, small, dense=dense, data=(x_test, dataset.y_test))
+    write_json_atomic(
+        folder / RECORD,
+        record(
+            comparison,
+            data=dataset.name,
+            seed=values.seed,
+            budget=asked,
+            model=values.model,
+            epochs=values.epochs,
+            batch_size=values.batch_size,
+        ),
+    )
+    return comparison
+
+
+def _fit(model: PrunableModel, loss: Any, x: Any, y: Any, values: flags.FlagValues) -> None:
+    model.compile(optimizer=_optimizer(values), loss=loss, metrics=["accuracy"])
+    model.fit(x, y, batch_size=values.batch_size, epochs=values.epochs, verbose=2)
+
+
+def _optimizer(values: flags.FlagValues) -> keras.optimizers.Optimizer:
+    chosen = {"kfac": KFAC, "adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}
+    rate = {} if values.learning_rate is None else {"learning_rate": values.learning_rate}
+    return chosen[values.optimizer](**rate)
