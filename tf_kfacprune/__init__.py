@@ -13,12 +13,13 @@ References:
     using Kronecker Factored Curvature Approximation", arXiv 2111.08577.
 """
 
-from tf_kfacprune import data, diagnostics, errors, export, layers
+from tf_kfacprune import data, diagnostics, errors, export, layers, reporting, zoo
 from tf_kfacprune.compaction import compact, compaction_report
 from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.graph import register_channel_rule
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.pruning import Budget, Phases
+from tf_kfacprune.reporting import inspect, report
 from tf_kfacprune.training import PrunableModel
 
 __all__ = [
@@ -33,7 +34,11 @@ __all__ = [
     "diagnostics",
     "errors",
     "export",
+    "inspect",
     "layers",
     "register_channel_rule",
+    "report",
+    "reporting",
+    "zoo",
 ]
 __version__ = "0.1.0"

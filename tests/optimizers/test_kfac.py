@@ -9,6 +9,7 @@ from tf_kfacprune.curvature import block_for, per_example_gradients
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.graph import trace
 from tf_kfacprune.optimizers import KFAC
+from tf_kfacprune.training import PrunableModel
 
 to_numpy = keras.ops.convert_to_numpy
 
@@ -189,6 +190,20 @@ def test_summary_lists_blocks_memory_and_the_rest_with_a_reason():
     assert "free" in text
     assert "7 parameters" in text
     assert "not a kernel or bias" in text
+
+
+def test_summary_gives_the_reason_of_each_variable():
+    inputs = keras.Input((8, 8, 4))
+    x = keras.layers.Conv2D(4, 3, groups=2, name="grouped")(inputs)
+    x = keras.layers.Flatten()(keras.layers.BatchNormalization(name="norm")(x))
+    model = PrunableModel(keras.Model(inputs, keras.layers.Dense(2)(x)))
+    optimizer = KFAC()
+    model.compile(optimizer, "mse")
+    lines = []
+    optimizer.summary(print_fn=lines.append)
+    by_variable = {line.split()[0]: line for line in lines if "parameters" in line}
+    assert "grouped convolution" in by_variable["grouped/kernel"]
+    assert "BatchNormalization" in by_variable["norm/gamma"]
 
 
 def test_summary_says_so_when_no_model_hands_factors_over():

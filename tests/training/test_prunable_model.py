@@ -274,6 +274,21 @@ def test_data_of_unknown_length_need_the_number_of_steps():
     model.fit(batches(), epochs=2, steps_per_epoch=4, shuffle=False, verbose=0)
 
 
+def test_the_penalty_refuses_layers_with_wrong_second_derivatives_by_name():
+    inputs = keras.Input((4, 4, 1))
+    x = keras.layers.UpSampling2D(interpolation="bilinear", name="up")(inputs)
+    net = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
+    with pytest.raises(UnsupportedModelError, match="'up'"):
+        kp.PrunableModel(net, curvature=kp.SpectralRadius(1e-3))
+    kp.PrunableModel(net, curvature=kp.SpectralRadius(0.0))
+
+
+def test_a_loss_without_a_likelihood_falls_back_with_a_warning():
+    model = kp.PrunableModel(_network())
+    with pytest.warns(UserWarning, match="KFAC.*empirical Fisher.*hinge"):
+        model.compile(kp.KFAC(), "categorical_hinge")
+
+
 # ---------------------------------------------------------------------- saving
 
 

@@ -8,6 +8,7 @@ from tf_kfacprune.curvature.capture import (
     per_example_gradients,
 )
 from tf_kfacprune.curvature.fisher import SampledLikelihood, sampled_likelihood
+from tf_kfacprune.curvature.second_derivatives import check_second_derivatives
 from tf_kfacprune.curvature.spectral_radius import SpectralRadius, layer_spectral_radius
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "SpectralRadius",
     "block_for",
     "capture",
+    "check_second_derivatives",
     "kronecker_factors",
     "layer_spectral_radius",
     "per_example_gradients",

@@ -27,7 +27,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -49,10 +49,19 @@ _TINY = 1e-20
 
 
 class _Bound:
-    """The blocks a model bound the optimizer to, or None before it did."""
+    """What a model bound the optimizer to: its blocks, or None before it did, and the rest."""
 
-    def __init__(self, blocks: tuple[KroneckerBlock, ...] | None) -> None:
+    def __init__(
+        self, blocks: tuple[KroneckerBlock, ...] | None, reasons: Mapping[str, str]
+    ) -> None:
         self.blocks = blocks
+        self.reasons = dict(reasons)
+
+    def reason(self, variable: keras.Variable) -> str:
+        """Why a variable takes Adam steps."""
+        if self.blocks is None:
+            return NOT_BOUND
+        return self.reasons.get(variable.path, NO_BLOCK)
 
 
 class _Layout:
@@ -171,15 +180,18 @@ class KFAC(keras.optimizers.Optimizer):
         self.labels = labels
         self.adam_ratio = adam_ratio
         self._layout = _Layout([], 0)
-        self._bound = _Bound(None)
+        self._bound = _Bound(None, {})
 
     # ------------------------------------------------------------------ building
 
-    def bind(self, blocks: Sequence[KroneckerBlock]) -> None:
+    def bind(
+        self, blocks: Sequence[KroneckerBlock], reasons: Mapping[str, str] | None = None
+    ) -> None:
         """Tells the optimizer which layers have Kronecker blocks; called before it is built.
 
         Args:
             blocks: Blocks whose factors the model will hand to `update_factors`, in this order.
+            reasons: Path of a variable -> why it is in no block; shown by `summary`.
 
         Raises:
             InvalidArgumentError: If the optimizer is built already, for other blocks.
@@ -192,7 +204,7 @@ class KFAC(keras.optimizers.Optimizer):
                     f"{[b.name for b in blocks]}. Give each model an optimizer of its own."
                 )
             return
-        self._bound = _Bound(tuple(blocks))
+        self._bound = _Bound(tuple(blocks), reasons or {})
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         if self.built:
@@ -356,12 +368,11 @@ class KFAC(keras.optimizers.Optimizer):
             print_fn(f"  {block.name:<24} {size:<28} {_megabytes(state.bytes)}")
         total = sum(state.bytes for state in self._layout.states)
         print_fn(f"  factors and inverses in all: {_megabytes(total)}")
-        reason = NOT_BOUND if self._bound.blocks is None else NO_BLOCK
-        print_fn(f"Adam steps: {len(self._layout.rest)} variables ({reason})")
+        print_fn(f"Adam steps: {len(self._layout.rest)} variables")
         for index in self._layout.rest:
             variable = self._trainable_variables[index]
-            count = math.prod(variable.shape)
-            print_fn(f"  {variable.path:<40} {count:,} parameters")
+            count = f"{math.prod(variable.shape):,} parameters"
+            print_fn(f"  {variable.path:<32} {count:<20} {self._bound.reason(variable)}")
 
     def get_config(self) -> dict[str, Any]:
         return {

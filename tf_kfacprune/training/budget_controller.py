@@ -40,10 +40,10 @@ __all__ = ["BudgetController"]
 
 _INITIAL_PRICE = 1e-2
 _LOG_PRICE_RANGE = (math.log(1e-8), math.log(1e6))
-# A network 10 % too big for 5 % of the pruning phase raises the price e-fold.
-_INTEGRAL_GAIN = 200.0
+# A network 10 % too big for a quarter of the pruning phase raises the price e-fold,
+_INTEGRAL_GAIN = 40.0
 _LARGEST_GAIN_PER_STEP = 1.0
-_PROPORTIONAL_GAIN = 3.0
+_PROPORTIONAL_GAIN = 10.0
 # Gates can cross their whole range several times within the pruning phase.
 _GATE_TRAVEL = 60.0
 _GATE_RATE_RANGE = (1e-3, 0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from tf_kfacprune.curvature import (
     KroneckerBlock,
     SpectralRadius,
     block_for,
+    check_second_derivatives,
     kronecker_factors,
     per_example_gradients,
     sampled_likelihood,
@@ -58,7 +60,8 @@ class PrunableModel(keras.Model):
         gated: Analysis of `net` (a `GatedNetwork`), or None without gates.
 
     Raises:
-        UnsupportedModelError: If the model is not built, is subclassed, or cannot be gated.
+        UnsupportedModelError: If the model is not built, is subclassed, or cannot be gated; if
+            the curvature penalty meets a layer whose second derivative is wrong or missing.
         BudgetError: If frozen channels keep the budget out of reach.
         InvalidArgumentError: If an argument has the wrong type or value.
 
@@ -103,6 +106,8 @@ class PrunableModel(keras.Model):
         gated = GatedNetwork(model) if has_gates else None
         if budget is not None and gated is not None:
             _check_reachable(budget, gated)
+        if curvature is not None and curvature.strength > 0:
+            check_second_derivatives(model)
         kwargs.setdefault("name", f"prunable_{model.name}")
         super().__init__(**kwargs)
         self.net = model
@@ -155,10 +160,17 @@ class PrunableModel(keras.Model):
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
         kfac = self._kfac
         if kfac is not None:
-            kfac.bind(self.blocks)
+            kfac.bind(self.blocks, self._anatomy.reasons)
         # Before weights are loaded: an optimizer without variables would lose its state silently.
         self.optimizer.build(self.network_variables)
         self._compiled = _Compiled(loss, inner_optimizer(self.optimizer))
+        users = [user for user in (kfac, self.curvature) if user and user.labels == "sampled"]
+        if users and self._compiled.reason is not None:
+            warnings.warn(
+                f"{' and '.join(type(user).__name__ for user in users)} of {self.name!r} fall back "
+                f"on the empirical Fisher (labels='data'): {self._compiled.reason}.",
+                stacklevel=2,
+            )
 
     @property
     def network_variables(self) -> list[keras.Variable]:
@@ -348,6 +360,7 @@ class _Anatomy:
         self.gated = gated
         self.blocks: list[KroneckerBlock] = []
         self.without_block: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         seen: set[int] = set()
         for call in graph.calls:
             layer = call.operation
@@ -357,6 +370,7 @@ class _Anatomy:
             block = block_for(layer)
             if isinstance(block, str):
                 self.without_block[layer.name] = block
+                self.reasons.update({variable.path: block for variable in layer.weights})
             else:
                 self.blocks.append(block)
 
