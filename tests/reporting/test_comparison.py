@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tf_kfacprune.reporting import Comparison, FileSize, ModelFigures
+from tf_kfacprune.export import FileSize
+from tf_kfacprune.reporting import Comparison, ModelFigures
 
 DENSE = ModelFigures(
     neurons={"image": 784, "fc1": 300, "fc2": 100},

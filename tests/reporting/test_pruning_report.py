@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from tf_kfacprune.compaction import compact
-from tf_kfacprune.errors import DataError, ExportError, InvalidArgumentError
+from tf_kfacprune.errors import DataError, InvalidArgumentError
 from tf_kfacprune.gates import GateSource
 from tf_kfacprune.gates.insertion import insert_gates
-from tf_kfacprune.reporting import accuracy, file_size, report
+from tf_kfacprune.reporting import accuracy, report
 from tf_kfacprune.reporting.figures import tflite_size
 
 RNG = np.random.default_rng(0)
@@ -89,11 +89,8 @@ def test_accuracy_refuses_what_is_not_a_classifier(models):
         accuracy(models[0], X, Y[:39])
 
 
-def test_file_sizes_are_bytes_as_stored_and_compressed(tmp_path, models):
-    path = tmp_path / "zeros"
-    path.write_bytes(bytes(10_000))
-    assert file_size(path).raw == 10_000
-    assert file_size(path).gzip < 100
-    with pytest.raises(ExportError, match="no such file"):
-        file_size(tmp_path / "none")
-    assert tflite_size(models[0]).raw > 4 * models[0].count_params()
+def test_tflite_size_holds_the_weights_once(models):
+    dense, _, small = models
+    assert tflite_size(dense).raw - tflite_size(small).raw == pytest.approx(
+        4 * (dense.count_params() - small.count_params()), abs=200
+    )

@@ -1,12 +1,22 @@
 """From the Keras model to the device: SavedModel and TFLite files, each verified."""
 
+from tf_kfacprune.export.benchmarking import Benchmark, BenchmarkRow, benchmark
+from tf_kfacprune.export.c_arrays import activation_bytes, c_array
+from tf_kfacprune.export.file_sizes import FileSize, file_size
 from tf_kfacprune.export.keras_files import keras_file, load_keras
 from tf_kfacprune.export.saved_models import saved_model
 from tf_kfacprune.export.tflite_files import run_tflite, tflite
 from tf_kfacprune.export.timing import Latency, latency
 
 __all__ = [
+    "Benchmark",
+    "BenchmarkRow",
+    "FileSize",
     "Latency",
+    "activation_bytes",
+    "benchmark",
+    "c_array",
+    "file_size",
     "keras_file",
     "latency",
     "load_keras",

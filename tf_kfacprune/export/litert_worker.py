@@ -4,6 +4,7 @@ This file is a program, started by path: it must not import the package, which n
 
     python litert_worker.py run FOLDER     job.json and inputs.npz -> results.npz and results.json
     python litert_worker.py time FOLDER    job.json -> results.npz and results.json
+    python litert_worker.py arena FOLDER   job.json -> results.npz and results.json
 
 Arrays are stored in order and their names in JSON, because any name may be a tensor's.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 SIGNATURE = "serving_default"
 ONLY_INPUT = "*"
@@ -116,6 +117,49 @@ def _block(interpreter: Interpreter, runs: int) -> float:
     return float(np.median(spent)) / 1e3
 
 
+def plan(folder: Path, job: dict[str, Any]) -> None:
+    """Plans the memory of the activations, largest first, and stores the bytes it takes."""
+    interpreter = Interpreter(
+        model_path=job["file"],
+        # A delegate would replace the operations whose order is looked at here.
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
+    for details in interpreter.get_input_details():
+        shape = [1 if size == -1 else size for size in details["shape_signature"]]
+        interpreter.resize_tensor_input(details["index"], shape)
+    interpreter.allocate_tensors()
+    operations = interpreter._get_ops_details()
+    inputs = [details["index"] for details in interpreter.get_input_details()]
+    outputs = [details["index"] for details in interpreter.get_output_details()]
+    first = dict.fromkeys(inputs, -1)
+    last = dict.fromkeys(inputs, -1)
+    for step, operation in enumerate(operations):
+        for index in operation["outputs"]:
+            first.setdefault(int(index), step)
+            last[int(index)] = step
+        for index in operation["inputs"]:
+            if int(index) in first:  # the others are constants, which stay in the file
+                last[int(index)] = step
+    last.update(dict.fromkeys(outputs, len(operations)))
+    sizes = {
+        details["index"]: -(
+            -int(np.prod(details["shape"])) * np.dtype(details["dtype"]).itemsize // 16
+        )
+        * 16
+        for details in interpreter.get_tensor_details()
+        if details["index"] in first
+    }
+    placed: list[tuple[int, int, int]] = []
+    for index in sorted(sizes, key=lambda i: -sizes[i]):
+        offset = 0
+        for begin, end, other in sorted(placed):
+            together = first[index] <= last[other] and first[other] <= last[index]
+            if together and offset + sizes[index] > begin:
+                offset = max(offset, end)
+        placed.append((offset, offset + sizes[index], index))
+    store(folder, {"bytes": np.array(max((end for _, end, _ in placed), default=0))})
+
+
 def store(folder: Path, results: dict[str, np.ndarray]) -> None:
     """Leaves the arrays for the process that started this one."""
     np.savez(folder / "results.npz", *results.values())
@@ -126,7 +170,7 @@ def main() -> None:
     """Does the job that the command line names."""
     action, folder = sys.argv[1], Path(sys.argv[2])
     job = json.loads((folder / "job.json").read_text())
-    {"run": run, "time": measure}[action](folder, job)
+    {"run": run, "time": measure, "arena": plan}[action](folder, job)
     if "tensorflow" in sys.modules:
         raise SystemExit("TensorFlow was imported: this is no test of LiteRT alone.")
 

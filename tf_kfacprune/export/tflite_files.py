@@ -26,10 +26,10 @@ from tf_kfacprune.export.verification import (
     run_litert,
 )
 
-__all__ = ["QUANTIZATIONS", "convert", "run_tflite", "tflite"]
+__all__ = ["FULL_INTEGER", "QUANTIZATIONS", "convert", "run_tflite", "tflite"]
 
 QUANTIZATIONS = (None, "float16", "dynamic", "int8", "int16x8")
-_FULL_INTEGER = ("int8", "int16x8")
+FULL_INTEGER = ("int8", "int16x8")
 _IO_TYPES = {"int8": ("int8", "uint8", "float32"), "int16x8": ("int16", "float32")}
 
 
@@ -204,7 +204,7 @@ def _configure(
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if quantization == "float16":
         converter.target_spec.supported_types = [tf.float16]
-    if quantization not in _FULL_INTEGER or representative is None:
+    if quantization not in FULL_INTEGER or representative is None:
         return
     converter.representative_dataset = lambda: _calibration(representative)
     operations = tf.lite.OpsSet.TFLITE_BUILTINS_INT8
@@ -235,14 +235,14 @@ def _check_options(
         raise InvalidArgumentError(
             f"quantization must be one of {QUANTIZATIONS}. Received: quantization={quantization!r}."
         )
-    if quantization in _FULL_INTEGER and representative_data is None:
+    if quantization in FULL_INTEGER and representative_data is None:
         raise InvalidArgumentError(
             f"quantization={quantization!r} needs representative_data: real inputs on which the "
             "range of every activation is measured. Pass some hundred training inputs."
         )
-    if quantization not in _FULL_INTEGER and representative_data is not None:
+    if quantization not in FULL_INTEGER and representative_data is not None:
         raise InvalidArgumentError(
-            f"representative_data is used by {_FULL_INTEGER} only. Received: "
+            f"representative_data is used by {FULL_INTEGER} only. Received: "
             f"quantization={quantization!r}. Leave it out; inputs to verify on are verify_data."
         )
     allowed = _IO_TYPES.get(quantization or "", ("float32",))
@@ -267,7 +267,7 @@ def _refuse_rolled_recurrence(
         if not isinstance(layer, keras.layers.RNN) or layer.unroll:
             continue
         where = f"Layer {layer.name!r} ({type(layer).__name__})"
-        if quantization in _FULL_INTEGER:
+        if quantization in FULL_INTEGER:
             raise UnsupportedModelError(
                 f"{where} cannot be converted with quantization={quantization!r}: the converter "
                 "crashes on rolled recurrent layers. Build the layer with unroll=True, or use "

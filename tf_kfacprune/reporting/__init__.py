@@ -1,21 +1,19 @@
 """Tables and records: what can be pruned, what was pruned, and how to make it again."""
 
 from tf_kfacprune.reporting.comparison import Comparison, before_after_table
-from tf_kfacprune.reporting.figures import FileSize, ModelFigures, accuracy, file_size, tflite_size
+from tf_kfacprune.reporting.figures import ModelFigures, accuracy, tflite_size
 from tf_kfacprune.reporting.inspection import FrozenChannels, GroupSummary, Inspection, inspect
 from tf_kfacprune.reporting.pruning_report import report
 from tf_kfacprune.reporting.records import record, versions, write_json_atomic
 
 __all__ = [
     "Comparison",
-    "FileSize",
     "FrozenChannels",
     "GroupSummary",
     "Inspection",
     "ModelFigures",
     "accuracy",
     "before_after_table",
-    "file_size",
     "inspect",
     "record",
     "report",

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tf_kfacprune.reporting.figures import FileSize, ModelFigures
+from tf_kfacprune.export.file_sizes import FileSize
+from tf_kfacprune.reporting.figures import ModelFigures
 from tf_kfacprune.reporting.rendering import Rendered
 
 if TYPE_CHECKING:

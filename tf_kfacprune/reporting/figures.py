@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from tf_kfacprune.errors import DataError, ExportError, InvalidArgumentError
+from tf_kfacprune.errors import DataError, InvalidArgumentError
+from tf_kfacprune.export.file_sizes import FileSize
 from tf_kfacprune.export.serving import Signature, check_exportable
 from tf_kfacprune.export.tflite_files import convert
 
-__all__ = ["FileSize", "ModelFigures", "accuracy", "file_size", "tflite_size"]
+__all__ = ["ModelFigures", "accuracy", "tflite_size"]
 
 _BATCH = 512
-
-
-@dataclass(frozen=True)
-class FileSize:
-    """Size of a file.
-
-    Attributes:
-        raw: bytes on the disk.
-        gzip: bytes after gzip at its highest level, as an app store or a firmware image ships it.
-    """
-
-    raw: int
-    gzip: int
 
 
 @dataclass(frozen=True)
@@ -55,17 +40,6 @@ class ModelFigures:
     latency_us: float | None = None
 
 
-def file_size(path: str | os.PathLike[str]) -> FileSize:
-    """Size of a file, as it is and compressed.
-
-    Raises:
-        ExportError: if there is no such file.
-    """
-    if not Path(path).is_file():
-        raise ExportError(f"{os.fspath(path)}: no such file.")
-    return _size(Path(path).read_bytes())
-
-
 def tflite_size(model: keras.Model) -> FileSize:
     """Size of the float32 ``.tflite`` file that the model converts to.
 
@@ -74,7 +48,7 @@ def tflite_size(model: keras.Model) -> FileSize:
         ExportError: if the converter fails.
     """
     check_exportable(model)
-    return _size(convert(model, Signature.of(model)))
+    return FileSize.of(convert(model, Signature.of(model)))
 
 
 def accuracy(model: keras.Model, x: Any, y: Any) -> float:
@@ -103,7 +77,3 @@ def accuracy(model: keras.Model, x: Any, y: Any) -> float:
     if len(labels) != len(outputs):
         raise DataError(f"Found {len(labels)} labels for {len(outputs)} inputs.")
     return float(np.mean(outputs.argmax(axis=1) == labels))
-
-
-def _size(content: bytes) -> FileSize:
-    return FileSize(len(content), len(gzip.compress(content, compresslevel=9, mtime=0)))
