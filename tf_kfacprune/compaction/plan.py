@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 import numpy as np
 
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GatedNetwork
-from tf_kfacprune.graph import ChannelGraph, Graph, Value, analyze, trace
+from tf_kfacprune.graph import ChannelGraph, Edge, Graph, Value, analyze, trace
 
 __all__ = ["RemovalPlan"]
 
@@ -39,17 +37,21 @@ class RemovalPlan:
             self.keep = gated.kept_neurons()
         self._keep_with_constant = np.append(self.keep, True)
         self._gate_with_constant = np.append(self.gates, np.float32(1.0))
-        self._scales: dict[Any, np.ndarray] = {}
+        self._scales: dict[tuple[keras.Layer, str], np.ndarray] = {}
         for edge in self.channels.edges:
-            self._add_scale(edge.layer, edge.call.path, self._gate_with_constant[edge.slots])
+            self._add_scale(edge, self._gate_with_constant[edge.slots])
 
     def positions(self, neurons: np.ndarray) -> np.ndarray:
         """The positions that stay on an axis, given the neuron at each position."""
         return np.flatnonzero(self._keep_with_constant[neurons])
 
-    def scale(self, layer: keras.Layer) -> np.ndarray | None:
-        """The gate values on the input of a contraction layer, or None where there is no gate."""
-        return self._scales.get(layer)
+    def scale(self, layer: keras.Layer, role: str) -> np.ndarray | None:
+        """The gate values on an input of a contraction layer, or None if it is not tracked."""
+        return self._scales.get((layer, role))
+
+    def is_scaled(self, layer: keras.Layer) -> bool:
+        """Whether a layer absorbs a gate that is not fully open."""
+        return any((z != 1).any() for (reader, _), z in self._scales.items() if reader is layer)
 
     def shape(self, value: Value) -> tuple[int | None, ...]:
         """The shape of a tensor once channels are gone."""
@@ -59,11 +61,11 @@ class RemovalPlan:
             for size, neurons in zip(value.shape, axes, strict=True)
         )
 
-    def _add_scale(self, layer: keras.Layer, path: str, scale: np.ndarray) -> None:
-        known = self._scales.setdefault(layer, scale)
+    def _add_scale(self, edge: Edge, scale: np.ndarray) -> None:
+        known = self._scales.setdefault((edge.layer, edge.role), scale)
         if not np.array_equal(known, scale):
             raise UnsupportedModelError(
-                f"Layer {path!r} is shared, and its calls read through gates of different values, "
-                "which one set of weights cannot absorb. Share the gate too, or use one layer per "
-                "call."
+                f"Layer {edge.call.path!r} is shared, and its calls read through gates of "
+                "different values, which one set of weights cannot absorb. Share the gate too, or "
+                "use one layer per call."
             )

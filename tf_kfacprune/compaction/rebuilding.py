@@ -111,8 +111,7 @@ class _Replay:
 
     def _is_touched(self, layer: keras.Layer) -> bool:
         """Whether a layer loses channels or absorbs a gate."""
-        scale = self._plan.scale(layer)
-        if scale is not None and (scale != 1).any():
+        if self._plan.is_scaled(layer):
             return True
         axes = self._plan.channels.roles(layer).values()
         return any(len(self._plan.positions(neurons)) < len(neurons) for neurons in axes)

@@ -9,6 +9,7 @@ from keras import ops
 from tf_kfacprune.compaction.plan import RemovalPlan
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph import rule_for
+from tf_kfacprune.graph.rules import weight_of
 
 __all__ = ["transfer_weights"]
 
@@ -28,12 +29,12 @@ def transfer_weights(layer: keras.Layer, smaller: keras.Layer, plan: RemovalPlan
     roles = plan.channels.roles(layer)
     by_role: set[int] = set()
     for name, axes in rule.weight_roles(layer).items():
-        weight, target = getattr(layer, name), getattr(smaller, name)
+        weight, target = weight_of(layer, name), weight_of(smaller, name)
         by_role.add(id(target))
         array = _to_numpy(weight)
-        scale = plan.scale(layer)
-        if scale is not None and rule.folded is not None and rule.folded[0] == name:
-            array = rule.fold(layer, array, scale)
+        scale = plan.scale(layer, rule.folded[name]) if name in rule.folded else None
+        if scale is not None:
+            array = rule.fold(layer, name, array, scale)
         for axis, role in enumerate(axes):
             if role is not None and role in roles:
                 array = np.take(array, plan.positions(roles[role]), axis)

@@ -57,6 +57,7 @@ class Edge:
     Attributes:
         call: The call.
         layer: The contraction layer.
+        role: What the layer's weights call the channels that are read, `"in"` for most.
         value: The tensor that is read.
         axis: The channel axis of the tensor.
         neurons: Neuron at each position of the axis; `num_neurons` where nothing can be removed.
@@ -65,6 +66,7 @@ class Edge:
 
     call: Call
     layer: keras.Layer
+    role: str
     value: Value
     axis: int
     neurons: np.ndarray
@@ -109,7 +111,7 @@ class ChannelGraph:
         self._neuron_of_label, groups = self._number(partition)
         self.num_neurons = sum(len(roots) for roots in groups)
         self.edges = [
-            Edge(r.call, r.call.operation, r.value, r.axis, self.neurons(r.labels), r.slots)
+            Edge(r.call, r.call.operation, r.role, r.value, r.axis, self.neurons(r.labels), r.slots)
             for r in flow.readings
         ]
         self.groups = self._describe(groups)
@@ -275,10 +277,15 @@ def _refuse_misplaced_gate(call: Call, rule: ChannelRule, flow: LabelFlow) -> No
     gated = [value for value in call.inputs if flow.is_gated(value)]
     if not gated or rule.is_homogeneous(call):
         return
-    if isinstance(rule, ContractionRule) and rule.folded is not None:
+    if isinstance(rule, ContractionRule) and rule.folded:
         axis = rule.channel_axis(call)
-        others = [labels for k, labels in enumerate(flow.of(gated[0])) if k != axis]
-        if all(labels is None or (flow.slots(labels) == NO_SLOT).all() for labels in others):
+        others = [
+            labels
+            for value in gated
+            for k, labels in enumerate(flow.of(value))
+            if k != axis % len(value.shape) and labels is not None
+        ]
+        if all((flow.slots(labels) == NO_SLOT).all() for labels in others):
             return
     kind = type(call.operation).__name__
     raise UnsupportedModelError(

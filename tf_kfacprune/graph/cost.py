@@ -21,7 +21,7 @@ from keras import ops
 
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.graph.channel_graph import ChannelGraph
-from tf_kfacprune.graph.rules import Extent, rule_for, weight_extents
+from tf_kfacprune.graph.rules import Extent, rule_for, weight_extents, weight_of
 
 __all__ = ["CostModel"]
 
@@ -33,6 +33,7 @@ class CostModel:
 
     MACs are those of Dense and convolution kernels per example, without biases. Parameters are
     all weights, biases and normalization statistics included, as in `model.count_params()`.
+    Models for images or texts of any size are costed at 224 pixels a side or 128 tokens.
 
     Attributes:
         channels: The channel graph.
@@ -175,7 +176,7 @@ class CostModel:
     def _weight_products(self, layer: keras.Layer) -> list[list[Extent]]:
         """One product of extents per weight of a layer."""
         by_weight = {
-            id(getattr(layer, name)): axes
+            id(weight_of(layer, name)): axes
             for name, axes in rule_for(layer).weight_roles(layer).items()
         }
         return [

@@ -19,7 +19,7 @@ import numpy as np
 
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph import reasons
-from tf_kfacprune.graph.tracer import Call, Graph, Value
+from tf_kfacprune.graph.tracer import Call, Graph, Value, trace
 
 __all__ = ["CONSTANT", "NO_SLOT", "Axes", "Freeze", "LabelFlow", "Producer", "Reading"]
 
@@ -27,6 +27,7 @@ Labels = np.ndarray
 Axes = list[Labels | None]
 CONSTANT = 0  # the label of positions that are always there
 NO_SLOT = -1
+ASSUMED_IMAGE_SIZE, ASSUMED_LENGTH = 224, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +41,10 @@ class Producer:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A contraction reading channels: labels and gate slots per position."""
+    """A contraction reading channels: labels and gate slots per position of one input axis."""
 
     call: Call
+    role: str
     value: Value
     axis: int
     labels: Labels
@@ -91,6 +93,7 @@ class LabelFlow:
         self.num_slots = 0
         self.raw: dict[Value, str] = {}
         self.size = 1
+        self._sizes: dict[Value, tuple[int | None, ...]] = {}
         self._prune_inputs = prune_inputs
         self._is_excluded = is_excluded
         self._features: dict[tuple[Value, int], Labels] = {}
@@ -102,6 +105,20 @@ class LabelFlow:
         for value, name in zip(graph.inputs, graph.input_names, strict=True):
             self.axes[value] = [None] * len(value.shape)
             self.raw[value] = name
+
+    def sizes(self, value: Value) -> tuple[int | None, ...]:
+        """The shape of a value, with plain assumptions for axes of unknown size.
+
+        Costs of models for images or texts of any size are stated for one size.
+        """
+        if not self._sizes:
+            graph, shapes = self.graph, (v.shape for v in self.graph.inputs)
+            if any(None in shape[1:] for shape in shapes):
+                graph = trace(graph.model, assume=_assume_size)
+            known = [*self.graph.inputs, *(v for call in self.graph.calls for v in call.outputs)]
+            sized = [*graph.inputs, *(v for call in graph.calls for v in call.outputs)]
+            self._sizes = {a: b.shape for a, b in zip(known, sized, strict=True)}
+        return self._sizes[value]
 
     # ---- making labels
 
@@ -177,13 +194,13 @@ class LabelFlow:
         self.selections[call, value] = (axis, labels)
         return labels
 
-    def read(self, call: Call, value: Value, axis: int) -> Labels | None:
-        """Labels that a contraction reads; records the edge."""
+    def read(self, call: Call, value: Value, axis: int, role: str = "in") -> Labels | None:
+        """Labels that a contraction reads, known to its weights by `role`; records the edge."""
         labels = self.select(call, value, axis)
         if labels is not None:
             slots = self.slots(labels)
             labels = self.base(labels)
-            self.readings.append(Reading(call, value, axis, labels, slots))
+            self.readings.append(Reading(call, role, value, axis, labels, slots))
         return labels
 
     # ---- relating labels
@@ -244,3 +261,9 @@ class LabelFlow:
     def roles(self, layer: Any) -> dict[str, Labels | None]:
         """All named labels of a layer."""
         return self._roles.get(layer, {})
+
+
+def _assume_size(value: Value) -> Value:
+    size = ASSUMED_IMAGE_SIZE if len(value.shape) > 3 else ASSUMED_LENGTH
+    shape = (value.shape[0], *(size if n is None else n for n in value.shape[1:]))
+    return Value(shape, value.dtype)

@@ -16,6 +16,7 @@ __all__ = [
     "NOT_READ",
     "ONLY_NEURON",
     "RECURRENT_STATE",
+    "REDUCED",
     "UNKNOWN_ACTIVATION",
     "UNKNOWN_OPERATION",
     "UNTRACKED_OPERAND",
@@ -33,6 +34,7 @@ UNKNOWN_ACTIVATION = "activation function not known to treat channels one by one
 CROSS_CHANNEL_ACTIVATION = "activation mixes channels (softmax and its kin)"
 NORMALIZED_ACROSS_CHANNELS = "normalized with statistics taken across channels"
 RECURRENT_STATE = "recurrent state, which is fed back inside the layer"
+REDUCED = "summed, averaged or compared over channels"
 ARRAY_CONSTANT = "combined with an array constant that has one entry per channel"
 UNTRACKED_OPERAND = "combined with a tensor whose channels cannot be removed"
 BROADCAST = "a single channel broadcast over all channels of another tensor"

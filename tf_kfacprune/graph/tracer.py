@@ -207,11 +207,12 @@ class Graph:
         return env
 
 
-def trace(model: keras.Model) -> Graph:
+def trace(model: keras.Model, assume: Callable[[Value], Value] = lambda value: value) -> Graph:
     """Traces a Sequential or Functional model.
 
     Args:
         model: A built Sequential or Functional model; anything may be nested in it.
+        assume: Replaces each input by one of another shape; shapes behind follow.
 
     Returns:
         The traced graph.
@@ -223,7 +224,7 @@ def trace(model: keras.Model) -> Graph:
     functional = _functional_of(model)
     if functional is None:
         raise UnsupportedModelError(_why_not_traceable(model))
-    inputs = [Value(tuple(t.shape), t.dtype) for t in functional.inputs]
+    inputs = [assume(Value(tuple(t.shape), t.dtype)) for t in functional.inputs]
     steps: list[Call | _Enter | _Leave] = []
     outputs = _walk(functional, inputs, steps, prefix="")
     return Graph(model, functional, inputs, outputs, steps)

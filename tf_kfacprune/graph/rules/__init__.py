@@ -2,10 +2,12 @@
 
 from tf_kfacprune.graph.rules import (
     activations,
+    attention,
     channelwise,
     contractions,
     merging,
     reshaping,
+    sequences,
 )
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
@@ -14,6 +16,7 @@ from tf_kfacprune.graph.rules.base import (
     register_internal_rule,
     rule_for,
     weight_extents,
+    weight_of,
 )
 from tf_kfacprune.graph.rules.contractions import ContractionRule
 
@@ -22,6 +25,7 @@ __all__ = [
     "ContractionRule",
     "Extent",
     "activations",
+    "attention",
     "channelwise",
     "contractions",
     "merging",
@@ -29,5 +33,7 @@ __all__ = [
     "register_internal_rule",
     "reshaping",
     "rule_for",
+    "sequences",
     "weight_extents",
+    "weight_of",
 ]

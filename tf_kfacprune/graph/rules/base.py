@@ -28,6 +28,7 @@ __all__ = [
     "register_internal_rule",
     "rule_for",
     "weight_extents",
+    "weight_of",
 ]
 
 # One factor of a cost: a fixed number, or labels of which only the open ones count.
@@ -42,11 +43,12 @@ class ChannelRule:
     is frozen.
 
     Attributes:
-        weights: For each weight attribute the role of every axis, None for an axis without
-            channels. A role is a name given to labels with `LabelFlow.role` or `created`.
+        weights: For each weight attribute (dotted for weights of sublayers) the role of every
+            axis, None for an axis without channels. A role is a name given to labels with
+            `LabelFlow.role` or `created`.
         sizes: Configuration entries that count channels: entry -> role.
-        folded: The weight that multiplies the input of a contraction, and the role of its input
-            axis, if the layer is one: soft gates are folded into it.
+        folded: If the layer is a contraction, the weights that multiply its inputs, each with the
+            role of its input axis: soft gates are folded into them.
 
     Example:
         >>> @kp.register_channel_rule(MyScale)
@@ -60,7 +62,7 @@ class ChannelRule:
 
     weights: ClassVar[Mapping[str, Sequence[str | None]]] = {}
     sizes: ClassVar[Mapping[str, str]] = {}
-    folded: ClassVar[tuple[str, str] | None] = None
+    folded: ClassVar[Mapping[str, str]] = {}
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         """Relates the labels of the inputs to those of the outputs.
@@ -76,7 +78,7 @@ class ChannelRule:
 
     def weight_roles(self, layer: Any) -> Mapping[str, Sequence[str | None]]:
         """The entries of `weights` that this layer has, each with a role for every axis."""
-        found = {name: getattr(layer, name, None) for name in self.weights}
+        found = {name: weight_of(layer, name) for name in self.weights}
         return {name: self.weights[name] for name, weight in found.items() if weight is not None}
 
     def is_homogeneous(self, call: Call) -> bool:
@@ -108,20 +110,19 @@ class ChannelRule:
             if left is not None:
                 config[entry] = left
 
-    def fold(self, layer: Any, kernel: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """Folds gates into the weight named by `folded`: f(scale * x) = f_folded(x).
+    def fold(self, layer: Any, name: str, kernel: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Folds gates into a weight named in `folded`: f(scale * x) = f_folded(x).
 
         Args:
             layer: The layer.
-            kernel: Its weight, with all channels.
+            name: Name of the weight.
+            kernel: The weight, with all channels.
             scale: Gate values, one per input channel.
 
         Returns:
             The scaled weight.
         """
-        if self.folded is None:
-            return kernel
-        axis = self.weight_roles(layer)[self.folded[0]].index(self.folded[1])
+        axis = self.weight_roles(layer)[name].index(self.folded[name])
         return kernel * scale.reshape([-1 if k == axis else 1 for k in range(kernel.ndim)])
 
     def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
@@ -229,11 +230,12 @@ def channel_axis(layer: Any, rank: int) -> int:
 
 
 def extents(value: Value, flow: LabelFlow, axes: Sequence[int]) -> list[Extent]:
-    """What the given axes of a value contribute to a cost; an unknown size counts as 1."""
+    """What the given axes of a value contribute to a cost."""
     found: list[Extent] = []
+    sizes = flow.sizes(value)
     for k in axes:
         labels = flow.axes[value][k]
-        found.append((value.shape[k] or 1) if labels is None else flow.base(labels))
+        found.append((sizes[k] or 1) if labels is None else flow.base(labels))
     return found
 
 
@@ -247,3 +249,10 @@ def weight_extents(
         labels = None if role is None else named.get(role)
         found.append(size if labels is None else labels)
     return found
+
+
+def weight_of(layer: Any, name: str) -> Any:
+    """A weight by attribute name, dotted for weights of sublayers; None if there is none."""
+    for attribute in name.split("."):
+        layer = getattr(layer, attribute, None)
+    return layer

@@ -18,17 +18,13 @@ from tf_kfacprune.graph.rules.base import (
     extents,
     register_channel_rule,
     weight_extents,
+    weight_of,
 )
 from tf_kfacprune.graph.tracer import Call
 
 __all__ = ["ContractionRule"]
 
 Roles = Mapping[str, Sequence[str | None]]
-
-
-def _has_plain_weights(layer: Any) -> bool:
-    adapted = getattr(layer, "lora_enabled", False)
-    return not adapted and getattr(layer, "quantization_mode", None) is None
 
 
 class ContractionRule(ChannelRule):
@@ -42,9 +38,14 @@ class ContractionRule(ChannelRule):
         """Number of channels that the layer creates."""
         return layer.filters
 
+    def has_plain_weights(self, layer: Any) -> bool:
+        """Whether a layer's kernel is neither quantized nor adapted by LoRA."""
+        adapted = getattr(layer, "lora_enabled", False)
+        return not adapted and getattr(layer, "quantization_mode", None) is None
+
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         layer, value, axis = call.operation, call.inputs[0], self.channel_axis(call)
-        if not _has_plain_weights(layer):
+        if not self.has_plain_weights(layer):
             return self.freeze_all(call, flow, reasons.WEIGHTS_NOT_PLAIN)
         axes = self.other_axes(call, flow, axis)
         self.relate(call, flow, axis, flow.read(call, value, axis))
@@ -66,7 +67,9 @@ class ContractionRule(ChannelRule):
     def role_extents(self, call: Call, flow: LabelFlow, weight: str) -> list[Extent]:
         """The extents of a weight's axes."""
         layer = call.operation
-        return weight_extents(getattr(layer, weight), self.weight_roles(layer)[weight], layer, flow)
+        return weight_extents(
+            weight_of(layer, weight), self.weight_roles(layer)[weight], layer, flow
+        )
 
     def positions(self, call: Call, flow: LabelFlow) -> list[Extent]:
         """Extents of the axes over which the kernel slides, in the output."""
@@ -83,7 +86,7 @@ class DenseRule(ContractionRule):
 
     weights: ClassVar = {"kernel": ("in", "out"), "bias": ("out",)}
     sizes: ClassVar = {"units": "out"}
-    folded = ("kernel", "in")
+    folded: ClassVar = {"kernel": "in"}
 
     def out_size(self, layer: Any) -> int:
         return layer.units
@@ -101,7 +104,7 @@ class ConvRule(ContractionRule):
     """
 
     sizes: ClassVar = {"filters": "out"}
-    folded = ("kernel", "slot")
+    folded: ClassVar = {"kernel": "in"}
 
     def weight_roles(self, layer: Any) -> Roles:
         slot = None if self._is_depthwise(layer) else "slot"
@@ -115,7 +118,7 @@ class ConvRule(ContractionRule):
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         layer, axis = call.operation, self.channel_axis(call)
-        if not self._is_depthwise(layer) or not _has_plain_weights(layer):
+        if not self._is_depthwise(layer) or not self.has_plain_weights(layer):
             return super().propagate(call, flow)
         axes = self.other_axes(call, flow, axis)
         labels = flow.of(call.inputs[0])[axis]
@@ -152,7 +155,7 @@ class ConvRule(ContractionRule):
         if self._is_depthwise(layer) and groups is not None:
             config["groups"] = groups
 
-    def fold(self, layer: Any, kernel: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    def fold(self, layer: Any, name: str, kernel: np.ndarray, scale: np.ndarray) -> np.ndarray:
         per_group = scale.reshape(layer.groups, -1)  # group, slot
         return kernel * np.repeat(per_group, layer.filters // layer.groups, axis=0).T
 
@@ -162,7 +165,7 @@ class ConvTransposeRule(ContractionRule):
     """Transposed convolutions, whose kernels have the output axis before the input axis."""
 
     sizes: ClassVar = {"filters": "out"}
-    folded = ("kernel", "in")
+    folded: ClassVar = {"kernel": "in"}
 
     def weight_roles(self, layer: Any) -> Roles:
         roles: dict[str, Sequence[str | None]] = {"kernel": (*[None] * layer.rank, "out", "in")}
@@ -183,7 +186,7 @@ class SeparableConvRule(ContractionRule):
     """
 
     sizes: ClassVar = {"filters": "out"}
-    folded = ("depthwise_kernel", "in")
+    folded: ClassVar = {"depthwise_kernel": "in"}
 
     def weight_roles(self, layer: Any) -> Roles:
         space = [None] * layer.rank

@@ -103,3 +103,20 @@ class ReshapeOperatorRule(IndexRule):
         self, call: Call, args: Any, kwargs: Any, shapes: Sequence[tuple[int | None, ...]]
     ) -> Any:
         return ops.reshape(args[0], _target(shapes[0]))
+
+
+@register_internal_rule("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Prod", "Std", "Var")
+class ReductionRule(ChannelRule):
+    """Reductions: reduced axes are frozen, the others pass."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        value, operation = call.inputs[0], call.operation
+        rank = len(value.shape)
+        axis = range(rank) if operation.axis is None else operation.axis
+        reduced = {k % rank for k in ((axis,) if isinstance(axis, int) else axis)}
+        axes = flow.of(value)
+        for k in reduced:
+            flow.freeze(axes[k], reasons.REDUCED, call.path)
+            axes[k] = None
+        kept = [labels for k, labels in enumerate(axes) if k not in reduced]
+        return [axes if operation.keepdims else kept]
