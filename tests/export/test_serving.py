@@ -53,6 +53,19 @@ def test_batch_size_is_fixed_on_request():
     assert Signature.of(model, 4).inputs == {"x": ((4, 3), "float32")}
 
 
+def test_model_of_fixed_batch_size_keeps_it():
+    x = keras.Input((3,), batch_size=4, name="x")
+    model = functional(x, keras.layers.Reshape((3, 1))(x))
+    signature = Signature.of(model)
+    assert signature.inputs == {"x": ((4, 3), "float32")}
+    values = np.arange(18, dtype="float32").reshape(6, 3)
+    outputs = signature.predict(model, {"x": values})
+    np.testing.assert_array_equal(outputs["output"], values[..., None])
+    check_exportable(model, 4)
+    with pytest.raises(InvalidArgumentError, match="built for batches of 4"):
+        check_exportable(model, 1)
+
+
 def test_inputs_with_one_name_are_refused():
     a, b = keras.Input((3,), name="x-1"), keras.Input((3,), name="x_1")
     with pytest.raises(UnsupportedModelError, match="different names"):
@@ -74,7 +87,23 @@ def wrapped_gated():
     return functional(x, keras.layers.TimeDistributed(gated())(x))
 
 
-@pytest.mark.parametrize("build", [gated, nested_gated, wrapped_gated])
+class Stack(keras.layers.Layer):
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def listed_gated():
+    x = keras.Input((3,))
+    return functional(x, Stack([NeuronGate(name="gate"), keras.layers.Dense(2)])(x))
+
+
+@pytest.mark.parametrize("build", [gated, nested_gated, wrapped_gated, listed_gated])
 def test_gated_model_is_refused_with_the_remedy(build):
     with pytest.raises(UnsupportedModelError, match=r"'gate' \(NeuronGate\).*compact\(model\)"):
         check_exportable(build())

@@ -30,6 +30,9 @@ def activation_bytes(file: str | os.PathLike[str]) -> int:
     Args:
         file: a ``.tflite`` file; a free batch size counts as 1.
 
+    Returns:
+        Bytes, each tensor rounded up to 16.
+
     Raises:
         ExportError: if the file is missing or LiteRT cannot load it.
     """

@@ -33,6 +33,12 @@ class FileSize:
 def file_size(path: str | os.PathLike[str]) -> FileSize:
     """Size of a file, as it is and compressed.
 
+    Args:
+        path: the file.
+
+    Returns:
+        Its bytes, raw and after gzip.
+
     Raises:
         ExportError: if there is no such file.
     """

@@ -45,7 +45,7 @@ class Signature:
         are ``output`` or ``output_0``, ``output_1``...
         """
         inputs = {
-            name: ((batch_size, *tensor.shape[1:]), str(tensor.dtype))
+            name: ((batch_size or tensor.shape[0], *tensor.shape[1:]), str(tensor.dtype))
             for name, tensor in zip(_input_names(model), model.inputs, strict=True)
         }
         if len(inputs) != len(model.inputs):
@@ -71,12 +71,18 @@ class Signature:
 
         Computed on the CPU, like the files it is compared with: a GPU may round to TF32.
         """
-        with keras.device("cpu:0"):
-            outputs = model(self.arrange_inputs(model, named), training=False)
-        arrays = keras.tree.map_structure(
-            lambda t: np.asarray(keras.ops.convert_to_numpy(t)), outputs
-        )
-        return {name: _widened(array) for name, array in self.name_outputs(arrays).items()}
+        count = len(next(iter(named.values())))
+        size = model.inputs[0].shape[0] or count
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in self.outputs}
+        for start in range(0, count, size):
+            # A model of fixed batch size gets its last batch filled up with the last example.
+            rows = np.minimum(np.arange(start, start + size), count - 1)
+            batch = {name: values[rows] for name, values in named.items()}
+            with keras.device("cpu:0"):
+                outputs = model(self.arrange_inputs(model, batch), training=False)
+            for name, tensor in self.name_outputs(outputs).items():
+                parts[name].append(_widened(np.asarray(keras.ops.convert_to_numpy(tensor))))
+        return {name: np.concatenate(arrays)[:count] for name, arrays in parts.items()}
 
 
 def check_exportable(model: keras.Model, batch_size: int | None = None) -> None:
@@ -111,6 +117,12 @@ def check_exportable(model: keras.Model, batch_size: int | None = None) -> None:
             "batch_size must be a positive integer, or None for any size. Received: "
             f"batch_size={batch_size!r}."
         )
+    own = model.inputs[0].shape[0]
+    if None not in (own, batch_size) and own != batch_size:
+        raise InvalidArgumentError(
+            f"Model {model.name!r} was built for batches of {own}. Received: "
+            f"batch_size={batch_size!r}. Leave batch_size out, or rebuild the model without it."
+        )
 
 
 def layers_within(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
@@ -124,7 +136,11 @@ def layers_within(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
         seen.add(id(current))
         yield current
         waiting.extend(getattr(current, "layers", None) or [])
-        waiting.extend(v for v in vars(current).values() if isinstance(v, keras.layers.Layer))
+        for value in vars(current).values():
+            if isinstance(value, dict):
+                value = list(value.values())
+            members = value if isinstance(value, list | tuple) else [value]
+            waiting.extend(part for part in members if isinstance(part, keras.layers.Layer))
 
 
 def served_module(

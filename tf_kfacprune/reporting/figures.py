@@ -43,6 +43,12 @@ class ModelFigures:
 def tflite_size(model: keras.Model) -> FileSize:
     """Size of the float32 ``.tflite`` file that the model converts to.
 
+    Args:
+        model: a built Sequential or Functional model without gates.
+
+    Returns:
+        The file's bytes, raw and after gzip. The file itself is not kept.
+
     Raises:
         UnsupportedModelError: if the model cannot be exported.
         ExportError: if the converter fails.

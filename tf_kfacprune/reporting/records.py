@@ -26,7 +26,11 @@ _NUMBER_LIST = re.compile(r"\[\n\s+((?:[-+\d.eE]+,\n\s+)*[-+\d.eE]+)\n\s+\]")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the result."""
+    """Versions of Python and of the packages that decide the result.
+
+    Returns:
+        Name -> version, ``"not installed"`` for what is missing.
+    """
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
