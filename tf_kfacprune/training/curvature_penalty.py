@@ -20,6 +20,8 @@ from tf_kfacprune.graph import Graph
 __all__ = ["CurvaturePenalty", "head_of_batch"]
 
 _TINY = 1e-12
+# A radius comes from a fraction of one batch with sampled labels; the figure shown is an average.
+_RADIUS_DECAY = 0.95
 
 
 def head_of_batch(data: Any, fraction: float) -> Any:
@@ -42,7 +44,7 @@ def head_of_batch(data: Any, fraction: float) -> Any:
 
 
 class CurvaturePenalty(keras.layers.Layer):
-    """State of a `SpectralRadius`: warm-started eigenvectors and the last radius.
+    """State of a `SpectralRadius`: warm-started eigenvectors and the average radius.
 
     The curvature is that of the network as it would be used, in inference mode: with moving
     normalization statistics (second derivatives through batch statistics are wrong in TensorFlow)
@@ -65,7 +67,8 @@ class CurvaturePenalty(keras.layers.Layer):
         super().__init__(dtype="float32", **kwargs)
         self.settings = settings
         self._target = _Target(graph, tuple(blocks))
-        self.radius = self.add_weight((), "zeros", trainable=False, name="radius")
+        self.radius_average = self.add_weight((), "zeros", trainable=False, name="radius_average")
+        self.evaluations = self.add_weight((), "zeros", trainable=False, name="evaluations")
 
         def unit_vector(kind: str, block: KroneckerBlock, n: int) -> keras.Variable:
             initializer = keras.initializers.Constant(n**-0.5)
@@ -106,6 +109,11 @@ class CurvaturePenalty(keras.layers.Layer):
             lambda: [tf.zeros(v.shape, v.dtype) for v in variables],
         )
 
+    def radius(self) -> Any:
+        """The spectral radius, averaged over the last evaluations and debiased; a scalar tensor."""
+        weight = 1.0 - tf.pow(_RADIUS_DECAY, tf.convert_to_tensor(self.evaluations))
+        return tf.convert_to_tensor(self.radius_average) / (weight + _TINY)
+
     def _evaluate(
         self,
         x: Any,
@@ -127,7 +135,10 @@ class CurvaturePenalty(keras.layers.Layer):
                 radii[i] += layer_spectral_radius(record.block, record.x, g_of_record, u[i], v[i])
             radius = self.settings.reduce(radii)
             penalty = self.settings.penalty(radius)
-        self.radius.assign(radius)
+        self.radius_average.assign(
+            _RADIUS_DECAY * tf.convert_to_tensor(self.radius_average) + (1 - _RADIUS_DECAY) * radius
+        )
+        self.evaluations.assign_add(1.0)
         for record, g_of_record in zip(records, g, strict=True):
             i = place[id(record.block)]
             self.u[i].assign(_rotate(u[i], functools.partial(record.block.project, record.x)))

@@ -319,7 +319,7 @@ class PrunableModel(keras.Model):
         if self.controller is not None:
             figures.update(self.controller.figures())
         if self.curvature_penalty is not None:
-            figures["spectral_radius"] = tf.convert_to_tensor(self.curvature_penalty.radius)
+            figures["spectral_radius"] = self.curvature_penalty.radius()
         figures["skipped_steps"] = tf.convert_to_tensor(self.guard.skipped)
         return figures
 
