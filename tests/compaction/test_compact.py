@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -25,7 +26,7 @@ from tf_kfacprune.gates import (
     NeuronGate,
     insert_gates,
 )
-from tf_kfacprune.graph import CostModel, analyze
+from tf_kfacprune.graph import ChannelRule, CostModel, analyze, register_channel_rule
 
 
 def conv_bn(x, filters, size=3, activation="relu", **kwargs):
@@ -400,6 +401,74 @@ def test_ungated_models_and_other_objects_are_refused():
         compact(lenet5())
     with pytest.raises(InvalidArgumentError, match="Received: 3"):
         compact(3)
+
+
+def test_layers_called_with_keyword_arguments_are_compacted():
+    inputs = keras.Input((9,))
+    x = layers.Dense(6, activation="relu")(inputs=inputs)
+    model = keras.Model(inputs, layers.Dense(2)(inputs=x))
+    small = compact(set_gates(insert_gates(model, prune_inputs=True), hard=False))
+    assert small.count_params() < model.count_params()
+
+
+@keras.saving.register_keras_serializable("tests")
+class ChannelScale(layers.Layer):
+    """A layer of the user's own, with one weight per channel."""
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(**kwargs)
+        self.channels = channels
+
+    def build(self, input_shape):
+        self.factor = self.add_weight(shape=(self.channels,), initializer="normal", name="factor")
+
+    def call(self, x):
+        return x * self.factor
+
+    def get_config(self):
+        return {**super().get_config(), "channels": self.channels}
+
+
+@register_channel_rule(ChannelScale)
+class ChannelScaleRule(ChannelRule):
+    weights: ClassVar = {"factor": ("channels",)}
+    sizes: ClassVar = {"channels": "channels"}
+
+    def propagate(self, call, flow):
+        axes = flow.of(call.inputs[0])
+        flow.role(call.operation, "channels", axes[-1], call.path)
+        return [axes]
+
+
+def test_a_layer_with_a_registered_rule_is_made_smaller():
+    model = keras.Sequential(
+        [keras.Input((5,)), layers.Dense(8), ChannelScale(8, name="scale"), layers.Dense(2)]
+    )
+    gated = set_gates(insert_gates(model), hard=True)
+    small = compact(gated)
+    kept = int(GatedNetwork(gated).kept_neurons().sum())
+    assert small.get_layer("scale").factor.shape == (kept,) != (8,)
+
+
+class Unconfigurable(layers.Layer):
+    """Does not survive its own config, like some layers of Keras."""
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+def test_untouched_layers_that_cannot_be_copied_are_used_as_they_are():
+    inputs = keras.Input((5,))
+    x = layers.Dense(4, name="frozen")(inputs)
+    x = Unconfigurable(keras.ops.sin, name="mine")(x)
+    x = layers.Dense(6, activation="relu")(x)
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    small = compact(set_gates(insert_gates(model), hard=False))
+    assert small.get_layer("mine") is model.get_layer("mine")
 
 
 def test_a_model_wrapper_without_gates_is_copied_whole():

@@ -171,6 +171,7 @@ def test_operations_that_keep_channels_apart_freeze_nothing(layer):
     [
         lambda x: x * np.arange(6, dtype="float32"),
         lambda x: x + ops.convert_to_tensor(np.ones((1, 6), "float32")),
+        lambda x: ops.clip(x, np.zeros(6, "float32"), 1.0),
     ],
 )
 def test_array_constants_freeze(make):
@@ -181,7 +182,7 @@ def test_array_constants_freeze(make):
 
 def test_scalar_constants_do_not_freeze():
     inputs = keras.Input((5,))
-    x = 3.0 - 2.0 * layers.Dense(6, name="first")(inputs) / 7.0
+    x = ops.clip(3.0 - 2.0 * layers.Dense(6, name="first")(inputs) / 7.0, -1.0, 1.0)
     assert why(keras.Model(inputs, layers.Dense(2)(x))) == set()
 
 
@@ -249,6 +250,15 @@ def test_unknown_layers_freeze_until_a_rule_is_registered():
 
     assert why(chain(Doubling())) == set()
     assert isinstance(rule_for(Doubling()), DoublingRule)
+
+
+def test_reductions_over_channels_freeze_and_over_positions_do_not():
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, name="first")(inputs)
+    over_positions = keras.Model(inputs, layers.Dense(2)(ops.mean(x, axis=(1, 2))))
+    assert why(over_positions) == set()
+    over_channels = keras.Model(inputs, layers.Dense(2)(ops.max(x, axis=-1)))
+    assert why(over_channels) == {reasons.REDUCED}
 
 
 def test_a_subclass_does_not_inherit_the_rule_of_its_base():

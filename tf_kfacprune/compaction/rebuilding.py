@@ -42,7 +42,7 @@ class _Replay:
         operation, rule = call.operation, rule_for(call.operation)
         if isinstance(operation, GateBank):
             return None
-        args = self._select_features(call, args)
+        args, kwargs = self._select_features(call, args, kwargs)
         if isinstance(rule, GateRule):
             return keras.tree.flatten(args)[0]
         if not call.is_layer:
@@ -58,7 +58,7 @@ class _Replay:
             transfer_weights(operation, compact, self._plan)
         return outputs
 
-    def _select_features(self, call: Call, args: Any) -> Any:
+    def _select_features(self, call: Call, args: Any, kwargs: Any) -> Any:
         """Cuts off the input features that nothing reads any more."""
 
         def select(value: Any, tensor: Any) -> Any:
@@ -75,7 +75,7 @@ class _Replay:
                 self._selected[value, axis] = ops.take(tensor, kept.tolist(), axis=axis)
             return self._selected[value, axis]
 
-        return keras.tree.map_structure(select, call.args, args)
+        return call.map_data(select, args, kwargs)
 
     def _copy(self, call: Call) -> Any:
         operation = call.operation

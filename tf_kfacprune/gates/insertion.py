@@ -104,14 +104,7 @@ class _Insertion:
             is_read = isinstance(value, Value) and value in edges
             return self._gate(edges[value], tensor) if is_read else tensor
 
-        args = keras.tree.map_structure(gate, call.args, args)
-        kwargs = {
-            # `training` may have been added; masks and settings are no data.
-            key: keras.tree.map_structure(gate, call.kwargs[key], given)
-            if key in call.kwargs
-            else given
-            for key, given in kwargs.items()
-        }
+        args, kwargs = call.map_data(gate, args, kwargs)
         return operation(*args, **kwargs)
 
     def _gate(self, edge: Edge, tensor: Any) -> Any:

@@ -68,13 +68,38 @@ class Call:
     inputs: tuple[Value, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        data = {k: v for k, v in self.kwargs.items() if k != "mask" and not k.endswith("_mask")}
+        data = {key: value for key, value in self.kwargs.items() if not _is_mask(key)}
         self.inputs = tuple(v for v in tree.flatten((self.args, data)) if isinstance(v, Value))
+
+    def map_data(
+        self, function: Callable[[Any, Any], Any], args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Replaces data among filled-in arguments; masks and added keywords stay.
+
+        Args:
+            function: Receives every leaf of the recorded arguments (a `Value` or a setting) and
+                what was filled in for it, and returns what to use instead.
+            args: Filled-in positional arguments.
+            kwargs: Filled-in keyword arguments.
+
+        Returns:
+            The new positional and keyword arguments.
+        """
+        data = {key for key in self.kwargs if key in kwargs and not _is_mask(key)}
+        mapped = {
+            key: tree.map_structure(function, self.kwargs[key], given) if key in data else given
+            for key, given in kwargs.items()
+        }
+        return tree.map_structure(function, self.args, args), mapped
 
     @property
     def is_layer(self) -> bool:
         """Whether the operation is a Keras layer (else a stateless operation)."""
         return isinstance(self.operation, keras.Layer)
+
+
+def _is_mask(keyword: str) -> bool:
+    return keyword == "mask" or keyword.endswith("_mask")
 
 
 @dataclass(eq=False)

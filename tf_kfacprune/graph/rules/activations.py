@@ -16,6 +16,7 @@ from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
+    freeze_by_constant,
     register_channel_rule,
     register_internal_rule,
 )
@@ -75,7 +76,7 @@ class ActivationRule(ChannelRule):
 
 @register_channel_rule(layers.ELU)
 @register_internal_rule(
-    *("Abs", "Absolute", "Cast", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Expm1"),
+    *("Abs", "Absolute", "Cast", "Ceil", "Celu", "Cos", "Elu", "Erf", "Exp", "Expm1"),
     *("Floor", "Gelu", "HardShrink", "HardSigmoid", "HardSilu", "HardTanh", "Log", "Log1p"),
     *("LogSigmoid", "Negative", "Reciprocal", "Relu6", "Round", "Rsqrt", "Selu", "Sigmoid"),
     *("Sign", "Silu", "Sin", "SoftShrink", "Softplus", "Softsign", "SparsePlus"),
@@ -86,6 +87,17 @@ class ElementwiseRule(ChannelRule):
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         return [flow.of(call.inputs[0])]
+
+
+@register_internal_rule("Clip")
+class ClipRule(ElementwiseRule):
+    """`keras.ops.clip`, whose limits may differ from channel to channel."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        axes = flow.of(call.inputs[0])
+        for limit in (call.operation.x_min, call.operation.x_max):
+            freeze_by_constant(limit, call, flow, axes)
+        return [axes]
 
 
 @register_channel_rule(layers.LeakyReLU, layers.Identity)

@@ -24,6 +24,7 @@ __all__ = [
     "Extent",
     "channel_axis",
     "extents",
+    "freeze_by_constant",
     "register_channel_rule",
     "register_internal_rule",
     "rule_for",
@@ -256,3 +257,11 @@ def weight_of(layer: Any, name: str) -> Any:
     for attribute in name.split("."):
         layer = getattr(layer, attribute, None)
     return layer
+
+
+def freeze_by_constant(constant: Any, call: Call, flow: LabelFlow, axes: Axes) -> None:
+    """Freezes the axes along which a constant, aligned from the right, has several entries."""
+    shape = tuple(constant.shape) if hasattr(constant, "shape") else np.shape(constant)
+    for k in range(1, min(len(shape), len(axes)) + 1):
+        if shape[-k] != 1:
+            flow.freeze(axes[-k], reasons.ARRAY_CONSTANT, call.path)

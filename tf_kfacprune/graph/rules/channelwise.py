@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 from keras import layers
 
 from tf_kfacprune.graph import reasons
@@ -13,6 +12,7 @@ from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
     channel_axis,
+    freeze_by_constant,
     register_channel_rule,
     register_internal_rule,
 )
@@ -70,13 +70,8 @@ class ConstantsRule(ChannelRule):
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         layer, axes = call.operation, flow.of(call.inputs[0])
-        names = ("scale", "offset", "mean", "variance")
-        shapes = [np.shape(getattr(layer, name, None) or ()) for name in names[:2]]
-        shapes += [tuple(getattr(getattr(layer, name, None), "shape", ())) for name in names[2:]]
-        for shape in shapes:
-            for k in range(1, len(shape) + 1):
-                if shape[-k] != 1:
-                    flow.freeze(axes[-k], reasons.ARRAY_CONSTANT, call.path)
+        for name in ("scale", "offset", "mean", "variance"):
+            freeze_by_constant(getattr(layer, name, None), call, flow, axes)
         return [axes]
 
 

@@ -11,6 +11,7 @@ from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.labels import CONSTANT, Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
+    freeze_by_constant,
     register_channel_rule,
     register_internal_rule,
 )
@@ -38,7 +39,7 @@ class MergeRule(ChannelRule):
             merged.insert(0, self._merge_axis(call, flow, k, shape[-k]))
         for leaf in tree.flatten((call.args, call.kwargs)):
             if not isinstance(leaf, Value):
-                self._freeze_by_constant(call, flow, merged, np.shape(leaf))
+                freeze_by_constant(leaf, call, flow, merged)
         return [merged]
 
     def _merge_axis(
@@ -60,13 +61,6 @@ class MergeRule(ChannelRule):
         for labels in operands[1:]:
             result = flow.unite(result, labels, call.path)
         return result
-
-    def _freeze_by_constant(
-        self, call: Call, flow: LabelFlow, axes: Axes, shape: tuple[int, ...]
-    ) -> None:
-        for k in range(1, len(shape) + 1):
-            if shape[-k] != 1:
-                flow.freeze(axes[-k], reasons.ARRAY_CONSTANT, call.path)
 
 
 @register_channel_rule(layers.Add, layers.Subtract, layers.Average, layers.Maximum, layers.Minimum)
