@@ -3,6 +3,7 @@
 from tf_kfacprune.export.benchmarking import Benchmark, BenchmarkRow, benchmark
 from tf_kfacprune.export.c_arrays import activation_bytes, c_array
 from tf_kfacprune.export.file_sizes import FileSize, file_size
+from tf_kfacprune.export.heads import with_head
 from tf_kfacprune.export.keras_files import keras_file, load_keras
 from tf_kfacprune.export.saved_models import saved_model
 from tf_kfacprune.export.tflite_files import run_tflite, tflite
@@ -23,4 +24,5 @@ __all__ = [
     "run_tflite",
     "saved_model",
     "tflite",
+    "with_head",
 ]

@@ -1,0 +1,73 @@
+"""What belongs around the network on the device: input scaling before it, a decision after it."""
+
+from __future__ import annotations
+
+import math
+
+import keras
+
+from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
+from tf_kfacprune.export.serving import check_exportable
+
+__all__ = ["HEADS", "with_head"]
+
+HEADS = (None, "softmax", "argmax")
+
+
+def with_head(
+    model: keras.Model,
+    head: str | None = None,
+    *,
+    scale: float = 1.0,
+    offset: float = 0.0,
+) -> keras.Model:
+    """Puts input scaling and a decision into the model, so that the device needs neither.
+
+    The result computes ``head(model(scale * x + offset))`` and shares the model's weights; export
+    it like any other model.
+
+    Args:
+        model: a built Sequential or Functional model with one input and one output.
+        head: None, ``"softmax"`` (logits to probabilities) or ``"argmax"`` (the class number,
+            int32, over the last axis).
+        scale: factor of the raw input, for example ``1 / 255`` for bytes.
+        offset: added after scaling.
+
+    Returns:
+        A Functional model with the input name of ``model``.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be exported, or has several inputs or outputs.
+        InvalidArgumentError: if ``head`` is unknown, or ``scale`` or ``offset`` is not usable.
+
+    Example:
+        >>> import keras, tf_kfacprune as kp
+        >>> net = keras.Sequential([keras.Input((4,), name="x"), keras.layers.Dense(3)])
+        >>> kp.export.with_head(net, "argmax", scale=1 / 255).output_shape
+        (None,)
+    """
+    check_exportable(model)
+    if len(model.inputs) != 1 or len(model.outputs) != 1:
+        raise UnsupportedModelError(
+            f"Model {model.name!r} has {len(model.inputs)} inputs and {len(model.outputs)} "
+            "outputs: a head goes on a model with one of each."
+        )
+    if head not in HEADS:
+        raise InvalidArgumentError(f"head must be one of {HEADS}. Received: head={head!r}.")
+    if not math.isfinite(scale) or scale == 0 or not math.isfinite(offset):
+        raise InvalidArgumentError(
+            "scale must be a finite number other than 0 and offset a finite number. Received: "
+            f"scale={scale!r}, offset={offset!r}."
+        )
+    (source,) = model.inputs
+    raw = keras.Input(batch_shape=source.shape, dtype=source.dtype, name=source.name)
+    x = raw
+    if (scale, offset) != (1.0, 0.0):
+        x = keras.layers.Rescaling(scale, offset, name="input_scaling")(raw)
+    y = model(x)
+    if head == "softmax":
+        y = keras.layers.Softmax(dtype="float32", name="softmax")(y)
+    elif head == "argmax":
+        # keras.ops.argmax compares bit patterns on this backend, which no TFLite operation does.
+        y = keras.ops.squeeze(keras.ops.top_k(y, k=1)[1], axis=-1)
+    return keras.Model(raw, y, name=model.name)
