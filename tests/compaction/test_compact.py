@@ -181,7 +181,19 @@ def several_inputs():
     )
 
 
+def cut_up():
+    inputs = keras.Input((6, 6, 3))
+    x = layers.Conv2D(12, 3, activation="tanh")(inputs)
+    a, b = keras.ops.split(x, [4], axis=-1)
+    y = layers.Conv2D(5, 1)(a)
+    gate, content = keras.ops.split(layers.Conv2D(10, 1)(b), 2, axis=-1)
+    x = layers.Concatenate()([y, keras.ops.sigmoid(gate) * content, x[..., 2:9]])
+    x = layers.Dense(6, activation="relu")(x[:, 1:, :3])
+    return keras.Model(inputs, layers.Dense(2)(keras.ops.mean(x, axis=(1, 2))))
+
+
 MODELS = [
+    cut_up,
     lenet300,
     lenet5,
     residual,

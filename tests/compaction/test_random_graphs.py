@@ -19,7 +19,7 @@ STEP = st.tuples(
         [
             *("conv", "conv1", "grouped", "depthwise", "separable", "transposed", "batchnorm"),
             *("activation", "softmax", "layernorm", "pool", "pad", "heads", "scalar", "shared"),
-            *("add", "concat", "multiply", "excite"),
+            *("add", "concat", "multiply", "excite", "slice", "split"),
         ]
     ),
     st.integers(0, 100),  # which earlier tensor
@@ -61,6 +61,8 @@ def apply(kind, x, other, channels, activation, shared):
         "add": lambda: layers.Add()([x, project(other, x)]),
         "concat": lambda: layers.Concatenate()([x, other]),
         "multiply": lambda: x * project(other, x),
+        "slice": lambda: x[..., 1:],
+        "split": lambda: layers.Concatenate()(keras.ops.split(x, [size // 2], axis=-1)[::-1]),
         "excite": lambda: layers.Multiply()(
             [
                 x,

@@ -296,3 +296,17 @@ def test_dynamic_image_sizes_are_analyzed():
     x = layers.Conv2D(6, 3, name="first")(inputs)
     x = layers.GlobalAveragePooling2D(keepdims=True)(x)
     assert sizes(keras.Model(inputs, layers.Conv2D(2, 1)(x))) == {"first": 6}
+
+
+def test_every_part_of_a_split_keeps_a_group_of_its_own():
+    inputs = keras.Input((5,))
+    a, b = ops.split(layers.Dense(10, name="first")(inputs), [4], axis=-1)
+    model = keras.Model(inputs, [layers.Dense(2)(a), layers.Dense(2)(b)])
+    assert sizes(model) == {"first": 4, "first:2": 6}
+
+
+def test_single_channels_picked_by_number_freeze_the_axis():
+    inputs = keras.Input((5,))
+    x = layers.Dense(6, name="first")(inputs)
+    model = keras.Model(inputs, [layers.Dense(2)(x), x[:, 3]])
+    assert why(model) == {reasons.PICKED}

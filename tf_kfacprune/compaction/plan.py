@@ -61,6 +61,11 @@ class RemovalPlan:
             for size, neurons in zip(value.shape, axes, strict=True)
         )
 
+    def kept(self, value: Value, axis: int) -> np.ndarray | None:
+        """The positions that stay on an axis of a tensor, or None if nothing goes there."""
+        neurons = self.channels.axes(value)[axis]
+        return None if neurons is None else self.positions(neurons)
+
     def _add_scale(self, edge: Edge, scale: np.ndarray) -> None:
         known = self._scales.setdefault((edge.layer, edge.role), scale)
         if not np.array_equal(known, scale):

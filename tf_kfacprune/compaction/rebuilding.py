@@ -46,8 +46,7 @@ class _Replay:
         if isinstance(rule, GateRule):
             return keras.tree.flatten(args)[0]
         if not call.is_layer:
-            shapes = [self._plan.shape(value) for value in call.outputs]
-            outputs = rule.replay(call, args, kwargs, shapes)
+            outputs = rule.replay(call, args, kwargs, self._plan)
             if outputs is not NotImplemented:
                 return outputs
         if operation in self._compact:

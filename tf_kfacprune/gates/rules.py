@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from tf_kfacprune.gates.neuron_gate import GateBank, GateEdge, NeuronGate
+from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import CONSTANT, NO_SLOT, Axes, LabelFlow
 from tf_kfacprune.graph.rules import ChannelRule, register_channel_rule
-from tf_kfacprune.graph.tracer import Call
 
 __all__ = ["GateRule"]
 

@@ -1,10 +1,11 @@
 """The graph of a model: calls, channels, groups of neurons, cost."""
 
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.channel_graph import ChannelGraph, Edge, Frozen, NeuronGroup, analyze
 from tf_kfacprune.graph.cost import CostModel
 from tf_kfacprune.graph.labels import LabelFlow
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, register_channel_rule, rule_for
-from tf_kfacprune.graph.tracer import Call, Graph, Value, fresh_operation, trace
+from tf_kfacprune.graph.tracer import Graph, fresh_operation, trace
 
 __all__ = [
     "Call",

@@ -16,10 +16,11 @@ import numpy as np
 
 from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.components import connected_components
 from tf_kfacprune.graph.labels import NO_SLOT, LabelFlow
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, rule_for
-from tf_kfacprune.graph.tracer import Call, Graph, Value, trace
+from tf_kfacprune.graph.tracer import Graph, trace
 
 __all__ = ["ChannelGraph", "Edge", "Frozen", "NeuronGroup", "analyze"]
 
@@ -143,8 +144,8 @@ class ChannelGraph:
     def _partition(self, why: np.ndarray) -> np.ndarray:
         """For each free component root a key shared exactly by roots with equal producers."""
         key = np.zeros(self.flow.size, int)
-        for producer in self.flow.producers:
-            roots = np.unique(self._component[producer.labels])
+        for labels in [*(p.labels for p in self.flow.producers), *self.flow.parts]:
+            roots = np.unique(self._component[labels])
             roots = roots[why[roots] < 0]
             _, inverse = np.unique(key[roots], return_inverse=True)
             key[roots] = key.max() + 1 + inverse

@@ -19,7 +19,8 @@ import numpy as np
 
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph import reasons
-from tf_kfacprune.graph.tracer import Call, Graph, Value, trace
+from tf_kfacprune.graph.calls import Call, Value
+from tf_kfacprune.graph.tracer import Graph, trace
 
 __all__ = ["CONSTANT", "NO_SLOT", "Axes", "Freeze", "LabelFlow", "Producer", "Reading"]
 
@@ -67,6 +68,7 @@ class LabelFlow:
         graph: The traced graph.
         axes: Labels of every value seen so far, one entry per axis.
         producers: Creators of channels, in order.
+        parts: Labels that must not lose all their neurons, beside those of the producers.
         readings: Contraction edges, in order.
         selections: For a call and one of its inputs: axis and labels of the input features that
             the call reads; the others can be cut off right before it.
@@ -87,6 +89,7 @@ class LabelFlow:
         self.producers: list[Producer] = []
         self.readings: list[Reading] = []
         self.selections: dict[tuple[Call, Value], tuple[int, Labels]] = {}
+        self.parts: list[Labels] = []
         self.freezes: list[Freeze] = []
         self.slot_origin: dict[Value, int] = {}
         self.slot_sources: dict[Any, int] = {}
@@ -155,6 +158,10 @@ class LabelFlow:
         self._slot = np.concatenate([self._slot, np.broadcast_to(slot, base.shape)])
         self.size += len(base)
         return labels
+
+    def separate(self, labels: Labels) -> None:
+        """Makes some of a layer's channels groups of their own, which keep at least one neuron."""
+        self.parts.append(self.base(labels))
 
     # ---- reading labels
 

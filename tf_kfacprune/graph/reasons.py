@@ -15,6 +15,7 @@ __all__ = [
     "NOT_GATED",
     "NOT_READ",
     "ONLY_NEURON",
+    "PICKED",
     "RECURRENT_STATE",
     "REDUCED",
     "UNKNOWN_ACTIVATION",
@@ -34,6 +35,7 @@ UNKNOWN_ACTIVATION = "activation function not known to treat channels one by one
 CROSS_CHANNEL_ACTIVATION = "activation mixes channels (softmax and its kin)"
 NORMALIZED_ACROSS_CHANNELS = "normalized with statistics taken across channels"
 RECURRENT_STATE = "recurrent state, which is fed back inside the layer"
+PICKED = "single channels are picked by number"
 REDUCED = "summed, averaged or compared over channels"
 ARRAY_CONSTANT = "combined with an array constant that has one entry per channel"
 UNTRACKED_OPERAND = "combined with a tensor whose channels cannot be removed"

@@ -8,6 +8,7 @@ from tf_kfacprune.graph.rules import (
     merging,
     reshaping,
     sequences,
+    slicing,
 )
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
@@ -34,6 +35,7 @@ __all__ = [
     "reshaping",
     "rule_for",
     "sequences",
+    "slicing",
     "weight_extents",
     "weight_of",
 ]

@@ -13,6 +13,7 @@ import keras
 from keras import layers
 
 from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
@@ -20,7 +21,6 @@ from tf_kfacprune.graph.rules.base import (
     register_channel_rule,
     register_internal_rule,
 )
-from tf_kfacprune.graph.tracer import Call
 
 __all__ = ["activation_reason", "freeze_by_activation"]
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from keras import layers
 
 from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.activations import freeze_by_activation
 from tf_kfacprune.graph.rules.base import (
@@ -17,7 +18,6 @@ from tf_kfacprune.graph.rules.base import (
     register_channel_rule,
 )
 from tf_kfacprune.graph.rules.contractions import ContractionRule
-from tf_kfacprune.graph.tracer import Call, Value
 
 __all__: list[str] = []
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import keras
 import numpy as np
 
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.tracer import Call, Value
 
 __all__ = [
     "ChannelRule",
     "Extent",
+    "Removal",
     "channel_axis",
     "extents",
     "freeze_by_constant",
@@ -35,6 +36,16 @@ __all__ = [
 # One factor of a cost: a fixed number, or labels of which only the open ones count.
 Extent = int | np.ndarray
 RuleClass = TypeVar("RuleClass", bound="type[ChannelRule]")
+
+
+class Removal(Protocol):
+    """What remains of the tensors of a graph once channels are gone."""
+
+    def shape(self, value: Value) -> tuple[int | None, ...]:
+        """The shape of a tensor."""
+
+    def kept(self, value: Value, axis: int) -> np.ndarray | None:
+        """The positions that stay on an axis, in order, or None if nothing goes there."""
 
 
 class ChannelRule:
@@ -131,21 +142,19 @@ class ChannelRule:
         del call, flow
         return []
 
-    def replay(
-        self, call: Call, args: Any, kwargs: Any, shapes: Sequence[tuple[int | None, ...]]
-    ) -> Any:
+    def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
         """Executes a call of a stateless operation whose arguments depend on channel counts.
 
         Args:
             call: The call.
             args: Positional arguments, symbolic tensors filled in.
             kwargs: Keyword arguments, likewise.
-            shapes: Shapes of the outputs once channels are gone.
+            removal: What remains of every tensor.
 
         Returns:
             The outputs, or NotImplemented to execute the operation as it is.
         """
-        del call, args, kwargs, shapes
+        del call, args, kwargs, removal
         return NotImplemented
 
     def freeze_all(self, call: Call, flow: LabelFlow, reason: str) -> list[Axes]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from keras import layers
 
 from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
@@ -16,7 +17,6 @@ from tf_kfacprune.graph.rules.base import (
     register_channel_rule,
     register_internal_rule,
 )
-from tf_kfacprune.graph.tracer import Call
 
 __all__: list[str] = []
 

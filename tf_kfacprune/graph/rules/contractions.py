@@ -9,6 +9,7 @@ import numpy as np
 from keras import layers
 
 from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.activations import freeze_by_activation
 from tf_kfacprune.graph.rules.base import (
@@ -20,7 +21,6 @@ from tf_kfacprune.graph.rules.base import (
     weight_extents,
     weight_of,
 )
-from tf_kfacprune.graph.tracer import Call
 
 __all__ = ["ContractionRule"]
 

@@ -8,6 +8,7 @@ import numpy as np
 from keras import layers, tree
 
 from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import CONSTANT, Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
@@ -15,7 +16,6 @@ from tf_kfacprune.graph.rules.base import (
     register_channel_rule,
     register_internal_rule,
 )
-from tf_kfacprune.graph.tracer import Call, Value
 
 __all__: list[str] = []
 

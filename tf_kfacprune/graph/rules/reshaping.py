@@ -13,13 +13,14 @@ import numpy as np
 from keras import layers, ops
 
 from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
+    Removal,
     register_channel_rule,
     register_internal_rule,
 )
-from tf_kfacprune.graph.tracer import Call
 
 __all__: list[str] = []
 
@@ -99,10 +100,8 @@ class ReshapeRule(IndexRule):
 class ReshapeOperatorRule(IndexRule):
     """`keras.ops.reshape`."""
 
-    def replay(
-        self, call: Call, args: Any, kwargs: Any, shapes: Sequence[tuple[int | None, ...]]
-    ) -> Any:
-        return ops.reshape(args[0], _target(shapes[0]))
+    def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
+        return ops.reshape(args[0], _target(removal.shape(call.outputs[0])))
 
 
 @register_internal_rule("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Prod", "Std", "Var")

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from keras import layers
 
 from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import ChannelRule, Extent, extents, register_channel_rule
 from tf_kfacprune.graph.rules.contractions import ContractionRule
-from tf_kfacprune.graph.tracer import Call
 
 __all__: list[str] = []
 

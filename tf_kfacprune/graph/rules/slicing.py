@@ -1,0 +1,103 @@
+"""Channel rules for operations that cut tensors into parts: split and slicing.
+
+A part of a layer's channels forms groups of its own, so that every part keeps at least one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.calls import Call
+from tf_kfacprune.graph.labels import Axes, LabelFlow
+from tf_kfacprune.graph.rules.base import ChannelRule, Removal, register_internal_rule
+
+__all__: list[str] = []
+
+
+@register_internal_rule("Split")
+class SplitRule(ChannelRule):
+    """`keras.ops.split`."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        value = call.inputs[0]
+        axis = call.operation.axis % len(value.shape)
+        axes = flow.of(value)
+        labels, parts = axes[axis], []
+        sizes = [output.shape[axis] or 0 for output in call.outputs]
+        stops = np.cumsum(sizes).tolist()
+        for start, stop in zip([0, *stops], stops, strict=False):
+            part = None if labels is None else labels[start:stop]
+            if part is not None:
+                flow.separate(part)
+            parts.append([part if k == axis else other for k, other in enumerate(axes)])
+        return parts
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
+
+    def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
+        axis = call.operation.axis
+        sizes = [removal.shape(value)[axis] or 0 for value in call.outputs]
+        return ops.split(args[0], np.cumsum(sizes)[:-1].tolist(), axis=axis)
+
+
+@register_internal_rule("GetItem")
+class GetItemRule(ChannelRule):
+    """`x[..., a:b]` and its like, with slices, integers and an ellipsis."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        value = call.inputs[0]
+        keys = _key_per_axis(call, len(value.shape))
+        if keys is None:
+            return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
+        axes: Axes = []
+        for key, labels in zip(keys, flow.of(value), strict=True):
+            if isinstance(key, int):  # a single channel, which must stay where it is
+                flow.freeze(labels, reasons.PICKED, call.path)
+                continue
+            part = None if labels is None else labels[key]
+            if labels is not None and part is not None and len(part) < len(labels):
+                flow.separate(part)
+            axes.append(part)
+        return [axes]
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
+
+    def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
+        value = call.inputs[0]
+        keys = _key_per_axis(call, len(value.shape))
+        if keys is None:
+            return NotImplemented
+        moved: list[int | slice] = []
+        for axis, key in enumerate(keys):
+            kept = removal.kept(value, axis)
+            if kept is not None and isinstance(key, slice):
+                picked = np.intersect1d(np.arange(value.shape[axis] or 0)[key], kept)
+                first, last = np.searchsorted(kept, picked[[0, -1]])
+                moved.append(slice(int(first), int(last) + 1))
+            else:
+                moved.append(key)
+        return args[0][tuple(moved)]
+
+
+def _key_per_axis(call: Call, rank: int) -> list[int | slice] | None:
+    """The key of each axis, or None if it is of another kind or steps along an axis."""
+    key = call.args[1] if len(call.args) > 1 else call.kwargs.get("key")
+    keys: list[Any] = list(key) if isinstance(key, (tuple, list)) else [key]
+    if keys.count(Ellipsis) == 1:
+        where = keys.index(Ellipsis)
+        keys[where : where + 1] = [slice(None)] * (rank - len(keys) + 1)
+    keys += [slice(None)] * (rank - len(keys))
+    plain = all(isinstance(k, int) or (isinstance(k, slice) and _is_contiguous(k)) for k in keys)
+    return keys if plain and len(keys) == rank else None
+
+
+def _is_contiguous(key: slice) -> bool:
+    numbers = all(isinstance(end, (int, type(None))) for end in (key.start, key.stop))
+    return numbers and key.step in (None, 1)
