@@ -26,7 +26,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,69 +36,14 @@ from keras import ops
 from tf_kfacprune.curvature import KroneckerBlock
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.linalg import damped_inverse, factored_damping, kronecker_matvec
+from tf_kfacprune.optimizers.kfac_state import Binding, BlockState, Layout, summary_lines
 
 __all__ = ["KFAC"]
 
-NO_BLOCK = "not a kernel or bias of a layer with a Kronecker block"
-NOT_BOUND = "the model does not hand Kronecker factors to its optimizer"
 _ADAM_BETA_1 = 0.9
 _ADAM_BETA_2 = 0.999
 _ADAM_EPSILON = 1e-7
 _TINY = 1e-20
-
-
-class _Bound:
-    """What a model bound the optimizer to: its blocks, or None before it did, and the rest."""
-
-    def __init__(
-        self, blocks: tuple[KroneckerBlock, ...] | None, reasons: Mapping[str, str]
-    ) -> None:
-        self.blocks = blocks
-        self.reasons = dict(reasons)
-
-    def reason(self, variable: keras.Variable) -> str:
-        """Why a variable takes Adam steps."""
-        if self.blocks is None:
-            return NOT_BOUND
-        return self.reasons.get(variable.path, NO_BLOCK)
-
-
-class _Layout:
-    """Which variable takes which kind of step; plain, so that Keras does not track it twice."""
-
-    def __init__(self, states: list[_BlockState], num_variables: int) -> None:
-        self.states = states
-        in_blocks = {index for state in states for index in state.indices}
-        self.rest = [i for i in range(num_variables) if i not in in_blocks]
-        self.velocities: dict[int, keras.Variable] = {}
-
-
-class _BlockState:
-    """Optimizer variables of one Kronecker block and the places of its weights."""
-
-    def __init__(self, block: KroneckerBlock, optimizer: KFAC, index_of: dict[int, int]) -> None:
-        self.block = block
-        self.kernel_index = index_of[id(block.kernel)]
-        self.bias_index = None if block.bias is None else index_of[id(block.bias)]
-
-        def square(kind: str, n: int, initializer: str) -> keras.Variable:
-            name = f"{block.name}_{kind}"
-            return optimizer.add_variable((n, n), initializer, dtype="float32", name=name)
-
-        self.a = square("factor_a", block.n_a, "zeros")
-        self.g = square("factor_g", block.n_out, "zeros")
-        self.a_inverse = square("inverse_a", block.n_a, "identity")
-        self.g_inverse = square("inverse_g", block.n_out, "identity")
-
-    @property
-    def indices(self) -> list[int]:
-        """Places of kernel and bias among the trainable variables."""
-        return [i for i in (self.kernel_index, self.bias_index) if i is not None]
-
-    @property
-    def bytes(self) -> int:
-        """Memory of factors and inverses."""
-        return 4 * 2 * (self.block.n_a**2 + self.block.n_out**2)
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
@@ -179,8 +123,8 @@ class KFAC(keras.optimizers.Optimizer):
         self.batch_fraction = batch_fraction
         self.labels = labels
         self.adam_ratio = adam_ratio
-        self._layout = _Layout([], 0)
-        self._bound = _Bound(None, {})
+        self._layout = Layout([], 0)
+        self._bound = Binding(None, {})
 
     # ------------------------------------------------------------------ building
 
@@ -204,7 +148,7 @@ class KFAC(keras.optimizers.Optimizer):
                     f"{[b.name for b in blocks]}. Give each model an optimizer of its own."
                 )
             return
-        self._bound = _Bound(tuple(blocks), reasons or {})
+        self._bound = Binding(tuple(blocks), reasons or {})
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         if self.built:
@@ -217,8 +161,8 @@ class KFAC(keras.optimizers.Optimizer):
             )
         super().build(variables)
         index_of = {id(v): i for i, v in enumerate(variables)}
-        states = [_BlockState(b, self, index_of) for b in self._bound.blocks or ()]
-        self._layout = _Layout(states, len(variables))
+        states = [BlockState(b, index_of, self.add_variable) for b in self._bound.blocks or ()]
+        self._layout = Layout(states, len(variables))
         self._factor_updates = self.add_variable((), dtype="int32", name="factor_updates")
         # Momentum of preconditioned gradients inside blocks, Adam's first moment outside.
         self._momentums = self.add_optimizer_variables(variables, "momentum")
@@ -361,18 +305,8 @@ class KFAC(keras.optimizers.Optimizer):
             raise InvalidArgumentError(
                 f"Optimizer {self.name!r} is not built yet: compile the model with it first."
             )
-        print_fn(f"{self.name}: {len(self._layout.states)} Kronecker blocks")
-        for state in self._layout.states:
-            block = state.block
-            size = f"A {block.n_a}x{block.n_a}, G {block.n_out}x{block.n_out}"
-            print_fn(f"  {block.name:<24} {size:<28} {_megabytes(state.bytes)}")
-        total = sum(state.bytes for state in self._layout.states)
-        print_fn(f"  factors and inverses in all: {_megabytes(total)}")
-        print_fn(f"Adam steps: {len(self._layout.rest)} variables")
-        for index in self._layout.rest:
-            variable = self._trainable_variables[index]
-            count = f"{math.prod(variable.shape):,} parameters"
-            print_fn(f"  {variable.path:<32} {count:<20} {self._bound.reason(variable)}")
+        for line in summary_lines(self.name, self._layout, self._bound, self._trainable_variables):
+            print_fn(line)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -387,10 +321,6 @@ class KFAC(keras.optimizers.Optimizer):
             "labels": self.labels,
             "adam_ratio": self.adam_ratio,
         }
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 2**20:,.2f} MiB"
 
 
 def _require(ok: bool, name: str, expected: str, received: Any) -> None:

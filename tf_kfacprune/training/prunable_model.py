@@ -12,17 +12,16 @@ import tensorflow as tf
 from tf_kfacprune.curvature import (
     KroneckerBlock,
     SpectralRadius,
-    block_for,
     check_second_derivatives,
     kronecker_factors,
     per_example_gradients,
-    sampled_likelihood,
 )
 from tf_kfacprune.errors import BudgetError, InvalidArgumentError
 from tf_kfacprune.gates import GatedNetwork, GateSource, insert_gates
-from tf_kfacprune.graph import Graph, trace
+from tf_kfacprune.graph import trace
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.pruning import Budget, Phases
+from tf_kfacprune.training.anatomy import Anatomy, Compiled, inner_optimizer
 from tf_kfacprune.training.budget_controller import BudgetController
 from tf_kfacprune.training.curvature_penalty import CurvaturePenalty, head_of_batch
 from tf_kfacprune.training.run_callback import RunCallback
@@ -116,7 +115,7 @@ class PrunableModel(keras.Model):
         self.phases = phases or Phases()
         self.max_skipped_steps = max_skipped_steps
         self.seed_generator = keras.random.SeedGenerator(seed)
-        self._anatomy = _Anatomy(graph, gated)
+        self._anatomy = Anatomy(graph, gated)
         self.controller = None
         if budget is not None and gated is not None:
             self.controller = BudgetController(gated, budget, self.phases, name="budget")
@@ -163,7 +162,7 @@ class PrunableModel(keras.Model):
             kfac.bind(self.blocks, self._anatomy.reasons)
         # Before weights are loaded: an optimizer without variables would lose its state silently.
         self.optimizer.build(self.network_variables)
-        self._compiled = _Compiled(loss, inner_optimizer(self.optimizer))
+        self._compiled = Compiled(loss, inner_optimizer(self.optimizer))
         users = [user for user in (kfac, self.curvature) if user and user.labels == "sampled"]
         if users and self._compiled.reason is not None:
             warnings.warn(
@@ -345,51 +344,8 @@ class PrunableModel(keras.Model):
         }
         return cls(**{**config, **objects})
 
-    def get_compile_config(self) -> dict[str, Any]:
-        return super().get_compile_config()
-
     def compile_from_config(self, config: dict[str, Any]) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
-
-
-class _Anatomy:
-    """What the model knows about its network; plain, so that Keras does not track it twice."""
-
-    def __init__(self, graph: Graph, gated: GatedNetwork | None) -> None:
-        self.graph = graph
-        self.gated = gated
-        self.blocks: list[KroneckerBlock] = []
-        self.without_block: dict[str, str] = {}
-        self.reasons: dict[str, str] = {}
-        seen: set[int] = set()
-        for call in graph.calls:
-            layer = call.operation
-            if not isinstance(layer, keras.Layer) or not layer.weights or id(layer) in seen:
-                continue
-            seen.add(id(layer))
-            block = block_for(layer)
-            if isinstance(block, str):
-                self.without_block[layer.name] = block
-                self.reasons.update({variable.path: block for variable in layer.weights})
-            else:
-                self.blocks.append(block)
-
-
-class _Compiled:
-    """What `compile` was told, digested: the likelihood of the loss, the kind of learning rate."""
-
-    def __init__(self, loss: Any, optimizer: keras.optimizers.Optimizer) -> None:
-        several = isinstance(loss, (list, tuple, dict))
-        found: Any = "several losses" if several else sampled_likelihood(loss)
-        self.sampled = None if isinstance(found, str) else found
-        self.reason = found if isinstance(found, str) else None
-        # Keras serializes a schedule as a dictionary, a constant as a number.
-        self.constant_learning_rate = isinstance(optimizer.get_config()["learning_rate"], float)
-
-
-def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer that takes the steps, inside of a loss-scaling one or not."""
-    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def _add(gradient: Any, penalty: Any) -> Any:
