@@ -256,12 +256,14 @@ def documented_parameters(member: object) -> list[str]:
 
 
 def documentation_faults(member: object) -> Iterator[str]:
+    if not callable(member) and not isinstance(member, ModuleType):
+        return  # a constant has no docstring of its own
     doc = inspect.getdoc(member) or ""
     own_doc = member.__dict__.get("__doc__") if inspect.isclass(member) else member.__doc__
     if not own_doc:
         yield "no docstring of its own"
         return
-    if isinstance(member, ModuleType | str) or (
+    if isinstance(member, ModuleType) or (
         inspect.isclass(member) and issubclass(member, Exception)
     ):
         return

@@ -56,7 +56,7 @@ def failure(capsys, *arguments) -> str:
 def test_train_writes_everything_it_promises(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
-        "pruned.keras",
+        "model.keras",
         "compact.keras",
         "compact.tflite",
         "saved_model",
@@ -73,14 +73,14 @@ def test_train_writes_everything_it_promises(trained):
 def test_evaluate_agrees_between_formats_and_with_the_record(trained, small_data, capsys):
     capsys.readouterr()
     accuracy = json.loads((trained / "record.json").read_text())["compact"]["accuracy"]
-    for name in ("compact.keras", "compact.tflite", "pruned.keras"):
+    for name in ("compact.keras", "compact.tflite", "model.keras"):
         assert main(["evaluate", f"--model={trained / name}", f"--data={small_data}"]) == 0
         assert f"accuracy {100 * accuracy:.2f} %" in capsys.readouterr().out
 
 
 def test_compact_and_export_continue_from_the_files(trained, small_data, tmp_path, capsys):
     small = tmp_path / "small.keras"
-    assert main(["compact", f"--model={trained / 'pruned.keras'}", f"--output={small}"]) == 0
+    assert main(["compact", f"--model={trained / 'model.keras'}", f"--output={small}"]) == 0
     assert "macs:" in capsys.readouterr().out
     for arguments in (
         ["--format=tflite", "--quantization=float16", f"--output={tmp_path / 'half.tflite'}"],
@@ -162,7 +162,7 @@ def test_a_truncated_model_is_a_clear_error(trained, tmp_path, capsys):
 
 def test_a_gated_model_is_not_exported_and_a_plain_one_not_compacted(trained, tmp_path, capsys):
     error = failure(
-        capsys, "export", f"--model={trained / 'pruned.keras'}", f"--output={tmp_path / 'o.tflite'}"
+        capsys, "export", f"--model={trained / 'model.keras'}", f"--output={tmp_path / 'o.tflite'}"
     )
     assert "compact" in error
     assert not list(tmp_path.iterdir())

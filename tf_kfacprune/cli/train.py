@@ -90,7 +90,7 @@ def _define(values: flags.FlagValues) -> None:
     add_output_flags(
         values,
         "output_dir",
-        "Folder for pruned.keras, compact.keras, compact.tflite, saved_model and record.json.",
+        "Folder for model.keras, compact.keras, compact.tflite, saved_model and record.json.",
     )
 
 
@@ -128,7 +128,7 @@ def _train_into(folder: Path, values: flags.FlagValues) -> Any:
     )
     _fit(pruned, loss, x_train, dataset.y_train, values)
     small = compact(pruned)
-    keras_file(pruned, folder / "pruned.keras")
+    keras_file(pruned, folder / "model.keras")
     keras_file(small, folder / "compact.keras")
     saved_model(small, folder / "saved_model", verify_data=x_test[:256])
     tflite(small, folder / "compact.tflite", verify_data=x_test[:256])
