@@ -26,15 +26,6 @@ MODELS = flags.DEFINE_list("models", None, "Constructor names; default: all of t
 SIZE = flags.DEFINE_integer("size", 96, "Height and width of the input images.")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file; default: results/ beside this script.")
 
-RANDOM = {
-    "beta": (-0.5, 0.5),
-    "moving_mean": (-0.5, 0.5),
-    "bias": (-0.5, 0.5),
-    "gamma": (0.5, 1.5),
-    "variable": (0.5, 1.5),  # LayerScale
-    "moving_variance": (0.5, 1.5),
-}
-
 
 def constructors():
     """All constructors of `keras.applications`, by name."""
@@ -42,11 +33,30 @@ def constructors():
 
 
 def randomize(model, rng):
-    """Closed channels must not hide behind zeros."""
-    for weight in model.weights:
-        kind = weight.path.rsplit("/", 1)[-1]
-        if kind in RANDOM:
-            weight.assign(rng.uniform(*RANDOM[kind], weight.shape))
+    """Random biases, scales and statistics, so that closed channels do not hide behind zeros.
+
+    Statistics are taken from random images first and then disturbed: made up from nothing, they
+    blow up rounding errors from layer to layer until no two computations agree.
+    """
+    norms = [layer for layer in model.layers if hasattr(layer, "moving_variance")]
+    for layer in model.layers:
+        if getattr(layer, "bias", None) is not None:
+            layer.bias.assign(rng.uniform(-0.1, 0.1, layer.bias.shape))
+        if getattr(layer, "gamma", None) is not None:
+            layer.gamma.assign(rng.uniform(0.5, 1.5, layer.gamma.shape))
+        if getattr(layer, "beta", None) is not None:
+            layer.beta.assign(rng.uniform(-0.5, 0.5, layer.beta.shape))
+    momenta = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.momentum = 0.0
+    model(random_inputs(model, batch_size=4), training=True)
+    for layer, momentum in zip(norms, momenta, strict=True):
+        layer.momentum = momentum
+        spread = np.sqrt(layer.moving_variance.numpy())
+        shift = rng.uniform(-0.2, 0.2, spread.shape) * spread
+        layer.moving_mean.assign(layer.moving_mean.numpy() + shift)
+        factor = rng.uniform(0.7, 1.4, spread.shape)
+        layer.moving_variance.assign(layer.moving_variance.numpy() * factor)
 
 
 def channel_share(channels, classifier):
