@@ -378,6 +378,17 @@ def test_gated_dense_on_its_own_features():
     assert small.count_params() < 10 * 8 + 8 + 8 * 3 + 3
 
 
+def test_a_shared_gated_layer_is_compacted_also_inside_a_nested_model():
+    inputs, inner_inputs = keras.Input((6,)), keras.Input((6,))
+    shared = GatedDense(6, activation="relu", name="shared")
+    inner = keras.Model(inner_inputs, layers.BatchNormalization()(shared(inner_inputs)))
+    x = shared(inner(shared(inputs)))
+    net = set_gates(keras.Model(inputs, GatedDense(3)(x)), hard=False)
+    (group,) = GatedNetwork(net).channels.groups
+    assert group.producers[1:] == ("shared",)
+    assert compact(net).count_params() < net.count_params() - 3 * 9 * 2
+
+
 def test_a_shared_layer_behind_different_soft_gates_is_refused():
     inputs = keras.Input((5,))
     shared = layers.Dense(5, activation="relu", name="shared")
