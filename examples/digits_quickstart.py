@@ -24,7 +24,7 @@ flags.DEFINE_string("data_dir", None, "Folder with the data; Keras downloads the
 flags.DEFINE_string("model", "digits_cnn", f"{', '.join(zoo.NAMES)}, or a .keras file.")
 flags.DEFINE_float("budget_macs", 0.12, "Fraction of the multiply-accumulates to keep.")
 flags.DEFINE_float("budget_params", None, "Fraction of the parameters to keep.")
-flags.DEFINE_integer("epochs", 40, "Passes over the data.", lower_bound=1)
+flags.DEFINE_integer("epochs", 30, "Passes over the data.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 32, "Examples per step.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 flags.DEFINE_string("output_dir", None, "Folder for the models and the record.", required=True)
