@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import tf_kfacprune as kp
 from tf_kfacprune.curvature.diagnostics import (
     CurvatureOperator,
     hessian_density,
@@ -101,3 +102,12 @@ def test_numbers_out_of_range_are_named():
         hessian_trace(model, data, LOSS, probes=1)
     with pytest.raises(InvalidArgumentError, match="k must be"):
         hessian_spectrum(model, data, LOSS, k=0)
+
+
+def test_a_prunable_model_is_measured_with_its_gates_as_constants():
+    model, data = small_case()
+    plain = hessian_spectrum(model, data, LOSS)
+    pm = kp.PrunableModel(model, budget=kp.Budget(macs=0.5))
+    held_open = hessian_spectrum(pm, data, LOSS)
+    assert held_open.num_parameters == plain.num_parameters
+    assert held_open.top == pytest.approx(plain.top, rel=1e-6)  # gates are float32
