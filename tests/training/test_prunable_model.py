@@ -310,7 +310,8 @@ def test_a_model_saved_in_mid_pruning_goes_on_as_if_nothing_had_happened(tmp_pat
         stop = keras.callbacks.LambdaCallback(
             on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch == 3)
         )
-        model.fit(data, epochs=8, shuffle=False, verbose=0, callbacks=[stop])
+        with pytest.warns(UserWarning, match="ended before its gates settled"):
+            model.fit(data, epochs=8, shuffle=False, verbose=0, callbacks=[stop])
         model.save(tmp_path / "half.keras")
         loaded = keras.models.load_model(tmp_path / "half.keras")
         loaded.fit(data, initial_epoch=4, epochs=8, shuffle=False, verbose=0)
@@ -326,6 +327,34 @@ def test_network_variables_leave_the_gates_to_their_own_optimizer():
     paths = [v.path for v in model.network_variables]
     assert len(paths) == 6
     assert not any("logits" in path for path in paths)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_trains_prunes_and_compacts(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        net = _network(normalized=True)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model = kp.PrunableModel(net, budget=kp.Budget(macs=0.4), curvature=kp.SpectralRadius(1e-3))
+    history = _fit(model, epochs=6)
+    assert history["macs"][-1] <= 0.4
+    assert history["loss"][-1] < history["loss"][0]
+    assert history["skipped_steps"][-1] == 0
+    assert kp.compact(model).get_layer("first").dtype_policy.name == policy
+
+
+def test_gates_that_exist_already_cannot_be_configured_again():
+    gated = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.4)).net
+    with pytest.raises(InvalidArgumentError, match="gates already"):
+        kp.PrunableModel(gated, budget=kp.Budget(macs=0.4), prune_inputs=True)
+
+
+def test_a_clone_has_the_same_architecture_and_budget():
+    model = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.4), seed=3)
+    clone = keras.models.clone_model(model)
+    assert clone.get_config() == model.get_config()
+    assert clone.count_params() == model.count_params()
 
 
 def test_steps_per_execution_and_data_sets_work():

@@ -115,16 +115,21 @@ def per_example_gradients(
         training: Whether layers run in training mode.
 
     Returns:
-        The records, and for each the gradients g, shaped like the pre-activation.
+        The records, and for each the gradients g, shaped like the pre-activation, float32.
     """
     with tf.GradientTape() as tape:
         outputs, records = capture(graph, x, blocks, training)
+        # The loss is a mean over the batch; g belongs to the example. Scaled before, not after
+        # differentiation, small gradients survive in half precision.
+        batch = tf.shape(records[0].s)[0] if records else 1
         loss = mean_loss(outputs)
+        summed_loss = loss * tf.cast(batch, loss.dtype)
     gradients = tape.gradient(
-        loss, [record.s for record in records], unconnected_gradients=tf.UnconnectedGradients.ZERO
+        summed_loss,
+        [record.s for record in records],
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
-    # The loss is a mean over the batch; g belongs to the example.
-    return records, [g * tf.cast(tf.shape(g)[0], g.dtype) for g in gradients]
+    return records, [tf.cast(g, tf.float32) for g in gradients]
 
 
 def kronecker_factors(

@@ -92,6 +92,11 @@ class BudgetController(keras.layers.Layer):
         """The current `GatePhase`, a scalar tensor."""
         return tf.convert_to_tensor(self._plan.gated.sources[0].phase)
 
+    @property
+    def has_settled(self) -> bool:
+        """Whether the network is on its budget for good."""
+        return self._plan.budget.is_open or int(self.phase()) == GatePhase.SETTLED
+
     def plan(self, total_steps: int, learning_rate: float | None) -> None:
         """Lays out the phases over a run; a run that has settled before stays settled.
 
@@ -99,7 +104,7 @@ class BudgetController(keras.layers.Layer):
             total_steps: Steps of the run, those done before a resume included.
             learning_rate: The constant learning rate to decay, or None to leave it alone.
         """
-        if self._plan.budget.is_open or int(self.phase()) == GatePhase.SETTLED:
+        if self.has_settled:
             return
         start, end = self._plan.phases.boundaries(total_steps)
         self.prune_start.assign(start)

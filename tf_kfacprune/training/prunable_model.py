@@ -99,6 +99,12 @@ class PrunableModel(keras.Model):
             )
         graph = trace(model)
         has_gates = any(isinstance(call.operation, GateSource) for call in graph.calls)
+        if has_gates and (prune_inputs or exclude):
+            raise InvalidArgumentError(
+                f"Model {model.name!r} has gates already, so `prune_inputs` and `exclude` of "
+                f"PrunableModel would have no effect. Received: prune_inputs={prune_inputs!r}, "
+                f"exclude={exclude!r}. Pass the model without gates, or leave them out."
+            )
         if budget is not None and not has_gates:
             model = insert_gates(model, prune_inputs=prune_inputs, exclude=exclude, kind=gate)
             graph, has_gates = trace(model), True
@@ -114,6 +120,7 @@ class PrunableModel(keras.Model):
         self.curvature = curvature
         self.phases = phases or Phases()
         self.max_skipped_steps = max_skipped_steps
+        self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self._anatomy = Anatomy(graph, gated)
         self.controller = None
@@ -150,13 +157,15 @@ class PrunableModel(keras.Model):
 
     # ------------------------------------------------------------------ compile and fit
 
-    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **kwargs: Any) -> None:
+    def compile(
+        self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
         if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             raise InvalidArgumentError(
                 "PrunableModel does not support tf.distribute strategies with several replicas "
                 f"yet. Received: {tf.distribute.get_strategy()!r}. Train on one device."
             )
-        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        super().compile(optimizer, loss, *args, **kwargs)
         kfac = self._kfac
         if kfac is not None:
             kfac.bind(self.blocks, self._anatomy.reasons)
@@ -333,6 +342,7 @@ class PrunableModel(keras.Model):
             "curvature": serialize(self.curvature),
             "phases": serialize(self.phases),
             "max_skipped_steps": self.max_skipped_steps,
+            "seed": self.seed,
         }
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -34,3 +35,12 @@ class RunCallback(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.model.guard.check()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        controller = self.model.controller
+        if controller is not None and not controller.has_settled:
+            warnings.warn(
+                f"Training of {self.model.name!r} ended before its gates settled: the network is "
+                "not on its budget. Go on with `fit(..., initial_epoch=...)`.",
+                stacklevel=2,
+            )
