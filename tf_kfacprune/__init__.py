@@ -16,7 +16,7 @@ References:
 from tf_kfacprune import data, diagnostics, errors, export, layers, reporting, zoo
 from tf_kfacprune.compaction import compact, compaction_report
 from tf_kfacprune.curvature import SpectralRadius
-from tf_kfacprune.graph import register_channel_rule
+from tf_kfacprune.graph import ChannelRule, register_channel_rule
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.pruning import Budget, Phases
 from tf_kfacprune.reporting import inspect, report
@@ -25,6 +25,7 @@ from tf_kfacprune.training import PrunableModel
 __all__ = [
     "KFAC",
     "Budget",
+    "ChannelRule",
     "Phases",
     "PrunableModel",
     "SpectralRadius",
