@@ -183,9 +183,7 @@ class PrunableModel(keras.Model):
     @property
     def network_variables(self) -> list[keras.Variable]:
         """What the compiled optimizer trains: all trainable variables but the gates."""
-        gates = {id(v) for v in self.controller.logits} if self.controller else set()
-        if self.gated is not None:
-            gates |= {id(source.logits) for source in self.gated.sources}
+        gates = {id(source.logits) for source in self._gate_sources()}
         return [v for v in self.net.trainable_variables if id(v) not in gates]
 
     @property
