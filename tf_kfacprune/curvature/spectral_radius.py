@@ -24,6 +24,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,9 +32,9 @@ import keras
 from keras import ops
 
 from tf_kfacprune.curvature.blocks import KroneckerBlock
-from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.validation import require
 
-__all__ = ["SpectralRadius", "layer_spectral_radius"]
+__all__ = ["layer_spectral_radius"]
 
 _REDUCTIONS = ("max", "sum", "smooth_max")
 _SMOOTH_MAX_POWER = 8
@@ -92,12 +93,23 @@ class SpectralRadius:
         batch_fraction: float = 0.25,
         labels: str = "sampled",
     ) -> None:
-        _require(strength >= 0, "strength", "a number >= 0", strength)
-        _require(threshold >= 0, "threshold", "a number >= 0", threshold)
-        _require(reduction in _REDUCTIONS, "reduction", f"one of {_REDUCTIONS}", reduction)
-        _require(isinstance(every, int) and every >= 1, "every", "an integer >= 1", every)
-        _require(0 < batch_fraction <= 1, "batch_fraction", "in (0, 1]", batch_fraction)
-        _require(labels in ("sampled", "data"), "labels", "'sampled' or 'data'", labels)
+        check = functools.partial(require, "SpectralRadius")
+        check(strength >= 0, "strength", "a number >= 0", strength)
+        check(threshold >= 0, "threshold", "a number >= 0", threshold)
+        check(
+            reduction in _REDUCTIONS,
+            "reduction",
+            f"one of {_REDUCTIONS}",
+            reduction,
+        )
+        check(
+            isinstance(every, int) and every >= 1,
+            "every",
+            "an integer >= 1",
+            every,
+        )
+        check(0 < batch_fraction <= 1, "batch_fraction", "in (0, 1]", batch_fraction)
+        check(labels in ("sampled", "data"), "labels", "'sampled' or 'data'", labels)
         self.strength = strength
         self.threshold = threshold
         self.reduction = reduction
@@ -145,10 +157,3 @@ class SpectralRadius:
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value!r}" for key, value in self.get_config().items())
         return f"SpectralRadius({settings})"
-
-
-def _require(ok: bool, name: str, expected: str, received: Any) -> None:
-    if not ok:
-        raise InvalidArgumentError(
-            f"Argument `{name}` of SpectralRadius must be {expected}. Received: {name}={received!r}"
-        )

@@ -26,6 +26,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ from tf_kfacprune.curvature import KroneckerBlock
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.linalg import damped_inverse, factored_damping, kronecker_matvec
 from tf_kfacprune.optimizers.kfac_state import Binding, BlockState, Layout, summary_lines
+from tf_kfacprune.validation import require
 
 __all__ = ["KFAC"]
 
@@ -97,17 +99,18 @@ class KFAC(keras.optimizers.Optimizer):
         name: str = "kfac",
         **kwargs: Any,
     ) -> None:
-        _require(0 <= momentum < 1, "momentum", "in [0, 1)", momentum)
-        _require(damping > 0, "damping", "> 0", damping)
-        _require(kl_clip is None or kl_clip > 0, "kl_clip", "> 0 or None", kl_clip)
-        _require(0 <= factor_decay < 1, "factor_decay", "in [0, 1)", factor_decay)
-        _require_count("factor_every", factor_every)
-        _require_count("inverse_every", inverse_every)
-        _require(0 < batch_fraction <= 1, "batch_fraction", "in (0, 1]", batch_fraction)
-        _require(labels in ("sampled", "data"), "labels", "'sampled' or 'data'", labels)
-        _require(adam_ratio > 0, "adam_ratio", "> 0", adam_ratio)
+        check = functools.partial(require, "KFAC")
+        check(0 <= momentum < 1, "momentum", "in [0, 1)", momentum)
+        check(damping > 0, "damping", "> 0", damping)
+        check(kl_clip is None or kl_clip > 0, "kl_clip", "> 0 or None", kl_clip)
+        check(0 <= factor_decay < 1, "factor_decay", "in [0, 1)", factor_decay)
+        check(_is_count(factor_every), "factor_every", "an integer >= 1", factor_every)
+        check(_is_count(inverse_every), "inverse_every", "an integer >= 1", inverse_every)
+        check(0 < batch_fraction <= 1, "batch_fraction", "in (0, 1]", batch_fraction)
+        check(labels in ("sampled", "data"), "labels", "'sampled' or 'data'", labels)
+        check(adam_ratio > 0, "adam_ratio", "> 0", adam_ratio)
         accumulation = kwargs.get("gradient_accumulation_steps")
-        _require(
+        check(
             accumulation is None,
             "gradient_accumulation_steps",
             "None (factors would be updated on every micro-step; use larger batches)",
@@ -323,12 +326,5 @@ class KFAC(keras.optimizers.Optimizer):
         }
 
 
-def _require(ok: bool, name: str, expected: str, received: Any) -> None:
-    if not ok:
-        raise InvalidArgumentError(
-            f"Argument `{name}` of KFAC must be {expected}. Received: {name}={received!r}"
-        )
-
-
-def _require_count(name: str, value: Any) -> None:
-    _require(isinstance(value, int) and value >= 1, name, "an integer >= 1", value)
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -27,6 +27,7 @@ from tf_kfacprune.training.curvature_penalty import CurvaturePenalty, head_of_ba
 from tf_kfacprune.training.run_callback import RunCallback
 from tf_kfacprune.training.step_guard import StepGuard
 from tf_kfacprune.training.validation import check_labels
+from tf_kfacprune.validation import require
 
 __all__ = ["PrunableModel"]
 
@@ -92,11 +93,13 @@ class PrunableModel(keras.Model):
         _require_type("budget", budget, Budget, optional=True)
         _require_type("curvature", curvature, SpectralRadius, optional=True)
         _require_type("phases", phases, Phases, optional=True)
-        if not isinstance(max_skipped_steps, int) or max_skipped_steps < 1:
-            raise InvalidArgumentError(
-                "Argument `max_skipped_steps` of PrunableModel must be an integer >= 1. "
-                f"Received: max_skipped_steps={max_skipped_steps!r}"
-            )
+        require(
+            "PrunableModel",
+            isinstance(max_skipped_steps, int) and max_skipped_steps >= 1,
+            "max_skipped_steps",
+            "an integer >= 1",
+            max_skipped_steps,
+        )
         graph = trace(model)
         has_gates = any(isinstance(call.operation, GateSource) for call in graph.calls)
         if has_gates and (prune_inputs or exclude):
@@ -217,8 +220,7 @@ class PrunableModel(keras.Model):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if self.controller is not None:
             self.controller.enter_phase()
-        state = self._mutable_state()
-        before = [tf.convert_to_tensor(v) for v in state]
+        restore_state = self._remembered_state()
         variables = self.network_variables
         gates = self.controller.logits if self.controller is not None else []
         with tf.GradientTape() as tape:
@@ -241,20 +243,27 @@ class PrunableModel(keras.Model):
             self._apply(gradients[: len(variables)], variables, gradients[len(variables) :])
             self._update_metrics(x, y, y_pred, sample_weight, loss)
 
-        def skip() -> None:
-            for variable, value in zip(state, before, strict=True):
-                variable.assign(value)
-
-        tf.cond(finite, apply, skip)
+        tf.cond(finite, apply, restore_state)
         self.guard.count(finite)
         if self.controller is not None:
             self.controller.step.assign_add(1)
         return {**self.get_metrics_result(), **self._figures()}
 
-    def _mutable_state(self) -> list[keras.Variable]:
-        """Weights that a forward pass in training mode changes: normalization statistics."""
+    def _remembered_state(self) -> Callable[[], None]:
+        """Remembers what a forward pass in training mode changes, normalization statistics.
+
+        Returns:
+            A function that brings it back.
+        """
         of_gates = {id(w) for s in self._gate_sources() for w in s.non_trainable_weights}
-        return [v for v in self.net.non_trainable_weights if id(v) not in of_gates]
+        state = [v for v in self.net.non_trainable_weights if id(v) not in of_gates]
+        values = [tf.convert_to_tensor(variable) for variable in state]
+
+        def restore() -> None:
+            for variable, value in zip(state, values, strict=True):
+                variable.assign(value)
+
+        return restore
 
     def _gate_sources(self) -> Sequence[GateSource]:
         return self.gated.sources if self.gated is not None else ()
@@ -282,8 +291,7 @@ class PrunableModel(keras.Model):
 
         def update() -> None:
             # This second forward pass must not move the normalization statistics again.
-            state = self._mutable_state()
-            before = [tf.convert_to_tensor(v) for v in state]
+            restore_state = self._remembered_state()
             records, g = per_example_gradients(
                 self._anatomy.graph,
                 x,
@@ -291,8 +299,7 @@ class PrunableModel(keras.Model):
                 lambda outputs: mean_loss(outputs, y),
                 training=True,
             )
-            for variable, value in zip(state, before, strict=True):
-                variable.assign(value)
+            restore_state()
             kfac.update_factors(kronecker_factors(kfac.blocks, records, g))
 
         tf.cond(kfac.factors_due(), update, lambda: None)
@@ -361,11 +368,9 @@ def _add(gradient: Any, penalty: Any) -> Any:
 
 
 def _require_type(name: str, value: Any, kind: type, optional: bool = False) -> None:
-    if not isinstance(value, kind) and not (optional and value is None):
-        expected = f"a {kind.__name__}" + (" or None" if optional else "")
-        raise InvalidArgumentError(
-            f"Argument `{name}` of PrunableModel must be {expected}. Received: {name}={value!r}"
-        )
+    expected = f"a {kind.__name__}" + (" or None" if optional else "")
+    ok = isinstance(value, kind) or (optional and value is None)
+    require("PrunableModel", ok, name, expected, value)
 
 
 def _check_reachable(budget: Budget, gated: GatedNetwork) -> None:
