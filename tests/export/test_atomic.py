@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 import pytest
 
 from tf_kfacprune.errors import ExportError
+from tf_kfacprune.export import atomic
 from tf_kfacprune.export.atomic import atomic_directory, atomic_file, write_bytes
 
 
@@ -120,23 +122,113 @@ def test_overwrite_never_deletes_a_folder_of_another_kind(tmp_path):
     assert (precious / "letters").read_text() == "dear"
 
 
-def test_killed_process_leaves_the_old_outputs(tmp_path):
-    (tmp_path / "file").write_text("old")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "m").write_text("old")
-    program = f"""
-        import os, signal
-        os.chdir({str(tmp_path)!r})
-        from tf_kfacprune.export.atomic import atomic_directory, atomic_file
-        with atomic_file("file", overwrite=True) as file:
-            file.write_text("half")
-            with atomic_directory("folder", marker="m", overwrite=True) as folder:
-                (folder / "m").write_text("half")
+KILLED_EVERYWHERE = """
+    import json, os, signal, sys
+    from pathlib import Path
+    from tf_kfacprune.export import atomic
+
+    def export(exchange):
+        if not exchange:
+            atomic._exchange_names = lambda first, second: False
+        with atomic.atomic_directory("folder", marker="m", overwrite=True) as folder:
+            (folder / "m").write_text("new")
+            (folder / "deep").mkdir()
+            (folder / "deep" / "f").write_text("new")
+        with atomic.atomic_file("file", overwrite=True) as file:
+            file.write_text("new")
+
+    def in_child(work):
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                work()
+                status = 0
+            finally:
+                os._exit(status)
+        return os.waitpid(child, 0)[1]
+
+    def killed_at(step, exchange):
+        seen = 0
+        def hook(event, arguments):
+            nonlocal seen
+            seen += event != "os.kill"
+            if seen > step and event != "os.kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-        """
+        sys.addaudithook(hook)
+        export(exchange)
+
+    def content(path):
+        return path.read_text() if path.exists() else None
+
+    found = []
+    for exchange in (True, False):
+        step = 0
+        status = None
+        while status != 0:
+            work = Path(sys.argv[1], f"{exchange}-{step}")
+            (work / "folder" / "deep").mkdir(parents=True)
+            for name in ("folder/m", "folder/deep/f", "file"):
+                (work / name).write_text("old")
+            os.chdir(work)
+            status = in_child(lambda: killed_at(step, exchange))
+            after = [content(work / name) for name in ("folder/m", "folder/deep/f", "file")]
+            in_child(lambda: export(True))
+            left = sorted(os.listdir(work))
+            again = [content(work / name) for name in ("folder/m", "folder/deep/f", "file")]
+            found.append((exchange, status, after, left, again))
+            step += 1
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_process_killed_at_any_step_leaves_whole_outputs_and_the_next_one_clears_up(tmp_path):
+    """Every open, rename, mkdir... of two exports is once the last thing that a process does."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    code = textwrap.dedent(program)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
-    assert done.returncode == -9
-    assert (tmp_path / "file").read_text() == "old"
-    assert (tmp_path / "folder" / "m").read_text() == "old"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED_EVERYWHERE), tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    exchanging = [after for exchange, _, after, _, _ in found if exchange]
+    renaming = [after for exchange, _, after, _, _ in found if not exchange]
+    assert sum(status == 9 for _, status, *_ in found) >= 30
+    assert {tuple(after[:2]) for after in exchanging} == {("old", "old"), ("new", "new")}
+    assert {tuple(after[:2]) for after in renaming} == {
+        ("old", "old"),
+        (None, None),
+        ("new", "new"),
+    }
+    assert {after[2] for after in exchanging + renaming} == {"old", "new"}
+    for _, _, _, left, again in found:
+        assert left == ["file", "folder"]
+        assert again == ["new", "new", "new"]
+
+
+def test_temporaries_of_running_processes_and_other_machines_are_left_alone(tmp_path):
+    machine = atomic._machine()
+    running = tmp_path / f".a.{machine}-{os.getppid()}-00ff.partial.bin"
+    elsewhere = tmp_path / f".a.other_{machine}-1-00ff.partial.bin"
+    alike = tmp_path / ".a.partial.bin"
+    for path in (running, elsewhere, alike):
+        path.write_text("theirs")
+    write_bytes(tmp_path / "a.bin", b"ours")
+    assert all(path.exists() for path in (running, elsewhere, alike))
+
+
+def test_folder_that_a_killed_process_had_moved_is_put_back(tmp_path):
+    # The largest process number that Linux hands out, plus one: surely dead.
+    old = tmp_path / f".saved.{atomic._machine()}-{2**22 + 1}-00ff.partial.old"
+    old.mkdir()
+    (old / "m").write_text("old")
+    with (
+        pytest.raises(ExportError, match="already exists"),
+        atomic_directory(tmp_path / "saved", marker="m"),
+    ):
+        pytest.fail("the block ran")
+    assert (tmp_path / "saved" / "m").read_text() == "old"
+    assert os.listdir(tmp_path) == ["saved"]

@@ -2,11 +2,24 @@
 
 Everything is written under a hidden name beside the target, flushed to the disk and renamed at
 the end. A crash, an error or a kill leaves the old output, or none: never a part of a new one.
+
+| target | last step | what a kill can leave at the target's name |
+| --- | --- | --- |
+| file | one rename, which replaces the old file | the old file or the new one |
+| folder | one exchange of two names (Linux) | the old folder or the new one |
+| folder | two renames, where names cannot be exchanged | also none; the old one is put back later |
+
+What a killed process leaves under hidden names is removed by the next export to the same target.
+The names say which process of which machine they belong to, so that no running one is disturbed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +48,7 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
             written.
     """
     target = Path(path)
+    _clear_up_after_killed_processes(target)
     _refuse_existing(target, overwrite)
     if target.is_dir():
         raise ExportError(f"{target} is a folder, expected the name of a file.")
@@ -65,6 +79,7 @@ def atomic_directory(
         ExportError: as for `atomic_file`, and if the folder to replace is not of this kind.
     """
     target = Path(path)
+    _clear_up_after_killed_processes(target)
     _refuse_existing(target, overwrite)
     if os.path.lexists(target) and not (
         target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
@@ -97,7 +112,8 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, overwrite: bool
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A hidden temporary name beside ``target``; on any error nothing of it stays."""
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    owner = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    partial = target.with_name(f".{target.stem}.{owner}.partial{target.suffix}")
     made: list[Path] = []
     try:
         for folder in reversed(target.parents):
@@ -133,9 +149,12 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Puts the folder ``partial`` at ``target``; folders cannot be replaced by one rename."""
+    """Puts the folder ``partial`` at ``target`` and removes what was there."""
     if not target.exists():
         partial.rename(target)
+        return
+    if _exchange_names(partial, target):
+        shutil.rmtree(partial, ignore_errors=True)
         return
     old = partial.with_name(f"{partial.name}.old")
     target.rename(old)
@@ -145,6 +164,56 @@ def _swap(partial: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange_names(first: Path, second: Path) -> bool:
+    """Exchanges two names at once; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return False
+    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(current_folder, bytes(first), current_folder, bytes(second), exchange) == 0
+
+
+def _clear_up_after_killed_processes(target: Path) -> None:
+    """Removes temporaries of dead processes, and puts back an old folder that one had moved."""
+    if not target.name or not target.parent.is_dir():
+        return
+    ours = re.compile(
+        rf"\.{re.escape(target.stem)}\.{re.escape(_machine())}-(\d+)-\w+\.partial"
+        rf"{re.escape(target.suffix)}(\.old)?"
+    )
+    for path in sorted(target.parent.iterdir()):
+        found = ours.fullmatch(path.name)
+        if not found or _is_running(int(found[1])):
+            continue
+        with suppress(OSError):
+            if found[2] and not os.path.lexists(target):
+                path.rename(target)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid():
+        return True  # another thread of this one
+    if os.name == "nt":
+        return True  # a signal would end the process there: leave its files alone
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _machine() -> str:
+    """Name of this machine as a part of a file name."""
+    return re.sub(r"\W", "_", platform.node()) or "local"
 
 
 def _flush(path: Path) -> None:
