@@ -6,7 +6,12 @@ from absl import flags
 
 from tf_kfacprune import zoo
 from tf_kfacprune.cli.command import Command
-from tf_kfacprune.cli.shared import add_data_flags, load_data, model_named
+from tf_kfacprune.cli.shared import (
+    add_data_flags,
+    add_selection_flags,
+    load_data,
+    model_named,
+)
 from tf_kfacprune.reporting import inspect
 
 __all__ = ["command"]
@@ -29,12 +34,17 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "prune_inputs", False, "Count input features as neurons too.", flag_values=values
     )
-    flags.DEFINE_list(
-        "exclude", [], "Layers that keep all their neurons, comma-separated.", flag_values=values
-    )
+    add_selection_flags(values)
 
 
 def _execute(values: flags.FlagValues) -> None:
     dataset = load_data(values) if values.data else None
     model = model_named(values.model, dataset)
-    print(inspect(model, prune_inputs=values.prune_inputs, exclude=values.exclude))
+    print(
+        inspect(
+            model,
+            prune_inputs=values.prune_inputs,
+            include=values.include or None,
+            exclude=values.exclude,
+        )
+    )

@@ -18,6 +18,7 @@ from tf_kfacprune.export import load_keras
 __all__ = [
     "add_data_flags",
     "add_output_flags",
+    "add_selection_flags",
     "fitted_inputs",
     "load_data",
     "loss_for",
@@ -48,6 +49,22 @@ def add_output_flags(values: flags.FlagValues, name: str, help_text: str) -> Non
     flags.DEFINE_string(name, None, help_text, flag_values=values, required=True)
     flags.DEFINE_bool(
         "overwrite", False, "Replace an output that exists already.", flag_values=values
+    )
+
+
+def add_selection_flags(values: flags.FlagValues) -> None:
+    """Defines ``--include`` and ``--exclude``."""
+    flags.DEFINE_list(
+        "include",
+        [],
+        "Layers that may lose neurons, comma-separated names or regular expressions; default: all.",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "exclude",
+        [],
+        "Layers that keep all their neurons, likewise; wins over --include.",
+        flag_values=values,
     )
 
 

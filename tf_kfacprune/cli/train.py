@@ -14,6 +14,7 @@ from tf_kfacprune.cli.command import Command
 from tf_kfacprune.cli.shared import (
     add_data_flags,
     add_output_flags,
+    add_selection_flags,
     fitted_inputs,
     load_data,
     loss_for,
@@ -57,9 +58,7 @@ def _define(values: flags.FlagValues) -> None:
             flag_values=values,
         )
     flags.DEFINE_bool("prune_inputs", False, "Prune input features too.", flag_values=values)
-    flags.DEFINE_list(
-        "exclude", [], "Layers that keep all their neurons, comma-separated.", flag_values=values
-    )
+    add_selection_flags(values)
     flags.DEFINE_float(
         "curvature",
         0.0,
@@ -123,6 +122,7 @@ def _train_into(folder: Path, values: flags.FlagValues) -> Any:
         budget=budget,
         curvature=SpectralRadius(values.curvature) if values.curvature else None,
         prune_inputs=values.prune_inputs,
+        include=values.include or None,
         exclude=values.exclude,
         seed=values.seed,
     )

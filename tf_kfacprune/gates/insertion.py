@@ -12,7 +12,7 @@ from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import rules as _rules  # noqa: F401  (registers the rules of gate layers)
 from tf_kfacprune.gates.neuron_gate import GateBank, GateEdge
 from tf_kfacprune.graph import Call, ChannelGraph, Edge, Value, analyze, fresh_operation
-from tf_kfacprune.graph.channel_graph import Exclude
+from tf_kfacprune.graph.selection import Selector
 
 __all__ = ["describe_frozen", "insert_gates"]
 
@@ -21,7 +21,8 @@ def insert_gates(
     model: keras.Model,
     *,
     prune_inputs: bool = False,
-    exclude: Sequence[Exclude] = (),
+    include: Sequence[Selector] | None = None,
+    exclude: Sequence[Selector] = (),
     kind: str = "hard_concrete",
 ) -> keras.Model:
     """Builds the gated version of a model.
@@ -34,7 +35,9 @@ def insert_gates(
     Args:
         model: A built Sequential or Functional model.
         prune_inputs: Whether input features are gated too.
-        exclude: Layers that keep all their neurons: names, regular expressions or layers.
+        include: Layers that may lose neurons: names, regular expressions or layers; by default
+            all.
+        exclude: Layers that keep all their neurons, likewise; wins over `include`.
         kind: Kind of gate, `"hard_concrete"` or `"deterministic"`.
 
     Returns:
@@ -45,9 +48,9 @@ def insert_gates(
     Raises:
         UnsupportedModelError: If the model is not built, is subclassed, or nothing in it can be
             pruned.
-        InvalidArgumentError: If `exclude` or `kind` is wrong.
+        InvalidArgumentError: If `include`, `exclude` or `kind` is wrong.
     """
-    channels = analyze(model, prune_inputs=prune_inputs, exclude=exclude)
+    channels = analyze(model, prune_inputs=prune_inputs, include=include, exclude=exclude)
     if not channels.num_neurons:
         raise UnsupportedModelError(
             f"Nothing can be pruned in model {model.name!r}. {describe_frozen(channels)}"

@@ -6,25 +6,22 @@ they appear in. Neurons with the same producers form a *group*, numbered contigu
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 
-from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
+from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.components import connected_components
 from tf_kfacprune.graph.labels import NO_SLOT, LabelFlow
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, rule_for
+from tf_kfacprune.graph.selection import Selection, Selector
 from tf_kfacprune.graph.tracer import Graph, trace
 
 __all__ = ["ChannelGraph", "Edge", "Frozen", "NeuronGroup", "analyze"]
-
-Exclude: TypeAlias = str | re.Pattern[str] | keras.Layer
 
 
 @dataclass(frozen=True)
@@ -219,7 +216,8 @@ def analyze(
     model: keras.Model | Graph,
     *,
     prune_inputs: bool = False,
-    exclude: Sequence[Exclude] = (),
+    include: Sequence[Selector] | None = None,
+    exclude: Sequence[Selector] = (),
     gated_only: bool = False,
 ) -> ChannelGraph:
     """Finds out which neurons of a model can be removed, and what goes with each of them.
@@ -227,8 +225,9 @@ def analyze(
     Args:
         model: A Sequential or Functional model, or its traced graph.
         prune_inputs: Whether input features may be removed too.
-        exclude: Layers that keep all their neurons: names, regular expressions (matched against
-            the whole name) or layer objects.
+        include: Layers that may lose neurons: names, regular expressions (matched against the
+            whole name, or that of a nested model) or layer objects. By default, all.
+        exclude: Layers that keep all their neurons, likewise; wins over `include`.
         gated_only: Whether only neurons count whose every reading edge is gated.
 
     Returns:
@@ -237,10 +236,11 @@ def analyze(
     Raises:
         UnsupportedModelError: If the model cannot be traced, or holds a gate where closing it
             would not remove a channel.
-        InvalidArgumentError: If `exclude` names a layer that does not exist.
+        InvalidArgumentError: If `include` or `exclude` names a layer that does not exist.
     """
     graph = model if isinstance(model, Graph) else trace(model)
-    flow = LabelFlow(graph, prune_inputs, _excluder(graph, exclude))
+    selection = Selection(graph, include, exclude)
+    flow = LabelFlow(graph, prune_inputs, selection.why_left_out)
     for call in graph.calls:
         rule = rule_for(call.operation)
         _refuse_misplaced_gate(call, rule, flow)
@@ -295,31 +295,3 @@ def _refuse_misplaced_gate(call: Call, rule: ChannelRule, flow: LabelFlow) -> No
         "zero any more or is mixed with others, so it could not be removed exactly. Place the "
         "gate on the data input of the Dense or convolution layer that reads the channel."
     )
-
-
-def _excluder(graph: Graph, exclude: Sequence[Exclude]) -> Callable[[str, Any], bool]:
-    entries = [exclude] if isinstance(exclude, (str, re.Pattern)) else list(exclude)
-    names = {call.path for call in graph.calls} | set(graph.input_names)
-    names |= {name.rsplit("/", 1)[-1] for name in names}
-    operations = {id(call.operation) for call in graph.calls}
-    for entry in entries:
-        if isinstance(entry, (str, re.Pattern)):
-            known = any(re.fullmatch(entry, name) for name in names)
-        else:
-            known = id(entry) in operations
-        if not known:
-            raise InvalidArgumentError(
-                f"Argument `exclude` names no layer of model {graph.model.name!r}: {entry!r}. "
-                "Expected layer names, regular expressions for whole names, or layers of the model."
-            )
-
-    def is_excluded(name: str, layer: Any) -> bool:
-        short = name.rsplit("/", 1)[-1]
-        return any(
-            bool(re.fullmatch(entry, name) or re.fullmatch(entry, short))
-            if isinstance(entry, (str, re.Pattern))
-            else entry is layer
-            for entry in entries
-        )
-
-    return is_excluded

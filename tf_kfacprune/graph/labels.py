@@ -82,7 +82,7 @@ class LabelFlow:
         self,
         graph: Graph,
         prune_inputs: bool = False,
-        is_excluded: Callable[[str, Any], bool] = lambda name, layer: False,
+        why_left_out: Callable[[str, Any], str | None] = lambda name, layer: None,
     ) -> None:
         self.graph = graph
         self.axes: dict[Value, Axes] = {}
@@ -98,7 +98,7 @@ class LabelFlow:
         self.size = 1
         self._sizes: dict[Value, tuple[int | None, ...]] = {}
         self._prune_inputs = prune_inputs
-        self._is_excluded = is_excluded
+        self._why_left_out = why_left_out
         self._features: dict[tuple[Value, int], Labels] = {}
         self._roles: dict[Any, dict[str, Labels | None]] = {}
         self._pairs: list[np.ndarray] = []
@@ -129,8 +129,9 @@ class LabelFlow:
         """New channels, created by a layer (or by a model input: `layer=None`)."""
         labels = self._allocate(np.arange(self.size, self.size + size), NO_SLOT)
         self.producers.append(Producer(name, layer, labels))
-        if self._is_excluded(name, layer):
-            self.freeze(labels, reasons.EXCLUDED, name)
+        reason = self._why_left_out(name, layer)
+        if reason is not None:
+            self.freeze(labels, reason, name)
         return labels
 
     def gated(self, labels: Labels, slots: np.ndarray) -> Labels:

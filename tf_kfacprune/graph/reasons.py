@@ -13,6 +13,7 @@ __all__ = [
     "NORMALIZED_ACROSS_CHANNELS",
     "NOT_A_CHANNEL_AXIS",
     "NOT_GATED",
+    "NOT_INCLUDED",
     "NOT_READ",
     "ONLY_NEURON",
     "PICKED",
@@ -26,6 +27,7 @@ __all__ = [
 
 MODEL_OUTPUT = "part of a model output, whose shape is fixed"
 EXCLUDED = "excluded by the caller"
+NOT_INCLUDED = "not included by the caller"
 INPUT_FEATURES = "joined with input features, which are pruned only with prune_inputs=True"
 ONLY_NEURON = "the only neuron of its layer; a layer keeps at least one"
 NOT_GATED = "read without a gate by a Dense or convolution layer; gate every such edge"

@@ -141,14 +141,22 @@ class Inspection(Rendered):
         return table
 
 
-def inspect(model: Any, *, prune_inputs: bool = False, exclude: Sequence[Any] = ()) -> Inspection:
+def inspect(
+    model: Any,
+    *,
+    prune_inputs: bool = False,
+    include: Sequence[Any] | None = None,
+    exclude: Sequence[Any] = (),
+) -> Inspection:
     """Shows what can be pruned in a model, what cannot and why, and what it would save.
 
     Args:
         model: a Sequential or Functional model; also a gated model or a `PrunableModel`, whose
             own gates then decide (the other arguments must be left out).
         prune_inputs: whether input features may be pruned too.
-        exclude: layers that keep all their neurons: names, regular expressions or layers.
+        include: layers that may lose neurons: names, regular expressions or layers; by default
+            all.
+        exclude: layers that keep all their neurons, likewise; wins over ``include``.
 
     Returns:
         An inspection that prints as tables.
@@ -156,7 +164,7 @@ def inspect(model: Any, *, prune_inputs: bool = False, exclude: Sequence[Any] = 
     Raises:
         UnsupportedModelError: if the model cannot be traced, or options are given for a model
             that already has gates.
-        InvalidArgumentError: if ``exclude`` names a layer that does not exist.
+        InvalidArgumentError: if ``include`` or ``exclude`` names a layer that does not exist.
 
     Example:
         >>> import keras, tf_kfacprune as kp
@@ -167,7 +175,7 @@ def inspect(model: Any, *, prune_inputs: bool = False, exclude: Sequence[Any] = 
         16
     """
     net = getattr(model, "net", model)
-    channels, cost = _analysis(net, prune_inputs, exclude)
+    channels, cost = _analysis(net, prune_inputs, include, exclude)
     return Inspection(
         name=net.name,
         macs=cost.macs_dense,
@@ -182,16 +190,16 @@ def inspect(model: Any, *, prune_inputs: bool = False, exclude: Sequence[Any] = 
 
 
 def _analysis(
-    net: Any, prune_inputs: bool, exclude: Sequence[Any]
+    net: Any, prune_inputs: bool, include: Sequence[Any] | None, exclude: Sequence[Any]
 ) -> tuple[ChannelGraph, CostModel]:
     has_gates = any(isinstance(layer, GateSource) for layer in layers_within(net))
     if not has_gates:
-        channels = analyze(net, prune_inputs=prune_inputs, exclude=exclude)
+        channels = analyze(net, prune_inputs=prune_inputs, include=include, exclude=exclude)
         return channels, CostModel(channels)
-    if prune_inputs or exclude:
+    if prune_inputs or exclude or include is not None:
         raise UnsupportedModelError(
             f"Model {net.name!r} already has gates, which decide what is pruned: leave out "
-            "prune_inputs and exclude, or inspect the model without gates."
+            "prune_inputs, include and exclude, or inspect the model without gates."
         )
     gated = GatedNetwork(net)
     return gated.channels, gated.cost

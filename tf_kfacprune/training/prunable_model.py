@@ -47,7 +47,9 @@ class PrunableModel(keras.Model):
         budget: What the pruned network may cost, or None to train without pruning.
         curvature: Penalty on the spectral radius of the curvature, or None.
         prune_inputs: Whether input features are neurons too.
-        exclude: Names of layers whose neurons are not pruned.
+        include: Layers that may lose neurons: names, regular expressions or layers; by default
+            all.
+        exclude: Layers that keep all their neurons, likewise; wins over `include`.
         gate: `"hard_concrete"` (stochastic) or `"deterministic"`.
         phases: How the steps are divided.
         max_skipped_steps: A batch with NaN or infinite values is skipped; so many in a row end
@@ -82,7 +84,8 @@ class PrunableModel(keras.Model):
         curvature: SpectralRadius | None = None,
         *,
         prune_inputs: bool = False,
-        exclude: Sequence[str] = (),
+        include: Sequence[Any] | None = None,
+        exclude: Sequence[Any] = (),
         gate: str = "hard_concrete",
         phases: Phases | None = None,
         max_skipped_steps: int = 10,
@@ -102,14 +105,17 @@ class PrunableModel(keras.Model):
         )
         graph = trace(model)
         has_gates = any(isinstance(call.operation, GateSource) for call in graph.calls)
-        if has_gates and (prune_inputs or exclude):
+        if has_gates and (prune_inputs or exclude or include is not None):
             raise InvalidArgumentError(
-                f"Model {model.name!r} has gates already, so `prune_inputs` and `exclude` of "
-                f"PrunableModel would have no effect. Received: prune_inputs={prune_inputs!r}, "
-                f"exclude={exclude!r}. Pass the model without gates, or leave them out."
+                f"Model {model.name!r} has gates already, so `prune_inputs`, `include` and "
+                "`exclude` of PrunableModel would have no effect. Received: "
+                f"prune_inputs={prune_inputs!r}, include={include!r}, exclude={exclude!r}. Pass "
+                "the model without gates, or leave them out."
             )
         if budget is not None and not has_gates:
-            model = insert_gates(model, prune_inputs=prune_inputs, exclude=exclude, kind=gate)
+            model = insert_gates(
+                model, prune_inputs=prune_inputs, include=include, exclude=exclude, kind=gate
+            )
             graph, has_gates = trace(model), True
         gated = GatedNetwork(model) if has_gates else None
         if budget is not None and gated is not None:
