@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from tf_kfacprune.errors import DataError, InvalidArgumentError
-from tf_kfacprune.export.samples import MAX_EXAMPLES, named_examples, random_examples
+from tf_kfacprune.export.samples import (
+    MAX_EXAMPLES,
+    labelled_examples,
+    named_examples,
+    random_examples,
+)
 from tf_kfacprune.export.serving import Signature
 
 ONE = Signature({"x": ((None, 3), "float32")}, ("output",))
@@ -24,8 +29,9 @@ X = np.arange(12.0).reshape(4, 3)
         (X, np.zeros(4)),
         iter([X[:3], X[3:]]),
         ((part, np.zeros(2)) for part in (X[:2], X[2:])),
+        lambda: ([row[None]] for row in X),
     ],
-    ids=["array", "list", "dict", "x and y", "iterator", "iterator of x and y"],
+    ids=["array", "list", "dict", "x and y", "iterator", "iterator of x and y", "function"],
 )
 def test_one_input_is_taken_from_any_form(data):
     examples = named_examples(data, ONE, "verify_data")
@@ -97,3 +103,36 @@ def test_free_sizes_ask_for_data():
     free = Signature({"image": ((None, None, None, 3), "float32")}, ("output",))
     with pytest.raises(InvalidArgumentError, match=r"'image'.*verify_data"):
         random_examples(free)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (X, [3, 2, 1, 0]),
+        (X, np.array([[3], [2], [1], [0]])),
+        ({"x": X}, np.array([3, 2, 1, 0])),
+        iter([(X[:3], np.array([3, 2, 1])), (X[3:], np.array([0]))]),
+    ],
+    ids=["list", "column", "dict", "batches"],
+)
+def test_labels_come_with_pairs(data):
+    examples = labelled_examples(data, ONE, "verify_data")
+    assert examples.count == 4
+    assert examples.labels.tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("targets", [np.zeros(4), np.zeros((4, 2), int), np.zeros((4, 1))])
+def test_targets_that_are_no_classes_are_left_out(targets):
+    assert labelled_examples((X, targets), ONE, "verify_data").labels is None
+
+
+def test_labels_must_be_as_many_as_inputs():
+    with pytest.raises(DataError, match="3 labels for 4 inputs"):
+        labelled_examples((X, [0, 1, 2]), ONE, "verify_data")
+
+
+def test_all_labelled_examples_are_taken_but_few_without_labels():
+    many = np.zeros((3 * MAX_EXAMPLES, 3))
+    assert labelled_examples((many, np.zeros(len(many), int)), ONE, "v").count == len(many)
+    assert labelled_examples(many, ONE, "v").count == MAX_EXAMPLES
+    assert labelled_examples((part for part in many[:, None]), ONE, "v").count == MAX_EXAMPLES

@@ -10,7 +10,7 @@ import pytest
 
 from tf_kfacprune.errors import DataError, ExportError, UnsupportedModelError
 from tf_kfacprune.export import saved_model, saved_models
-from tf_kfacprune.export.verification import run_saved_model
+from tf_kfacprune.export.running import run_saved_model
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tf_kfacprune.errors import DataError, ExportError, InvalidArgumentError, UnsupportedModelError
-from tf_kfacprune.export import run_tflite, tflite, tflite_files, verification
+from tf_kfacprune.export import options, run_tflite, running, tflite, tflite_files
 from tf_kfacprune.gates import NeuronGate
 
 RNG = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def model():
 def files(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tflite")
     written = {}
-    for quantization in tflite_files.QUANTIZATIONS:
+    for quantization in options.QUANTIZATIONS:
         data = X if quantization in ("int8", "int16x8") else None
         written[quantization] = tflite(
             model,
@@ -134,7 +134,7 @@ def test_verification_runs_without_tensorflow(files, tmp_path):
         f'{{"file": "{files[None]}", "threads": 1, "batch_size": 8, "inputs": ["image"]}}'
     )
     np.savez(tmp_path / "inputs.npz", X)
-    command = [sys.executable, "-P", verification._WORKERS / verification._LITERT, "run", tmp_path]
+    command = [sys.executable, "-P", running._WORKERS / running._LITERT, "run", tmp_path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "TensorFlow was imported" in done.stderr
@@ -205,6 +205,42 @@ def test_error_inside_the_converter_leaves_nothing_and_shows_its_log(model, tmp_
 class Broken:
     def __init__(self, fail):
         self.convert = lambda: fail(self)
+
+
+def test_labels_let_the_accuracy_decide(model, tmp_path, monkeypatch):
+    labels = model.predict(X, verbose=0).argmax(axis=1)
+    tflite(model, tmp_path / "net.tflite", verify_data=(X, labels), max_accuracy_drop=0.0)
+    original = tflite_files.run_litert
+
+    def one_class_only(file, inputs, what):
+        (output,) = original(file, inputs, what=what).values()
+        output[:, 0] += 100.0
+        return {"output": output}
+
+    monkeypatch.setattr(tflite_files, "run_litert", one_class_only)
+    with pytest.raises(ExportError, match=r"loses too much accuracy.*log is kept in"):
+        tflite(model, tmp_path / "bad.tflite", verify_data=(X, labels), tolerance=1e9, batch_size=1)
+    assert os.listdir(tmp_path) == ["net.tflite"]
+    with pytest.raises(InvalidArgumentError, match="max_accuracy_drop must be"):
+        tflite(model, tmp_path / "bad.tflite", max_accuracy_drop=2)
+
+
+def test_unwritable_folder_is_named(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"file/net\.tflite cannot be written"):
+        tflite(model, tmp_path / "file" / "net.tflite")
+
+
+def test_dynamic_range_leaves_small_tensors_in_float(model, files):
+    """The kernel of 64 x 5 has 320 elements, that of 128 x 64 has 8,192."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    found = {
+        tuple(details["shape"]): details["dtype"]
+        for details in Interpreter(model_path=str(files["dynamic"])).get_tensor_details()
+    }
+    assert found[5, 64] == np.float32
+    assert found[64, 128] == np.int8
 
 
 def test_interrupt_during_conversion_leaves_nothing(model, tmp_path, monkeypatch):

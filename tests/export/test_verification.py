@@ -6,9 +6,15 @@ import keras
 import numpy as np
 import pytest
 
-from tf_kfacprune.errors import ExportError
-from tf_kfacprune.export import verification
-from tf_kfacprune.export.verification import TOLERANCES, compare_outputs, compute_tolerance
+from tf_kfacprune.errors import DataError, ExportError
+from tf_kfacprune.export import running
+from tf_kfacprune.export.samples import Examples
+from tf_kfacprune.export.verification import (
+    TOLERANCES,
+    compare_outputs,
+    compute_tolerance,
+    verify_outputs,
+)
 
 Y = np.linspace(-2.0, 4.0, 24).reshape(8, 3).astype("float32")
 
@@ -79,6 +85,74 @@ def test_half_precision_models_get_their_own_tolerance():
 
 
 def test_missing_litert_names_the_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(verification.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(running.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"pip install ai-edge-litert.*verify=False"):
-        verification.run_litert(tmp_path / "net.tflite", {"x": Y})
+        running.run_litert(tmp_path / "net.tflite", {"x": Y})
+
+
+def verify(reference, found, labels=None, quantization="int8", drop=0.01, tolerance=0.2):
+    return verify_outputs(
+        {"output": reference},
+        {"output": found},
+        Examples({"x": np.zeros((len(reference), 1))}, labels),
+        tolerance=tolerance,
+        quantization=quantization,
+        max_accuracy_drop=drop,
+        what="The file",
+    )
+
+
+def logits(margins):
+    """Two classes; the first leads by the margin."""
+    return np.stack([np.asarray(margins, "float32"), np.zeros(len(margins))], axis=1)
+
+
+def test_choices_count_only_where_the_model_is_decided():
+    reference = logits([3.0] * 90 + [0.01] * 10)
+    found = reference.copy()
+    found[90:, 1] = 0.02  # ten undecided examples change sides
+    assert verify(reference, found).agreement == 1.0
+    found[:4] = [1.5, 1.6]  # four decided ones of 90: within the 5 % that may
+    assert verify(reference, found, tolerance=0.5).agreement == pytest.approx(86 / 90)
+    found[:5] = [1.5, 1.6]
+    with pytest.raises(ExportError, match=r"same class for 94\.4 %.*at least 95 %"):
+        verify(reference, found, tolerance=0.5)
+    assert verify(reference, found, tolerance=0.6, quantization=None).agreement < 0.95
+
+
+def test_accuracy_may_drop_by_what_is_allowed_or_by_one_example():
+    reference = logits([0.1] * 200)
+    labels = np.zeros(200, int)
+    found = reference.copy()
+    found[:2, 1] = 0.11
+    figures = verify(reference, found, labels)
+    assert (figures.accuracy, figures.model_accuracy) == (0.99, 1.0)
+    found[:3, 1] = 0.11
+    with pytest.raises(ExportError, match=r"98\.50 % against 100\.00 %.*drop of 1\.00 points"):
+        verify(reference, found, labels)
+    assert verify(reference, found, labels, drop=0.02).accuracy == 0.985
+    found[1:3, 1] = 0.0
+    assert verify(reference, found, labels, drop=0.0).accuracy == 0.995
+
+
+def test_class_numbers_are_compared_as_they_are():
+    classes = np.arange(100, dtype="int32") % 7
+    found = classes.copy()
+    assert verify(classes, found, classes, quantization=None, tolerance=1e-4).accuracy == 1.0
+    found[:3] += 1
+    assert verify(classes, found, quantization="int8").error == pytest.approx(0.03)
+    with pytest.raises(ExportError, match=r"relative error 3\.00e-02"):
+        verify(classes, found, quantization=None, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("reference", "labels", "said"),
+    [
+        (logits([1.0, 1.0]), [0, 2], "from 0 to 1. Found 0 to 2"),
+        (np.ones((2, 1), "float32"), [0, 0], "one output of shape"),
+        (np.ones((2, 4, 4), "float32"), [0, 0], "one output of shape"),
+    ],
+)
+def test_labels_that_are_no_classes_of_the_model_are_refused(reference, labels, said):
+    with pytest.raises(DataError, match=said):
+        verify(reference, reference, np.array(labels))

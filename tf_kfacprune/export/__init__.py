@@ -5,6 +5,7 @@ from tf_kfacprune.export.c_arrays import activation_bytes, c_array
 from tf_kfacprune.export.file_sizes import FileSize, file_size
 from tf_kfacprune.export.heads import with_head
 from tf_kfacprune.export.keras_files import keras_file, load_keras
+from tf_kfacprune.export.metadata import Metadata, read_metadata
 from tf_kfacprune.export.saved_models import saved_model
 from tf_kfacprune.export.tflite_files import run_tflite, tflite
 from tf_kfacprune.export.timing import Latency, latency
@@ -14,6 +15,7 @@ __all__ = [
     "BenchmarkRow",
     "FileSize",
     "Latency",
+    "Metadata",
     "activation_bytes",
     "benchmark",
     "c_array",
@@ -21,6 +23,7 @@ __all__ = [
     "keras_file",
     "latency",
     "load_keras",
+    "read_metadata",
     "run_tflite",
     "saved_model",
     "tflite",

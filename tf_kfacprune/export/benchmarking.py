@@ -13,7 +13,8 @@ import numpy as np
 
 from tf_kfacprune.errors import DataError, ExportError, InvalidArgumentError
 from tf_kfacprune.export.file_sizes import FileSize, file_size
-from tf_kfacprune.export.tflite_files import FULL_INTEGER, run_tflite, tflite
+from tf_kfacprune.export.options import FULL_INTEGER
+from tf_kfacprune.export.tflite_files import run_tflite, tflite
 from tf_kfacprune.export.timing import latency
 
 __all__ = ["Benchmark", "BenchmarkRow", "benchmark"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tf_kfacprune.errors import ExportError, InvalidArgumentError
 from tf_kfacprune.export.atomic import write_bytes
-from tf_kfacprune.export.verification import litert_job
+from tf_kfacprune.export.running import litert_job
 
 __all__ = ["activation_bytes", "c_array"]
 

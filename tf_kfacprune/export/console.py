@@ -1,4 +1,7 @@
-"""Keeps what native code prints to file descriptors 1 and 2 out of the user's terminal."""
+"""Keeps what native code prints to file descriptors 1 and 2 out of the user's terminal.
+
+It is not lost: when an export fails, the log is kept in a file.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,21 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["ConsoleLog", "captured_console"]
+from tf_kfacprune.errors import ExportError
+
+__all__ = ["ConsoleLog", "captured_console", "log_kept_on_error"]
 
 _LINES_SHOWN = 15
 
 
 @dataclass
 class ConsoleLog:
-    """What was printed inside a `captured_console` block, available after it."""
+    """What was printed inside `captured_console` blocks, available after them."""
 
     text: str = ""
+    started: bool = False
 
     @property
     def tail(self) -> str:
@@ -28,16 +35,20 @@ class ConsoleLog:
 
 
 @contextmanager
-def captured_console() -> Iterator[ConsoleLog]:
+def captured_console(log: ConsoleLog | None = None) -> Iterator[ConsoleLog]:
     """Collects standard output and standard error of the whole process, native code included.
 
     The TFLite converter prints from C++, which redirecting ``sys.stdout`` does not reach: the file
     descriptors themselves are redirected.
 
+    Args:
+        log: the log to add to; a new one by default.
+
     Yields:
         A log that is filled when the block ends, by an error too.
     """
-    log = ConsoleLog()
+    log = ConsoleLog() if log is None else log
+    log.started = True
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
@@ -53,7 +64,36 @@ def captured_console() -> Iterator[ConsoleLog]:
                 os.dup2(saved[0], 1)
                 os.dup2(saved[1], 2)
                 sink.seek(0)
-                log.text = sink.read().decode(errors="replace")
+                log.text += sink.read().decode(errors="replace")
     finally:
         for descriptor in saved:
             os.close(descriptor)
+
+
+@contextmanager
+def log_kept_on_error(target: str | os.PathLike[str]) -> Iterator[ConsoleLog]:
+    """Adds to an `ExportError` of the block where the log was kept.
+
+    The log goes to the folder for temporary files: beside the target nothing may be left behind.
+    An error before anything could be logged keeps none.
+
+    Args:
+        target: what is being written.
+
+    Yields:
+        The log, for the block to fill.
+
+    Raises:
+        ExportError: the block's own, with the name of the file at its end.
+    """
+    log = ConsoleLog()
+    try:
+        yield log
+    except ExportError as error:
+        if not log.started:
+            raise
+        name = f"tf_kfacprune_{Path(target).name}_"
+        descriptor, file = tempfile.mkstemp(prefix=name, suffix=".log")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(f"{os.fspath(target)}\n\n{error}\n\nPrinted on the way:\n{log.text}")
+        raise ExportError(f"{error} The log is kept in {file}.") from error

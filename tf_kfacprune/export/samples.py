@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -11,12 +12,40 @@ import numpy as np
 from tf_kfacprune.errors import DataError, InvalidArgumentError
 from tf_kfacprune.export.serving import Signature
 
-__all__ = ["MAX_EXAMPLES", "named_batches", "named_examples", "random_examples"]
+__all__ = [
+    "MAX_EXAMPLES",
+    "MAX_LABELLED_EXAMPLES",
+    "Examples",
+    "Named",
+    "labelled_examples",
+    "named_examples",
+    "random_examples",
+]
 
 Named = dict[str, np.ndarray]
 
 # Examples that one check looks at; more would only make it slower.
 MAX_EXAMPLES = 256
+# One example of these is 0.01 points of accuracy.
+MAX_LABELLED_EXAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a file is run on.
+
+    Attributes:
+        inputs: arrays by input name, batch axis first.
+        labels: the class of each example, shape ``(n,)``; None if unknown.
+    """
+
+    inputs: Named
+    labels: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of examples."""
+        return len(next(iter(self.inputs.values())))
 
 
 def random_examples(signature: Signature, count: int = 16) -> Named:
@@ -46,8 +75,9 @@ def named_examples(data: Any, signature: Signature, argument: str) -> Named:
 
     Args:
         data: an array (one input), a list or tuple of arrays in the model's order, a dictionary
-            by input name, a ``tf.data.Dataset`` of batches of these, or any other iterable of
-            batches. Of ``(x, y)`` pairs in a dataset of batches, x is taken.
+            by input name, a ``tf.data.Dataset`` of batches of these, any other iterable of
+            batches, or a function without arguments that returns one. Of ``(x, y)`` pairs, x is
+            taken.
         signature: the model's inputs.
         argument: name of the argument, for messages.
 
@@ -57,21 +87,51 @@ def named_examples(data: Any, signature: Signature, argument: str) -> Named:
     Raises:
         DataError: if the data are empty, not finite, or do not fit the model's inputs.
     """
+    return _collected(data, signature, argument, MAX_EXAMPLES).inputs
+
+
+def labelled_examples(data: Any, signature: Signature, argument: str) -> Examples:
+    """The first examples of ``data``, with their labels if it is one or more ``(x, y)`` pairs.
+
+    Integer labels of shape ``(n,)`` or ``(n, 1)`` are classes; others, such as the targets of a
+    regression, are left out. Of unlabelled data `MAX_EXAMPLES` are taken, of labelled ones
+    `MAX_LABELLED_EXAMPLES`.
+
+    Raises:
+        DataError: as for `named_examples`, and if labels and inputs differ in number.
+    """
+    examples = _collected(data, signature, argument, MAX_LABELLED_EXAMPLES)
+    if examples.labels is not None:
+        return examples
+    return Examples({name: values[:MAX_EXAMPLES] for name, values in examples.inputs.items()})
+
+
+def _collected(data: Any, signature: Signature, argument: str, limit: int) -> Examples:
     taken: list[Named] = []
+    labels: list[np.ndarray] = []
     count = 0
-    for batch in named_batches(data, signature, argument):
-        taken.append(batch)
-        count += len(next(iter(batch.values())))
-        if count >= MAX_EXAMPLES:
+    for named, batch_labels in _batches(data, signature, argument):
+        taken.append(named)
+        count += len(next(iter(named.values())))
+        if batch_labels is not None:
+            labels.append(batch_labels)
+        # Without labels a few examples do; a generator is not read further than needed.
+        if count >= (limit if len(labels) == len(taken) else MAX_EXAMPLES):
             break
-    return {
-        name: np.concatenate([batch[name] for batch in taken])[:MAX_EXAMPLES]
-        for name in signature.inputs
+    inputs = {
+        name: np.concatenate([batch[name] for batch in taken])[:limit] for name in signature.inputs
     }
+    if len(labels) < len(taken):
+        return Examples(inputs)
+    return Examples(inputs, np.concatenate(labels)[:limit])
 
 
-def named_batches(data: Any, signature: Signature, argument: str) -> Iterator[Named]:
-    """Yields checked batches of ``data``; arguments and errors as for `named_examples`."""
+def _batches(
+    data: Any, signature: Signature, argument: str
+) -> Iterator[tuple[Named, np.ndarray | None]]:
+    """Yields checked batches of ``data`` and their labels."""
+    if callable(data) and not hasattr(data, "__array__") and not isinstance(data, Iterable):
+        data = data()
     batches: Iterable[Any]
     if isinstance(data, np.ndarray | Mapping | list | tuple) or hasattr(data, "__array__"):
         batches = [data]
@@ -83,28 +143,45 @@ def named_batches(data: Any, signature: Signature, argument: str) -> Iterator[Na
             f"batches. Received: {type(data).__name__}."
         )
     found = False
-    for batch in islice(batches, MAX_EXAMPLES):
+    for batch in islice(batches, MAX_LABELLED_EXAMPLES):
         found = True
-        yield _checked(_named(batch, signature, argument), signature, argument)
+        named, labels = _named(batch, signature, argument)
+        checked = _checked(named, signature, argument)
+        yield checked, _class_labels(labels, len(next(iter(checked.values()))), argument)
     if not found:
         raise DataError(f"{argument} is empty. Pass at least one example.")
 
 
-def _named(batch: Any, signature: Signature, argument: str) -> Named:
+def _class_labels(labels: Any, count: int, argument: str) -> np.ndarray | None:
+    """Labels of one batch as integers of shape ``(n,)``; None if they are no classes."""
+    if labels is None or not hasattr(labels, "__len__"):
+        return None
+    array = np.asarray(labels)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        return None
+    if len(array) != count:
+        raise DataError(f"{argument} has {len(array)} labels for {count} inputs.")
+    return array
+
+
+def _named(batch: Any, signature: Signature, argument: str) -> tuple[Named, Any]:
+    """One batch by input name, and its labels if it is an ``(x, y)`` pair."""
     names = list(signature.inputs)
     if isinstance(batch, Mapping):
         if set(batch) != set(names):
             raise DataError(
                 f"{argument} must have the model's inputs {names} as keys. Found {list(batch)}."
             )
-        return {name: np.asarray(batch[name]) for name in names}
+        return {name: np.asarray(batch[name]) for name in names}, None
     if isinstance(batch, list | tuple):
         if len(batch) == 2 and isinstance(batch[0], Mapping | list | tuple):
-            return _named(batch[0], signature, argument)  # (inputs, labels)
+            return _named(batch[0], signature, argument)[0], batch[1]  # (inputs, labels)
         if len(batch) == len(names):
-            return {name: np.asarray(a) for name, a in zip(names, batch, strict=True)}
+            return {name: np.asarray(a) for name, a in zip(names, batch, strict=True)}, None
         if len(batch) == len(names) + 1 == 2:
-            return {names[0]: np.asarray(batch[0])}  # (x, y): the labels are not needed
+            return {names[0]: np.asarray(batch[0])}, batch[1]  # (x, y)
         raise DataError(
             f"{argument} must have one array for each of the model's inputs {names}. Found "
             f"{len(batch)}."
@@ -114,7 +191,7 @@ def _named(batch: Any, signature: Signature, argument: str) -> Named:
             f"{argument} must be a dictionary of arrays, because the model has inputs {names}. "
             "Found a single array."
         )
-    return {names[0]: np.asarray(batch)}
+    return {names[0]: np.asarray(batch)}, None
 
 
 def _checked(named: Named, signature: Signature, argument: str) -> Named:

@@ -10,14 +10,15 @@ import keras
 
 from tf_kfacprune.errors import ExportError
 from tf_kfacprune.export.atomic import atomic_directory
-from tf_kfacprune.export.console import captured_console
-from tf_kfacprune.export.samples import named_examples, random_examples
+from tf_kfacprune.export.console import ConsoleLog, captured_console, log_kept_on_error
+from tf_kfacprune.export.options import check_drop
+from tf_kfacprune.export.running import run_saved_model
+from tf_kfacprune.export.samples import Examples, labelled_examples, random_examples
 from tf_kfacprune.export.serving import SIGNATURE, Signature, check_exportable, served_module
 from tf_kfacprune.export.verification import (
-    compare_outputs,
     compute_tolerance,
     finite_reference,
-    run_saved_model,
+    verify_outputs,
 )
 
 __all__ = ["saved_model", "write_served"]
@@ -31,6 +32,7 @@ def saved_model(
     batch_size: int | None = None,
     verify: bool = True,
     verify_data: Any = None,
+    max_accuracy_drop: float = 0.01,
 ) -> Path:
     """Writes a SavedModel that needs only TensorFlow, and proves it to be the same network.
 
@@ -45,7 +47,10 @@ def saved_model(
         verify: load the written folder in a process without this package, and compare its outputs
             with the model's.
         verify_data: inputs to compare on: an array, a list or dictionary of arrays, or an
-            iterable of batches; the first 256 examples are taken. Random inputs by default.
+            iterable of batches; the first 256 examples are taken. Random inputs by default. With
+            labels, ``(x, y)``, accuracies are compared too, on up to 10,000 examples.
+        max_accuracy_drop: how much lower the accuracy of the written folder may be, in [0, 1]; one
+            example may always change sides.
 
     Returns:
         ``path``.
@@ -54,7 +59,7 @@ def saved_model(
         UnsupportedModelError: if the model has gates or symbolic inputs are missing.
         DataError: if ``verify_data`` does not fit the model.
         ExportError: if the path exists or cannot be written, or the written folder does not agree
-            with the model; nothing is left behind then.
+            with the model; nothing is left behind then, and the message names the log.
 
     Example:
         >>> import keras, tf_kfacprune as kp
@@ -63,29 +68,37 @@ def saved_model(
         PosixPath('net')
     """
     check_exportable(model, batch_size)
+    check_drop(max_accuracy_drop)
     signature = Signature.of(model, batch_size)
-    inputs = None
+    examples = None
     if verify:
-        inputs = (
-            random_examples(signature)
+        examples = (
+            Examples(random_examples(signature))
             if verify_data is None
-            else named_examples(verify_data, signature, "verify_data")
+            else labelled_examples(verify_data, signature, "verify_data")
         )
-    with atomic_directory(path, marker="saved_model.pb", overwrite=overwrite) as partial:
-        write_served(model, signature, partial)
-        if inputs is not None:
+    with (
+        log_kept_on_error(path) as log,
+        atomic_directory(path, marker="saved_model.pb", overwrite=overwrite) as partial,
+    ):
+        write_served(model, signature, partial, log)
+        if examples is not None:
             what = f"The SavedModel for {path}"
-            compare_outputs(
-                finite_reference(model, signature, inputs),
-                run_saved_model(partial, inputs, what=what),
+            verify_outputs(
+                finite_reference(model, signature, examples.inputs),
+                run_saved_model(partial, examples.inputs, what=what),
+                examples,
                 tolerance=compute_tolerance(model),
                 quantization=None,
+                max_accuracy_drop=max_accuracy_drop,
                 what=what,
             )
     return Path(path)
 
 
-def write_served(model: keras.Model, signature: Signature, folder: Path) -> None:
+def write_served(
+    model: keras.Model, signature: Signature, folder: Path, log: ConsoleLog | None = None
+) -> None:
     """Writes the served function of ``model`` into ``folder``, without verification.
 
     Raises:
@@ -93,8 +106,9 @@ def write_served(model: keras.Model, signature: Signature, folder: Path) -> None
     """
     import tensorflow as tf
 
+    log = ConsoleLog() if log is None else log
     try:
-        with captured_console() as log:
+        with captured_console(log):
             module, endpoint = served_module(model, signature)
             tf.saved_model.save(module, os.fspath(folder), signatures={SIGNATURE: endpoint})
     except (ValueError, TypeError, AssertionError, RuntimeError, tf.errors.OpError) as error:

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import os
-import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from tf_kfacprune.errors import ExportError, InvalidArgumentError, UnsupportedModelError
+from tf_kfacprune.errors import ExportError
 from tf_kfacprune.export.atomic import atomic_file
-from tf_kfacprune.export.console import captured_console
-from tf_kfacprune.export.samples import Named, named_examples, random_examples
-from tf_kfacprune.export.saved_models import write_served
-from tf_kfacprune.export.serving import SIGNATURE, Signature, check_exportable, layers_within
+from tf_kfacprune.export.console import log_kept_on_error
+from tf_kfacprune.export.conversion import convert
+from tf_kfacprune.export.metadata import Metadata, with_metadata
+from tf_kfacprune.export.options import check_drop, check_options, refuse_rolled_recurrence
+from tf_kfacprune.export.running import ONLY_INPUT, run_litert
+from tf_kfacprune.export.samples import (
+    Examples,
+    Named,
+    labelled_examples,
+    named_examples,
+    random_examples,
+)
+from tf_kfacprune.export.serving import Signature, check_exportable
 from tf_kfacprune.export.verification import (
-    ONLY_INPUT,
-    compare_outputs,
     compute_tolerance,
     finite_reference,
-    run_litert,
+    verify_outputs,
 )
 
-__all__ = ["FULL_INTEGER", "QUANTIZATIONS", "convert", "run_tflite", "tflite"]
-
-QUANTIZATIONS = (None, "float16", "dynamic", "int8", "int16x8")
-FULL_INTEGER = ("int8", "int16x8")
-_IO_TYPES = {"int8": ("int8", "uint8", "float32"), "int16x8": ("int16", "float32")}
+__all__ = ["run_tflite", "tflite"]
 
 
 def tflite(
@@ -45,6 +45,8 @@ def tflite(
     verify: bool = True,
     verify_data: Any = None,
     tolerance: float | None = None,
+    max_accuracy_drop: float = 0.01,
+    metadata: Metadata | None = None,
 ) -> Path:
     """Writes a ``.tflite`` file of built-in operations and proves that it is the same network.
 
@@ -56,7 +58,8 @@ def tflite(
             activations) or ``"int16x8"`` (int8 weights, int16 activations).
         representative_data: real inputs, for ``"int8"`` and ``"int16x8"`` only: the range of every
             activation is measured on them (the first 256 examples). An array, a list or
-            dictionary of arrays, or an iterable of batches such as a ``tf.data.Dataset``.
+            dictionary of arrays, an iterable of batches such as a ``tf.data.Dataset``, or a
+            function that returns one.
         io_dtype: dtype of the inputs and outputs of a fully quantized file: ``"int8"`` (default
             for ``"int8"``), ``"uint8"``, ``"int16"`` (default for ``"int16x8"``) or ``"float32"``.
         batch_size: the only batch size the file runs; None runs any, at the price of some shape
@@ -65,9 +68,14 @@ def tflite(
         verify: run the written file with LiteRT in a process without TensorFlow, and compare its
             outputs with the model's.
         verify_data: inputs to compare on, given like ``representative_data``. By default the
-            representative data, else random inputs.
+            representative data, else random inputs. With labels, ``(x, y)``, accuracies are
+            compared too, on up to 10,000 examples.
         tolerance: largest relative error allowed; by default that of the format (1e-4 for float32,
             1e-2 for float16, 0.1 to 0.2 root mean square for integers).
+        max_accuracy_drop: how much lower the accuracy of the file may be than that of the model,
+            in [0, 1]; one example may always change sides.
+        metadata: labels, input scaling and pruning record to put into the file, for
+            `read_metadata`.
 
     Returns:
         ``path``.
@@ -78,7 +86,8 @@ def tflite(
             converter is known to crash on it.
         DataError: if the data do not fit the model.
         ExportError: if the path exists or cannot be written, the converter fails, or the written
-            file does not agree with the model; nothing is left behind then.
+            file does not agree with the model; nothing is left behind then, and the message names
+            the log.
 
     References:
         Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
@@ -91,32 +100,39 @@ def tflite(
         PosixPath('net.tflite')
     """
     check_exportable(model, batch_size)
-    _check_options(quantization, representative_data, io_dtype, tolerance)
-    _refuse_rolled_recurrence(model, quantization, batch_size)
+    check_options(quantization, representative_data, io_dtype, tolerance)
+    check_drop(max_accuracy_drop)
+    refuse_rolled_recurrence(model, quantization, batch_size)
     signature = Signature.of(model, batch_size)
     representative = None
     if representative_data is not None:
         representative = named_examples(representative_data, signature, "representative_data")
-    inputs = None
+    examples = None
     if verify:
         if verify_data is not None:
-            inputs = named_examples(verify_data, signature, "verify_data")
+            examples = labelled_examples(verify_data, signature, "verify_data")
         else:
-            inputs = representative or random_examples(signature)
-    with atomic_file(path, overwrite=overwrite) as partial:
-        partial.write_bytes(
-            convert(
-                model, signature, quantization, representative=representative, io_dtype=io_dtype
-            )
+            examples = Examples(representative or random_examples(signature))
+    with log_kept_on_error(path) as log, atomic_file(path, overwrite=overwrite) as partial:
+        content = convert(
+            model,
+            signature,
+            quantization,
+            representative=representative,
+            io_dtype=io_dtype,
+            log=log,
         )
-        if inputs is not None:
+        partial.write_bytes(content if metadata is None else with_metadata(content, metadata))
+        if examples is not None:
             allowed = compute_tolerance(model, quantization) if tolerance is None else tolerance
             what = f"The file for {path}"
-            compare_outputs(
-                finite_reference(model, signature, inputs),
-                run_litert(partial, inputs, what=what),
+            verify_outputs(
+                finite_reference(model, signature, examples.inputs),
+                run_litert(partial, examples.inputs, what=what),
+                examples,
                 tolerance=allowed,
                 quantization=quantization,
+                max_accuracy_drop=max_accuracy_drop,
                 what=what,
             )
     return Path(path)
@@ -154,132 +170,3 @@ def run_tflite(
     if isinstance(inputs, dict) or len(outputs) > 1:
         return outputs
     return next(iter(outputs.values()))
-
-
-def convert(
-    model: keras.Model,
-    signature: Signature,
-    quantization: str | None = None,
-    *,
-    representative: Named | None = None,
-    io_dtype: str | None = None,
-) -> bytes:
-    """The content of a ``.tflite`` file, unverified.
-
-    The route goes over a SavedModel: converting a Keras 3 model's concrete function directly
-    silently writes a file without weights.
-
-    Raises:
-        ExportError: with the converter's log, if it fails.
-    """
-    import tensorflow as tf
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        write_served(model, signature, folder)
-        try:
-            with captured_console() as log, warnings.catch_warnings():
-                # Calibration warns that the interpreter it uses itself is deprecated.
-                warnings.simplefilter("ignore")
-                converter = tf.lite.TFLiteConverter.from_saved_model(temporary)
-                _configure(converter, quantization, representative, io_dtype)
-                content = converter.convert()
-        # The converter raises its own class, plain Exception and others for one kind of trouble.
-        except Exception as error:
-            raise ExportError(
-                f"The TFLite converter cannot convert model {model.name!r}"
-                + (f" with quantization={quantization!r}" if quantization else "")
-                + f": {_first_line(error)}\nIts log ends with:\n{log.tail}"
-            ) from error
-    return content
-
-
-def _configure(
-    converter: Any, quantization: str | None, representative: Named | None, io_dtype: str | None
-) -> None:
-    import tensorflow as tf
-
-    if quantization is None:
-        return
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    if quantization == "float16":
-        converter.target_spec.supported_types = [tf.float16]
-    if quantization not in FULL_INTEGER or representative is None:
-        return
-    converter.representative_dataset = lambda: _calibration(representative)
-    operations = tf.lite.OpsSet.TFLITE_BUILTINS_INT8
-    if quantization == "int16x8":
-        operations = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
-    converter.target_spec.supported_ops = [operations]
-    dtype = tf.as_dtype(io_dtype or _IO_TYPES[quantization][0])
-    converter.inference_input_type = dtype
-    converter.inference_output_type = dtype
-
-
-def _calibration(representative: Named) -> Iterator[tuple[str, Named]]:
-    """One example at a time, by signature: unnamed lists are not kept in the model's order."""
-    count = len(next(iter(representative.values())))
-    for i in range(count):
-        yield SIGNATURE, {name: values[i : i + 1] for name, values in representative.items()}
-
-
-def _check_options(
-    quantization: str | None, representative_data: Any, io_dtype: str | None, tolerance: Any
-) -> None:
-    if quantization == "qat":
-        raise InvalidArgumentError(
-            "quantization='qat' (quantization-aware training) is not available in this version. "
-            "Use 'int8' with representative_data."
-        )
-    if quantization not in QUANTIZATIONS:
-        raise InvalidArgumentError(
-            f"quantization must be one of {QUANTIZATIONS}. Received: quantization={quantization!r}."
-        )
-    if quantization in FULL_INTEGER and representative_data is None:
-        raise InvalidArgumentError(
-            f"quantization={quantization!r} needs representative_data: real inputs on which the "
-            "range of every activation is measured. Pass some hundred training inputs."
-        )
-    if quantization not in FULL_INTEGER and representative_data is not None:
-        raise InvalidArgumentError(
-            f"representative_data is used by {FULL_INTEGER} only. Received: "
-            f"quantization={quantization!r}. Leave it out; inputs to verify on are verify_data."
-        )
-    allowed = _IO_TYPES.get(quantization or "", ("float32",))
-    if io_dtype is not None and io_dtype not in allowed:
-        raise InvalidArgumentError(
-            f"io_dtype must be one of {allowed} with quantization={quantization!r}. Received: "
-            f"io_dtype={io_dtype!r}."
-        )
-    if tolerance is not None and not (
-        isinstance(tolerance, int | float) and 0 < tolerance < float("inf")
-    ):
-        raise InvalidArgumentError(
-            f"tolerance must be a positive number. Received: tolerance={tolerance!r}."
-        )
-
-
-def _refuse_rolled_recurrence(
-    model: keras.Model, quantization: str | None, batch_size: int | None
-) -> None:
-    """Recurrent loops: they crash full integer conversion, and others need a fixed batch."""
-    for layer in layers_within(model):
-        if not isinstance(layer, keras.layers.RNN) or layer.unroll:
-            continue
-        where = f"Layer {layer.name!r} ({type(layer).__name__})"
-        if quantization in FULL_INTEGER:
-            raise UnsupportedModelError(
-                f"{where} cannot be converted with quantization={quantization!r}: the converter "
-                "crashes on rolled recurrent layers. Build the layer with unroll=True, or use "
-                "'dynamic' with batch_size=1."
-            )
-        if batch_size is None:
-            raise InvalidArgumentError(
-                f"{where} needs a fixed batch size: there is no built-in operation for a "
-                "recurrent loop over a batch of any size. Pass batch_size=1, or build the layer "
-                "with unroll=True."
-            )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,9 +17,9 @@ import keras
 import numpy as np
 
 from tf_kfacprune.errors import ExportError, InvalidArgumentError
+from tf_kfacprune.export.conversion import convert
+from tf_kfacprune.export.running import litert_job
 from tf_kfacprune.export.serving import Signature, check_exportable
-from tf_kfacprune.export.tflite_files import convert
-from tf_kfacprune.export.verification import litert_job
 
 __all__ = ["Latency", "latency"]
 

@@ -1,4 +1,4 @@
-"""Runs a written file in a clean process and compares its outputs with the Keras model's.
+"""Compares what a written file computes with what the Keras model computes.
 
 | symbol | meaning |
 | --- | --- |
@@ -7,37 +7,33 @@
 
 Float formats are held to the largest error, max|y' - y| / max|y|; integer formats, where single
 values may saturate, to the root mean square error, rms(y' - y) / rms(y). The tolerances follow from
-the rounding unit of the stored weights: errors of many layers add up to tens of units.
+the rounding unit of the stored weights: errors of many layers add up to tens of units. Outputs that
+are integers themselves, such as class numbers, are held to the fraction of them that differ.
+
+Integer files of a classifier must also choose the same classes. Examples count where the Keras
+model is decided: its best output is ahead of the second by more than the error that is tolerated.
+With labels, the accuracy of the file must not be lower than that of the model by more than is
+allowed, or than one example makes.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import keras
 import numpy as np
 
-from tf_kfacprune.errors import ExportError
-from tf_kfacprune.export.samples import Named
+from tf_kfacprune.errors import DataError, ExportError
+from tf_kfacprune.export.samples import Examples, Named
 from tf_kfacprune.export.serving import Signature, layers_within
 
 __all__ = [
-    "ONLY_INPUT",
     "TOLERANCES",
+    "Verification",
     "compare_outputs",
     "compute_tolerance",
     "finite_reference",
-    "litert_job",
-    "run_litert",
-    "run_saved_model",
+    "verify_outputs",
 ]
 
 # Rounding units: float32 2^-24, float16 2^-11, int8 2^-8 of the largest weight of a channel.
@@ -47,18 +43,31 @@ TOLERANCES: dict[str | None, float] = {
     "dynamic": 0.1,
     "int8": 0.2,
     "int16x8": 0.1,
+    "qat": 0.2,
 }
-_ROOT_MEAN_SQUARE = {"dynamic", "int8", "int16x8"}
+_INTEGER = {"dynamic", "int8", "int16x8", "qat"}
 _HALF_PRECISION_TOLERANCE = 5e-2
+_LEAST_AGREEMENT = 0.95
 
-# Stands for the name of the input of a file that has only one; the worker knows it too.
-ONLY_INPUT = "*"
 
-_WORKERS = Path(__file__).parent
-_LITERT = "litert_worker.py"
-_SAVED_MODEL = "savedmodel_worker.py"
-_RUN_BATCH = 128
-_TIME_LIMIT_SECONDS = 1800
+@dataclass(frozen=True)
+class Verification:
+    """How closely a file follows the Keras model.
+
+    Attributes:
+        examples: number of examples compared.
+        error: largest relative error over the outputs, in the measure of the format.
+        agreement: fraction of the examples on which the model is decided where the file chooses
+            the same class; None if the model is no classifier with one output.
+        accuracy: fraction of right predictions of the file; None without labels.
+        model_accuracy: the same of the Keras model.
+    """
+
+    examples: int
+    error: float
+    agreement: float | None = None
+    accuracy: float | None = None
+    model_accuracy: float | None = None
 
 
 def compute_tolerance(model: keras.Model, quantization: str | None = None) -> float:
@@ -86,6 +95,62 @@ def finite_reference(model: keras.Model, signature: Signature, inputs: Named) ->
                 "verify_data."
             )
     return outputs
+
+
+def verify_outputs(
+    reference: Named,
+    found: Named,
+    examples: Examples,
+    *,
+    tolerance: float,
+    quantization: str | None,
+    max_accuracy_drop: float,
+    what: str,
+) -> Verification:
+    """Holds a file to the Keras model: values, choices and accuracy.
+
+    Args:
+        reference: outputs of the Keras model, by name.
+        found: outputs of the file, by name.
+        examples: what both were run on, with labels if there are any.
+        tolerance: largest relative error allowed.
+        quantization: format of the file, which decides the measure.
+        max_accuracy_drop: how much lower the accuracy of the file may be, in [0, 1].
+        what: the file, for messages.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ExportError: if the file does not follow the model.
+        DataError: if labels are given that are no classes of this model.
+    """
+    error = compare_outputs(
+        reference, found, tolerance=tolerance, quantization=quantization, what=what
+    )
+    agreement = accuracy = model_accuracy = None
+    if len(reference) == 1:
+        (name,) = reference
+        agreement = _agreement(reference[name], found[name], tolerance)
+        if agreement is not None and agreement < _LEAST_AGREEMENT and quantization in _INTEGER:
+            raise ExportError(
+                f"{what} does not agree with the Keras model: it chooses the same class for "
+                f"{100 * agreement:.1f} % of the examples on which the model is decided, at least "
+                f"{100 * _LEAST_AGREEMENT:.0f} % are needed. Nothing was kept. Try 'float16', or "
+                "more varied representative_data."
+            )
+        if examples.labels is not None:
+            model_accuracy = _accuracy(reference[name], examples.labels)
+            accuracy = _accuracy(found[name], examples.labels)
+            allowed = max(max_accuracy_drop, 1 / len(examples.labels))
+            if accuracy < model_accuracy - allowed - 1e-9:
+                raise ExportError(
+                    f"{what} loses too much accuracy: {100 * accuracy:.2f} % against "
+                    f"{100 * model_accuracy:.2f} % of the Keras model on {len(examples.labels)} "
+                    f"examples, allowed is a drop of {100 * allowed:.2f} points. Nothing was kept. "
+                    "Try 'float16' or 'int16x8', or more varied representative_data."
+                )
+    return Verification(examples.count, error, agreement, accuracy, model_accuracy)
 
 
 def compare_outputs(
@@ -126,7 +191,7 @@ def compare_outputs(
                 + (
                     " Quantization may cost this model too much: try 'float16', or inputs from "
                     "the real data as verify_data."
-                    if quantization in _ROOT_MEAN_SQUARE
+                    if quantization in _INTEGER
                     else ""
                 )
             )
@@ -135,85 +200,42 @@ def compare_outputs(
 
 
 def _relative_error(expected: np.ndarray, found: np.ndarray, quantization: str | None) -> float:
+    if np.issubdtype(expected.dtype, np.integer):
+        return float(np.mean(found != expected))
     expected, found = expected.astype(np.float64), found.astype(np.float64)
     error = np.abs(found - expected)
-    if quantization in _ROOT_MEAN_SQUARE:
+    if quantization in _INTEGER:
         size, scale = np.sqrt(np.mean(error**2)), np.sqrt(np.mean(expected**2))
     else:
         size, scale = np.max(error), np.max(np.abs(expected))
     return float(size / max(scale, np.finfo(np.float32).tiny)) if size > 0 else 0.0
 
 
-def run_litert(file: Path, inputs: Named, *, threads: int = 1, what: str = "") -> Named:
-    """Outputs of a ``.tflite`` file, by name, run by LiteRT in a process without TensorFlow.
-
-    Args:
-        file: the file to run.
-        inputs: arrays by input name.
-        threads: number of threads.
-        what: how messages call the file, if not by its name.
-
-    Returns:
-        Arrays by output name.
-
-    Raises:
-        ExportError: if LiteRT is not installed, or cannot load or run the file.
-    """
-    job = {"file": os.fspath(file), "threads": threads}
-    return litert_job("run", job, inputs, what=what or str(file))
+def _agreement(expected: np.ndarray, found: np.ndarray, tolerance: float) -> float | None:
+    """Fraction of equal choices where the choice is not within the error that is tolerated."""
+    if expected.ndim != 2 or expected.shape[1] < 2:
+        return None
+    best = np.sort(expected.astype(np.float64), axis=1)
+    decided = best[:, -1] - best[:, -2] > tolerance * np.sqrt(np.mean(best**2))
+    if not decided.any():
+        return None
+    same = expected.argmax(axis=1) == found.argmax(axis=1)
+    return float(np.mean(same[decided]))
 
 
-def litert_job(
-    action: str, job: Mapping[str, Any], inputs: Named | None = None, *, what: str
-) -> Named:
-    """Lets the LiteRT worker do a job and returns the arrays it stored."""
-    if importlib.util.find_spec("ai_edge_litert") is None:
-        raise ExportError(
-            "LiteRT is needed to run a .tflite file and is not installed. Install it with "
-            "pip install ai-edge-litert, or pass verify=False to write the file unverified."
+def _accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        classes, chosen = outputs.shape[1], outputs.argmax(axis=1)
+    elif outputs.ndim == 1 and np.issubdtype(outputs.dtype, np.integer):
+        classes, chosen = np.iinfo(outputs.dtype).max, outputs  # a model that ends in argmax
+    else:
+        raise DataError(
+            "Accuracy needs one output of shape (n, classes), or of class numbers. Found shape "
+            f"{outputs.shape} of {outputs.dtype}. Pass verify_data without labels."
         )
-    return _work(_LITERT, action, job, inputs, what)
-
-
-def run_saved_model(folder: Path, inputs: Named, *, what: str = "") -> Named:
-    """Outputs of a SavedModel, by name, run in a process that does not import this package.
-
-    Arguments and result as for `run_litert`.
-
-    Raises:
-        ExportError: if TensorFlow cannot load or run it there.
-    """
-    return _work(_SAVED_MODEL, "run", {"file": os.fspath(folder)}, inputs, what or str(folder))
-
-
-def _work(
-    worker: str, action: str, job: Mapping[str, Any], inputs: Named | None, what: str
-) -> Named:
-    """Starts a worker program on a temporary job folder; returns the arrays it leaves there."""
-    environment = dict(os.environ, TF_CPP_MIN_LOG_LEVEL="2", CUDA_VISIBLE_DEVICES="-1")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        described = {"batch_size": _RUN_BATCH, "inputs": list(inputs or ()), **job}
-        (folder / "job.json").write_text(json.dumps(described))
-        np.savez(folder / "inputs.npz", *(inputs or {}).values())
-        # -P: the folder of the worker must not shadow modules that it imports.
-        command = [sys.executable, "-P", os.fspath(_WORKERS / worker), action, temporary]
-        try:
-            done = subprocess.run(
-                command,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=_TIME_LIMIT_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ExportError(
-                f"{what}: running it took more than {_TIME_LIMIT_SECONDS} s."
-            ) from error
-        if done.returncode != 0:
-            reason = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-            raise ExportError(f"{what} cannot be run (exit code {done.returncode}):\n{reason}")
-        names = json.loads((folder / "results.json").read_text())
-        with np.load(folder / "results.npz") as archive:
-            return dict(zip(names, (archive[key] for key in archive.files), strict=True))
+    if labels.min() < 0 or labels.max() >= classes:
+        raise DataError(
+            f"Labels must be classes from 0 to {classes - 1}. Found {labels.min()} to "
+            f"{labels.max()}."
+        )
+    return float(np.mean(chosen == labels))

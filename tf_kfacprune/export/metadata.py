@@ -1,0 +1,172 @@
+"""What a .tflite file says about itself: labels, input scaling, and how it was pruned.
+
+It is one entry of the file, ``TF_KFACPRUNE_METADATA``, in JSON: a program in any language that can
+read a file's entries can read it. Interpreters ignore entries that they do not know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from tf_kfacprune.compaction import compaction_report
+from tf_kfacprune.errors import ExportError, InvalidArgumentError
+from tf_kfacprune.export.model_file import add_entry, read_entries
+
+__all__ = ["ENTRY", "Metadata", "read_metadata", "with_metadata"]
+
+ENTRY = "TF_KFACPRUNE_METADATA"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a ``.tflite`` file says about itself.
+
+    Attributes:
+        labels: names of the classes, in the order of the outputs.
+        scale: what raw inputs are to be multiplied with before they are given to the model.
+        offset: what is to be added after that. With a scaling baked in by `with_head`, leave both.
+        pruning: the pruning record: any values that JSON can hold.
+        version: version of this package that wrote the file.
+
+    Raises:
+        InvalidArgumentError: if a label is no string, a number is not finite, or the record cannot
+            be written as JSON.
+
+    Example:
+        >>> import tf_kfacprune as kp
+        >>> kp.export.Metadata(labels=["cat", "dog"], scale=1 / 255).labels
+        ('cat', 'dog')
+    """
+
+    labels: Sequence[str] = ()
+    scale: float = 1.0
+    offset: float = 0.0
+    pruning: Mapping[str, Any] | None = None
+    version: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.labels, str) or not all(isinstance(name, str) for name in self.labels):
+            raise InvalidArgumentError(
+                f"labels must be a list of strings. Received: labels={self.labels!r}."
+            )
+        object.__setattr__(self, "labels", tuple(self.labels))
+        for name in ("scale", "offset"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise InvalidArgumentError(
+                    f"{name} must be a finite number. Received: {name}={value!r}."
+                )
+        try:
+            json.dumps(self.pruning, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"pruning must hold plain values, which JSON can hold: {error}."
+            ) from error
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        compact_model: keras.Model,
+        *,
+        labels: Sequence[str] = (),
+        scale: float = 1.0,
+        offset: float = 0.0,
+    ) -> Metadata:
+        """Metadata with the pruning record of a compact model.
+
+        Args:
+            model: what `compact` was given, in the same state.
+            compact_model: what it returned.
+            labels: names of the classes.
+            scale: factor of the raw inputs.
+            offset: added after scaling.
+
+        Returns:
+            Metadata whose ``pruning`` holds the ``budget``, the ``layers`` with the number of
+            their ``channels`` and those ``kept``, and ``macs`` and ``params`` before and after.
+
+        Raises:
+            InvalidArgumentError: if the two models do not belong together.
+        """
+        budget = getattr(model, "budget", None)
+        record = {
+            "budget": None if budget is None else budget.targets,
+            **compaction_report(model, compact_model),
+        }
+        return cls(labels, scale, offset, record)
+
+
+def with_metadata(content: bytes, metadata: Metadata) -> bytes:
+    """A ``.tflite`` file with the metadata in it; the version is that of this package.
+
+    Args:
+        content: the file.
+        metadata: what to write.
+
+    Returns:
+        The content of the new file.
+
+    Raises:
+        ExportError: if the content is not that of a ``.tflite`` file, or has such metadata already.
+    """
+    described: dict[str, Any] = {"tf_kfacprune": _version()}
+    if metadata.labels:
+        described["labels"] = list(metadata.labels)
+    if (metadata.scale, metadata.offset) != (1.0, 0.0):
+        described["input"] = {"scale": metadata.scale, "offset": metadata.offset}
+    if metadata.pruning is not None:
+        described["pruning"] = dict(metadata.pruning)
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False)
+    return add_entry(content, ENTRY, text.encode())
+
+
+def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
+    """What a ``.tflite`` file says about itself.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its metadata; None if it was written without any.
+
+    Raises:
+        ExportError: if the file is missing or damaged.
+
+    Example:
+        >>> import tf_kfacprune as kp
+        >>> kp.export.read_metadata("net.tflite").labels  # doctest: +SKIP
+        ('cat', 'dog')
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ExportError(f"{file}: no such file.")
+    try:
+        text = read_entries(file.read_bytes()).get(ENTRY)
+        if text is None:
+            return None
+        described = json.loads(text)
+        scaling = described.get("input", {})
+        return Metadata(
+            labels=described.get("labels", ()),
+            scale=scaling.get("scale", 1.0),
+            offset=scaling.get("offset", 0.0),
+            pruning=described.get("pruning"),
+            version=described["tf_kfacprune"],
+        )
+    except (ExportError, ValueError, KeyError, AttributeError) as error:
+        raise ExportError(f"{file}: its metadata cannot be read: {error}") from error
+
+
+def _version() -> str:
+    # Imports point down: the door of the package, which knows, is above this file.
+    return str(sys.modules[__name__.partition(".")[0]].__version__)
