@@ -96,6 +96,10 @@ def test_inspect_shows_groups_of_built_in_networks(capsys):
     shown = capsys.readouterr().out
     assert "266,610" in shown
     assert "fc2" in shown
+    assert main(["inspect", "--model=lenet300", "--include=fc1"]) == 0
+    shown = capsys.readouterr().out
+    assert "300 neurons can be pruned" in shown
+    assert "not included by the caller" in shown
 
 
 def test_an_existing_folder_is_refused_before_training(trained, small_data, capsys):
@@ -122,6 +126,11 @@ def test_an_error_after_training_started_leaves_nothing_behind(tmp_path, capsys)
         (["train", "--output_dir=o", "extra"], "extra"),
         (["train", "--output_dir=o", "--budget_macs=1.5"], "macs=1.5"),
         (["train", "--output_dir=o", "--budget_macs=0"], "macs=0"),
+        (["train", "--output_dir=o", "--round_to=0"], "round_to"),
+        (["train", "--output_dir=o", "--budget_macs=0.01", "--round_to=16"], "round_to=16"),
+        (["train", "--output_dir=o", "--budget_macs=0.01", "--min_channels=9"], "min_channels=9"),
+        (["train", "--output_dir=o", "--budget_macs=0.5", "--include=nowhere"], "nowhere"),
+        (["inspect", "--model=lenet300", "--exclude=fc1,fc9"], "fc9"),
         (["train", "--output_dir=o", "--data=digit"], "digit"),
         (["train", "--output_dir=o", "--data=missing.npz"], "missing.npz"),
         (["train", "--output_dir=o", "--data=mnist", "--data_dir=nowhere"], "nowhere"),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tf_kfacprune.errors import BudgetError, InvalidArgumentError
-from tf_kfacprune.pruning import Budget, Phases, land_on_budget, target_fraction
+from tf_kfacprune.pruning import Budget, OpenCounts, Phases, land_on_budget, target_fraction
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.01, 15, "small", float("nan")])
@@ -58,11 +58,8 @@ def test_landing_is_the_largest_network_within_the_budget(sizes, target, seed):
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=n).astype("float32")
     weights = rng.uniform(0.1, 1.0, size=n).astype("float32")
-
-    def fraction(measure, keep):
-        return keras.ops.sum(keep * weights) / weights.sum()
-
-    keep = np.array(land_on_budget(scores, sizes, fraction, {"macs": target})) > 0
+    counts = [OpenCounts(size) for size in sizes]
+    keep = land(scores, counts, weights, target)
     groups = np.split(keep, np.cumsum(sizes)[:-1])
     assert all(group.any() for group in groups)
     cost = weights[keep].sum() / weights.sum()
@@ -76,6 +73,68 @@ def test_landing_is_the_largest_network_within_the_budget(sizes, target, seed):
     if len(closed):
         reopened = closed[np.argmax(scores[closed])]
         assert cost + weights[reopened] / weights.sum() > target - 1e-5
+
+
+COUNTS = st.builds(
+    lambda least, steps, step, rest: OpenCounts(least + steps * step + rest % step, least, step),
+    least=st.integers(0, 4),
+    steps=st.integers(0, 3),
+    step=st.integers(1, 4),
+    rest=st.integers(0, 3),
+).filter(lambda counts: counts.size > 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(counts=st.lists(COUNTS, min_size=1, max_size=4), seed=st.integers(0, 1000))
+def test_landing_keeps_the_best_in_allowed_numbers_and_shrinks_with_the_budget(counts, seed):
+    sizes = [group.size for group in counts]
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=sum(sizes)).astype("float32")
+    weights = rng.uniform(0.1, 1.0, size=sum(sizes)).astype("float32")
+    least, before = land(scores, counts, weights, 0.0), None
+    for target in (1.0, 0.7, 0.4, 0.2, 0.0):
+        keep = land(scores, counts, weights, target)
+        assert (keep >= least).all()
+        if before is not None:
+            assert (keep <= before).all()
+        before = keep
+        assert weights[keep].sum() / weights.sum() <= target + 1e-5 or (keep == least).all()
+        for group, start in zip(counts, _starts(sizes), strict=True):
+            kept = keep[start : start + group.size]
+            assert group.least <= kept.sum() <= group.most
+            assert (kept.sum() - group.least) % group.step == 0
+            own = scores[start : start + group.size]
+            if kept.any() and not kept.all():
+                assert own[kept].min() > own[~kept].max()
+    assert [int(part.sum()) for part in np.split(least, np.cumsum(sizes)[:-1])] == [
+        group.least for group in counts
+    ]
+
+
+def test_blocks_close_in_the_order_of_their_mean_rank():
+    counts = [OpenCounts(4, least=0, step=2), OpenCounts(2, least=1)]
+    scores = np.array([5.0, 4.0, 1.0, 0.0, 3.0, 2.0], "float32")
+    keep = land(scores, counts, np.ones(6, "float32"), 4 / 6)
+    assert keep.tolist() == [True, True, False, False, True, True]
+
+
+def test_gates_of_a_group_need_not_be_neighbours():
+    keep = land_on_budget(
+        np.array([1.0, 5.0, 2.0, 4.0], "float32"),
+        np.array([0, 1, 0, 1]),
+        [OpenCounts(2), OpenCounts(2)],
+        lambda measure, keep: keras.ops.mean(keep),
+        {"macs": 0.5},
+    )
+    assert np.array(keep).tolist() == [0, 1, 1, 0]
+
+
+def land(scores, counts, weights, target):
+    def fraction(measure, keep):
+        return keras.ops.sum(keep * weights) / weights.sum()
+
+    groups = np.repeat(np.arange(len(counts)), [group.size for group in counts])
+    return np.array(land_on_budget(scores, groups, counts, fraction, {"macs": target})) > 0
 
 
 def _starts(sizes):

@@ -59,6 +59,20 @@ def _define(values: flags.FlagValues) -> None:
         )
     flags.DEFINE_bool("prune_inputs", False, "Prune input features too.", flag_values=values)
     add_selection_flags(values)
+    flags.DEFINE_integer(
+        "round_to",
+        None,
+        "Keep channels in multiples of this number, e.g. 8.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "min_channels",
+        None,
+        "Keep at least so many channels per layer, and no residual branch goes as a whole.",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_float(
         "curvature",
         0.0,
@@ -124,6 +138,8 @@ def _train_into(folder: Path, values: flags.FlagValues) -> Any:
         prune_inputs=values.prune_inputs,
         include=values.include or None,
         exclude=values.exclude,
+        round_to=values.round_to,
+        min_channels=values.min_channels,
         seed=values.seed,
     )
     _fit(pruned, loss, x_train, dataset.y_train, values)

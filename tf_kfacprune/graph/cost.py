@@ -118,10 +118,20 @@ class CostModel:
         self._check(measure)
         return round(self._exact(measure, np.asarray(openness, float)))
 
-    def least(self, measure: str) -> float:
-        """The least fraction that can be reached: one neuron per group is left."""
+    def least(self, measure: str, left: Sequence[int] | None = None) -> float:
+        """The least fraction that can be reached.
+
+        Args:
+            measure: `"macs"` or `"params"`.
+            left: How many neurons are left of each group; by default one.
+
+        Returns:
+            A number in [0, 1].
+        """
+        groups = self.channels.groups
         openness = np.zeros(self.channels.num_neurons)
-        openness[[group.start for group in self.channels.groups]] = 1.0
+        for group, count in zip(groups, left or [1] * len(groups), strict=True):
+            openness[group.start : group.start + count] = 1.0
         return self.count(measure, openness) / max(self.dense(measure), 1)
 
     def layer_costs(self, openness: Any) -> dict[str, dict[str, float]]:

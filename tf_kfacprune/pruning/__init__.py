@@ -1,7 +1,8 @@
 """What to prune, how far and when: budgets, phases, landing."""
 
 from tf_kfacprune.pruning.budget import Budget
-from tf_kfacprune.pruning.landing import group_ids, land_on_budget
+from tf_kfacprune.pruning.channel_counts import GateGroups
+from tf_kfacprune.pruning.landing import OpenCounts, land_on_budget
 from tf_kfacprune.pruning.phases import Phases, target_fraction
 
-__all__ = ["Budget", "Phases", "group_ids", "land_on_budget", "target_fraction"]
+__all__ = ["Budget", "GateGroups", "OpenCounts", "Phases", "land_on_budget", "target_fraction"]

@@ -34,7 +34,7 @@ import tensorflow as tf
 from keras import ops
 
 from tf_kfacprune.gates import GatedNetwork, GatePhase
-from tf_kfacprune.pruning import Budget, Phases, land_on_budget, target_fraction
+from tf_kfacprune.pruning import Budget, GateGroups, Phases, land_on_budget, target_fraction
 
 __all__ = ["BudgetController"]
 
@@ -56,12 +56,20 @@ class BudgetController(keras.layers.Layer):
         gated: The gated network.
         budget: The budget.
         phases: How the steps are divided.
+        groups: How many gates of each group may stay open; by default, at least one.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
-    def __init__(self, gated: GatedNetwork, budget: Budget, phases: Phases, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        gated: GatedNetwork,
+        budget: Budget,
+        phases: Phases,
+        groups: GateGroups | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(dtype="float32", **kwargs)
-        self._plan = _Plan(gated, budget, phases)
+        self._plan = _Plan(gated, budget, phases, groups or GateGroups(gated))
         self.gate_optimizer = keras.optimizers.Adam(_GATE_RATE_RANGE[0], name="gate_optimizer")
         self.gate_optimizer.build([source.logits for source in gated.sources])
 
@@ -143,7 +151,8 @@ class BudgetController(keras.layers.Layer):
         scores = ops.concatenate([tf.convert_to_tensor(s.logits) for s in gated.sources])
         keep = land_on_budget(
             scores,
-            [size for source in gated.sources for size in source.group_sizes],
+            self._plan.groups.of_gate,
+            self._plan.groups.counts,
             lambda measure, gates: gated.cost.fraction(measure, gated.openness(gates)),
             self._plan.budget.targets,
         )
@@ -232,7 +241,10 @@ class BudgetController(keras.layers.Layer):
 class _Plan:
     """What the controller works on; plain, so that Keras does not track the network twice."""
 
-    def __init__(self, gated: GatedNetwork, budget: Budget, phases: Phases) -> None:
+    def __init__(
+        self, gated: GatedNetwork, budget: Budget, phases: Phases, groups: GateGroups
+    ) -> None:
         self.gated = gated
         self.budget = budget
         self.phases = phases
+        self.groups = groups

@@ -20,7 +20,7 @@ from tf_kfacprune.errors import BudgetError, InvalidArgumentError
 from tf_kfacprune.gates import GatedNetwork, GateSource, insert_gates
 from tf_kfacprune.graph import trace
 from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.pruning import Budget, Phases
+from tf_kfacprune.pruning import Budget, GateGroups, Phases
 from tf_kfacprune.training.anatomy import Anatomy, Compiled, inner_optimizer
 from tf_kfacprune.training.budget_controller import BudgetController
 from tf_kfacprune.training.curvature_penalty import CurvaturePenalty, head_of_batch
@@ -50,6 +50,10 @@ class PrunableModel(keras.Model):
         include: Layers that may lose neurons: names, regular expressions or layers; by default
             all.
         exclude: Layers that keep all their neurons, likewise; wins over `include`.
+        round_to: Keep channels in multiples of this number (4, 8, 16...), group by group; a group
+            with fewer channels stays whole, with a warning. The budget is still obeyed.
+        min_channels: Keep at least so many channels per group. By default one, unless the group
+            lies in a residual branch, which may then be removed as a whole.
         gate: `"hard_concrete"` (stochastic) or `"deterministic"`.
         phases: How the steps are divided.
         max_skipped_steps: A batch with NaN or infinite values is skipped; so many in a row end
@@ -86,6 +90,8 @@ class PrunableModel(keras.Model):
         prune_inputs: bool = False,
         include: Sequence[Any] | None = None,
         exclude: Sequence[Any] = (),
+        round_to: int | None = None,
+        min_channels: int | None = None,
         gate: str = "hard_concrete",
         phases: Phases | None = None,
         max_skipped_steps: int = 10,
@@ -118,8 +124,10 @@ class PrunableModel(keras.Model):
             )
             graph, has_gates = trace(model), True
         gated = GatedNetwork(model) if has_gates else None
+        groups = None
         if budget is not None and gated is not None:
-            _check_reachable(budget, gated)
+            groups = GateGroups(gated, round_to, min_channels)
+            _check_reachable(budget, gated, groups)
         if curvature is not None and curvature.strength > 0:
             check_second_derivatives(model)
         kwargs.setdefault("name", f"prunable_{model.name}")
@@ -129,12 +137,14 @@ class PrunableModel(keras.Model):
         self.curvature = curvature
         self.phases = phases or Phases()
         self.max_skipped_steps = max_skipped_steps
+        self.round_to = round_to
+        self.min_channels = min_channels
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         self._anatomy = Anatomy(graph, gated)
         self.controller = None
         if budget is not None and gated is not None:
-            self.controller = BudgetController(gated, budget, self.phases, name="budget")
+            self.controller = BudgetController(gated, budget, self.phases, groups, name="budget")
         self.curvature_penalty = None
         if curvature is not None:
             self.curvature_penalty = CurvaturePenalty(
@@ -352,6 +362,8 @@ class PrunableModel(keras.Model):
             "budget": serialize(self.budget),
             "curvature": serialize(self.curvature),
             "phases": serialize(self.phases),
+            "round_to": self.round_to,
+            "min_channels": self.min_channels,
             "max_skipped_steps": self.max_skipped_steps,
             "seed": self.seed,
         }
@@ -379,14 +391,14 @@ def _require_type(name: str, value: Any, kind: type, optional: bool = False) -> 
     require("PrunableModel", ok, name, expected, value)
 
 
-def _check_reachable(budget: Budget, gated: GatedNetwork) -> None:
+def _check_reachable(budget: Budget, gated: GatedNetwork, groups: GateGroups) -> None:
     for measure, target in budget.targets.items():
-        least = float(gated.cost.least(measure))
+        least = float(gated.cost.least(measure, groups.least))
         if target < least:
             frozen = "; ".join(f"{f.layer}: {f.reason}" for f in gated.channels.frozen) or "none"
             raise BudgetError(
                 f"Budget {measure}={target} cannot be reached on model {gated.net.name!r}: the "
-                f"least that pruning can reach is {measure}={least:.4g}, with one neuron left per "
-                f"group. Channels that cannot be pruned: {frozen}. Ask for at least {least:.4g}, "
+                f"least that pruning can reach is {measure}={least:.4g}, with {groups.floor}. "
+                f"Channels that cannot be pruned: {frozen}. Ask for at least {least:.4g}, "
                 "or unfreeze channels (`inspect` tells how)."
             )
