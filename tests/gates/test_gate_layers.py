@@ -102,7 +102,7 @@ def test_a_closed_proximal_gate_still_feels_the_loss_and_can_reopen():
 def test_gate_edge_applies_bank_values_by_index_and_leaves_other_channels_alone():
     inputs = keras.Input((3,))
     bank = GateBank([("a", 1), ("b", 1)], name="gates")
-    model = keras.Model(inputs, GateEdge([1, 2, 0])([inputs, bank(inputs)]))
+    model = keras.Model(inputs, GateEdge([1, 2, 0])([inputs, bank(inputs)[0]]))
     bank.set_values([0.5, 0.0])
     np.testing.assert_allclose(np.array(model(np.ones((2, 3)))), [[0.0, 1.0, 0.5]] * 2, atol=1e-6)
 

@@ -41,7 +41,8 @@ class _Replay:
     def __call__(self, call: Call, args: Any, kwargs: Any) -> Any:
         operation, rule = call.operation, rule_for(call.operation)
         if isinstance(operation, GateBank):
-            return None
+            return [None] * len(call.outputs)
+        kwargs = call.without_gates(kwargs)
         args, kwargs = self._select_features(call, args, kwargs)
         if isinstance(rule, GateRule):
             return keras.tree.flatten(args)[0]

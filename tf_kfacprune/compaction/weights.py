@@ -27,18 +27,23 @@ def transfer_weights(layer: keras.Layer, smaller: keras.Layer, plan: RemovalPlan
     """
     rule = rule_for(layer)
     roles = plan.channels.roles(layer)
+
+    def count(role: str) -> int | None:
+        return len(plan.positions(roles[role])) if role in roles else None
+
     by_role: set[int] = set()
     for name, axes in rule.weight_roles(layer).items():
         weight, target = weight_of(layer, name), weight_of(smaller, name)
         by_role.add(id(target))
         array = _to_numpy(weight)
-        scale = plan.scale(layer, rule.folded[name]) if name in rule.folded else None
-        if scale is not None:
-            array = rule.fold(layer, name, array, scale)
+        for folded in rule.folded_roles(name):
+            scale = plan.scale(layer, folded)
+            if scale is not None:
+                array = rule.fold(layer, name, folded, array, scale)
         for axis, role in enumerate(axes):
             if role is not None and role in roles:
                 array = np.take(array, plan.positions(roles[role]), axis)
-        _assign(target, array, layer)
+        _assign(target, rule.rescale(layer, name, array, count), layer)
     for weight, target in zip(layer.weights, smaller.weights, strict=True):
         if id(target) not in by_role:
             _assign(target, _to_numpy(weight), layer)

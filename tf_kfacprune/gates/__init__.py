@@ -1,5 +1,6 @@
 """Gates: where neurons are switched on and off."""
 
+from tf_kfacprune.gates.gate_aware import GateAware
 from tf_kfacprune.gates.gate_source import GATE_KINDS, GatePhase, GateSource
 from tf_kfacprune.gates.gated_layers import (
     GatedConv1D,
@@ -20,6 +21,7 @@ from tf_kfacprune.gates.proximal import Proximal, UnitInterval
 
 __all__ = [
     "GATE_KINDS",
+    "GateAware",
     "GateBank",
     "GateEdge",
     "GatePhase",

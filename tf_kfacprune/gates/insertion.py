@@ -1,4 +1,8 @@
-"""Puts gates into a model: on the data input of every contraction that reads prunable neurons."""
+"""Puts gates into a model: wherever prunable neurons are read.
+
+That is the data input of every contraction, and the inside of layers that mix channels or feed
+them back.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,10 @@ import keras
 
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import rules as _rules  # noqa: F401  (registers the rules of gate layers)
+from tf_kfacprune.gates.gate_aware import GateAware
 from tf_kfacprune.gates.neuron_gate import GateBank, GateEdge
 from tf_kfacprune.graph import Call, ChannelGraph, Edge, Value, analyze, fresh_operation
+from tf_kfacprune.graph.calls import GATES
 from tf_kfacprune.graph.selection import Selector
 
 __all__ = ["describe_frozen", "insert_gates"]
@@ -29,8 +35,9 @@ def insert_gates(
 
     One `GateBank` holds the gates of all neurons; a `GateEdge` multiplies the data input of every
     Dense or convolution layer by the gates of the neurons it reads. There, a closed gate removes
-    the neuron exactly, whatever came before. With all gates open the model is unchanged, to the
-    bit.
+    the neuron exactly, whatever came before. Layers that read neurons inside (normalizations,
+    recurrent layers, attention) are put into a `GateAware` layer of the same name. With all gates
+    open the model is unchanged, to the bit.
 
     Args:
         model: A built Sequential or Functional model.
@@ -73,7 +80,8 @@ class _Insertion:
         self._renamed: list[str] = []
         self._twins: dict[Any, Any] = {}
         self._edges: dict[Call, list[Edge]] = {}
-        self._gated: dict[tuple[Value, int, bytes], Any] = {}
+        self._gated: dict[tuple[Any, Any, bytes], Any] = {}
+        self._aware: dict[Any, GateAware] = {}
         for call in channels.graph.calls:
             self._names.setdefault(call.operation.name, call.operation)
         for edge in channels.edges:
@@ -84,7 +92,7 @@ class _Insertion:
             kind=kind,
             name=self._free_name("gates"),
         )
-        self._z: Any = None
+        self._gates: Sequence[Any] = ()
 
     def gated_model(self) -> keras.Model:
         gated = self._channels.graph.rebuild(self._call, begin=self._begin)
@@ -97,25 +105,32 @@ class _Insertion:
         return gated
 
     def _begin(self, inputs: Sequence[Any]) -> None:
-        self._z = self._bank(inputs[0])
+        self._gates = self._bank(inputs[0])
 
     def _call(self, call: Call, args: Any, kwargs: Any) -> Any:
         operation = self._uniquely_named(call)
         edges = {edge.value: edge for edge in self._edges.get(call, ())}
+        inside = [edge for edge in self._edges.get(call, ()) if edge.value is None]
 
         def gate(value: Any, tensor: Any) -> Any:
             is_read = isinstance(value, Value) and value in edges
             return self._gate(edges[value], tensor) if is_read else tensor
 
         args, kwargs = call.map_data(gate, args, kwargs)
-        return operation(*args, **kwargs)
+        if not inside:
+            return operation(*args, **call.without_gates(kwargs))
+        if operation not in self._aware:
+            indices = {edge.role: edge.neurons.tolist() for edge in inside}
+            self._aware[operation] = GateAware(operation, indices)
+        kwargs = {**call.without_gates(kwargs), GATES: list(self._gates)}
+        return self._aware[operation](*args, **kwargs)
 
     def _gate(self, edge: Edge, tensor: Any) -> Any:
         key = (edge.value, edge.axis, edge.neurons.tobytes())
         if key not in self._gated:
             name = self._free_name(f"{edge.layer.name}_gate")
             layer = GateEdge(edge.neurons.tolist(), axis=edge.axis, name=name)
-            self._gated[key] = layer([tensor, self._z])
+            self._gated[key] = layer([tensor, self._gates[0]])
         return self._gated[key]
 
     def _uniquely_named(self, call: Call) -> Any:

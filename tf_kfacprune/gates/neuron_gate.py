@@ -95,7 +95,8 @@ class GateBank(GateSource):
     """All gates of a model as one vector, drawn once per forward pass.
 
     Coupled channels (residual streams, concatenations, flattened maps) read the same gate at
-    several places, so the values are computed once and handed to the `GateEdge` layers.
+    several places, so the values are computed once and handed to the `GateEdge` and `GateAware`
+    layers.
 
     Args:
         groups: `(name, size)` of each group of neurons; gates are numbered in this order.
@@ -124,16 +125,35 @@ class GateBank(GateSource):
         return tuple(size for _, size in self.groups)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """Returns the gate vector, shape `(n,)`; `inputs` only places the layer in the graph."""
-        del inputs
-        return self.values(training)
+        """Returns the gates and which neurons are present; `inputs` only places the layer.
 
-    def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:
+        Both have shape `(n,)`. Present (1, not 0) are the neurons that compaction leaves: those
+        with an open gate and, where a whole group is closed, the one most likely to be open.
+        """
+        del inputs
+        z = self.values(training)
+        return z, self._presence(z)
+
+    def _presence(self, z: Any) -> Any:
+        group = np.repeat(np.arange(len(self.groups)), self.group_sizes).astype("int32")
+        number = np.arange(self.size, dtype="float32")
+
+        def most(values: Any) -> Any:
+            return ops.take(ops.segment_max(values, group, len(self.groups)), group)
+
+        probability = self.open_probability()
+        likeliest = ops.where(probability == most(probability), -number, -float(self.size))
+        stays = ops.logical_and(most(z) <= 0, likeliest == most(likeliest))
+        return ops.cast(ops.logical_or(z > 0, stays), "float32")
+
+    def compute_output_spec(
+        self, inputs: Any, training: bool | None = None
+    ) -> tuple[keras.KerasTensor, keras.KerasTensor]:
         del inputs, training
-        return keras.KerasTensor((self.size,), dtype="float32")
+        return tuple(keras.KerasTensor((self.size,), dtype="float32") for _ in range(2))
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
-        """The gate vector has no batch axis, hence no mask."""
+        """The gate vectors have no batch axis, hence no mask."""
         del inputs, previous_mask
 
     def get_config(self) -> dict[str, Any]:

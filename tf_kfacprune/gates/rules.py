@@ -46,12 +46,12 @@ class NeuronGateRule(GateRule):
 
 @register_channel_rule(GateBank)
 class GateBankRule(ChannelRule):
-    """`GateBank`: its output is the vector of gates that `GateEdge` layers pick from."""
+    """`GateBank`: its first output is the vector of gates that others pick from."""
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         bank = call.operation
         flow.slot_origin[call.outputs[0]] = flow.open_slots(bank, bank.size)
-        return [[None]]
+        return [[None], [None]]
 
     def is_homogeneous(self, call: Call) -> bool:
         return True  # it does not read its input

@@ -9,7 +9,10 @@ from typing import Any
 import keras
 from keras import tree
 
-__all__ = ["Call", "Value"]
+__all__ = ["GATES", "Call", "Value"]
+
+# The keyword under which a gate-aware layer receives the gates of what it reads inside.
+GATES = "gates"
 
 
 @dataclass(eq=False, frozen=True)
@@ -39,7 +42,9 @@ class Call:
         kwargs: Keyword arguments, likewise.
         outputs: The results, flattened.
         path: Name of the operation, preceded by the names of the nested models it lies in.
-        inputs: The data the call reads: all `Value`s of the arguments except masks.
+        runner: What executes the call, if not the operation itself: the gate-aware layer around
+            it, which has one argument more, `gates`.
+        inputs: The data the call reads: all `Value`s of the arguments except masks and gates.
     """
 
     operation: Any
@@ -47,16 +52,29 @@ class Call:
     kwargs: dict[str, Any]
     outputs: tuple[Value, ...]
     path: str
+    runner: Any = None
     inputs: tuple[Value, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        data = {key: value for key, value in self.kwargs.items() if not _is_mask(key)}
+        data = {key: value for key, value in self.kwargs.items() if self._is_data(key)}
         self.inputs = tuple(v for v in tree.flatten((self.args, data)) if isinstance(v, Value))
+
+    def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Executes the call with filled-in arguments."""
+        return (self.runner or self.operation)(*args, **kwargs)
+
+    def without_gates(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of the operation itself, without those of its runner."""
+        return {k: v for k, v in kwargs.items() if self.runner is None or k != GATES}
+
+    def _is_data(self, keyword: str) -> bool:
+        is_mask = keyword == "mask" or keyword.endswith("_mask")
+        return not is_mask and (self.runner is None or keyword != GATES)
 
     def map_data(
         self, function: Callable[[Any, Any], Any], args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """Replaces data among filled-in arguments; masks and added keywords stay.
+        """Replaces data among filled-in arguments; masks, gates and added keywords stay.
 
         Args:
             function: Receives every leaf of the recorded arguments (a `Value` or a setting) and
@@ -67,7 +85,7 @@ class Call:
         Returns:
             The new positional and keyword arguments.
         """
-        data = {key for key in self.kwargs if key in kwargs and not _is_mask(key)}
+        data = {key for key in self.kwargs if key in kwargs and self._is_data(key)}
         mapped = {
             key: tree.map_structure(function, self.kwargs[key], given) if key in data else given
             for key, given in kwargs.items()
@@ -78,7 +96,3 @@ class Call:
     def is_layer(self) -> bool:
         """Whether the operation is a Keras layer (else a stateless operation)."""
         return isinstance(self.operation, keras.Layer)
-
-
-def _is_mask(keyword: str) -> bool:
-    return keyword == "mask" or keyword.endswith("_mask")

@@ -33,7 +33,7 @@ class NeuronGroup:
         start: Number of the first neuron.
         size: Number of neurons.
         producers: Names (paths) of the layers or inputs that create the neurons.
-        consumers: Names (paths) of the contractions that read them.
+        consumers: Names (paths) of the layers that read them.
     """
 
     name: str
@@ -50,22 +50,22 @@ class NeuronGroup:
 
 @dataclass(frozen=True, eq=False)
 class Edge:
-    """The data input of one contraction call.
+    """Channels that one call of a layer reads: a contraction's data input, or inside the layer.
 
     Attributes:
         call: The call.
-        layer: The contraction layer.
+        layer: The layer.
         role: What the layer's weights call the channels that are read, `"in"` for most.
-        value: The tensor that is read.
-        axis: The channel axis of the tensor.
-        neurons: Neuron at each position of the axis; `num_neurons` where nothing can be removed.
+        value: The tensor that is read, None for channels that are read inside the layer.
+        axis: The channel axis of the tensor, -1 for channels that are read inside the layer.
+        neurons: Neuron at each position; `num_neurons` where nothing can be removed.
         slots: In a gated model, the gate that each position has passed; -1 where none.
     """
 
     call: Call
     layer: keras.Layer
     role: str
-    value: Value
+    value: Value | None
     axis: int
     neurons: np.ndarray
     slots: np.ndarray
@@ -96,7 +96,7 @@ class ChannelGraph:
         flow: The labels it was resolved from.
         groups: Groups of neurons, contiguous, in the order of their first producers.
         num_neurons: Number of neurons that can be removed.
-        edges: All contraction edges with tracked channels, in order.
+        edges: All places where tracked channels are read, in order.
         frozen: Channels that cannot be removed, with reasons.
     """
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph import reasons
-from tf_kfacprune.graph.calls import Call, Value
+from tf_kfacprune.graph.calls import GATES, Call, Value
 from tf_kfacprune.graph.tracer import Graph, trace
 
 __all__ = ["CONSTANT", "NO_SLOT", "Axes", "Freeze", "LabelFlow", "Producer", "Reading"]
@@ -42,11 +42,15 @@ class Producer:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A contraction reading channels: labels and gate slots per position of one input axis."""
+    """A layer reading channels: labels and gate slots per position.
+
+    A contraction reads along one axis of a value. What a layer reads inside, where no gate can
+    stand, has neither: it is gated by the gate-aware layer around it.
+    """
 
     call: Call
     role: str
-    value: Value
+    value: Value | None
     axis: int
     labels: Labels
     slots: np.ndarray
@@ -69,7 +73,7 @@ class LabelFlow:
         axes: Labels of every value seen so far, one entry per axis.
         producers: Creators of channels, in order.
         parts: Labels that must not lose all their neurons, beside those of the producers.
-        readings: Contraction edges, in order.
+        readings: Where channels are read: contraction edges, and inside of layers; in order.
         selections: For a call and one of its inputs: axis and labels of the input features that
             the call reads; the others can be cut off right before it.
         slot_sources: First gate number of every gate source.
@@ -125,10 +129,10 @@ class LabelFlow:
 
     # ---- making labels
 
-    def fresh(self, size: int, name: str, layer: Any) -> Labels:
-        """New channels, created by a layer (or by a model input: `layer=None`)."""
+    def fresh(self, size: int, name: str, layer: Any, part: str = "") -> Labels:
+        """New channels, created by (a part of) a layer, or by a model input: `layer=None`."""
         labels = self._allocate(np.arange(self.size, self.size + size), NO_SLOT)
-        self.producers.append(Producer(name, layer, labels))
+        self.producers.append(Producer(f"{name}:{part}" if part else name, layer, labels))
         reason = self._why_left_out(name, layer)
         if reason is not None:
             self.freeze(labels, reason, name)
@@ -211,6 +215,20 @@ class LabelFlow:
             self.readings.append(Reading(call, role, value, axis, labels, slots))
         return labels
 
+    def read_inside(self, call: Call, role: str, labels: Labels | None) -> None:
+        """Channels that a layer reads inside, where no gate can stand on an edge.
+
+        The layer's rule must say with `call_gated` how to call it when some of them are closed.
+        """
+        if labels is None:
+            return
+        slots = np.full(labels.shape, NO_SLOT)
+        if call.runner is not None and role in call.runner.indices:
+            indices, bank = call.runner.indices[role], call.kwargs[GATES][0]
+            is_gate = indices < (bank.shape[0] or 0)
+            slots = np.where(is_gate, self.slot_origin[bank] + indices, NO_SLOT)
+        self.readings.append(Reading(call, role, None, -1, self.base(labels), slots))
+
     # ---- relating labels
 
     def unite(self, first: Labels | None, second: Labels | None, where: str) -> Labels | None:
@@ -258,12 +276,22 @@ class LabelFlow:
             roles[name] = self.unite(roles[name], labels, where)
         return roles[name]
 
-    def created(self, call: Call, name: str, size: int) -> Labels:
-        """Labels of the channels a layer creates; the same in every call of a shared layer."""
+    def created(self, call: Call, name: str, size: int, part: str = "") -> Labels:
+        """Labels of the channels a layer creates; the same in every call of a shared layer.
+
+        Args:
+            call: The call.
+            name: The role of the channels.
+            size: How many.
+            part: What tells them from other channels that the same layer creates, for reports.
+
+        Returns:
+            The labels.
+        """
         roles = self._roles.setdefault(call.operation, {})
         labels = roles.get(name)
         if labels is None:
-            labels = roles[name] = self.fresh(size, call.path, call.operation)
+            labels = roles[name] = self.fresh(size, call.path, call.operation, part)
         return labels
 
     def roles(self, layer: Any) -> dict[str, Labels | None]:

@@ -90,7 +90,7 @@ class Graph:
         Args:
             inputs: Inputs in the structure of the model's inputs.
             call_operation: `call_operation(call, args, kwargs)` executes one call and returns its
-                outputs. Defaults to `call.operation(*args, **kwargs)`.
+                outputs. Defaults to `call.execute(args, kwargs)`.
             training: As in `model(inputs, training=...)`. As in Keras, a value given here
                 overrides the `training` of every inner call, even one given explicitly.
 
@@ -194,7 +194,7 @@ def fresh_operation(operation: Any, name: str) -> Any:
 
 
 def _call(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return call.operation(*args, **kwargs)
+    return call.execute(args, kwargs)
 
 
 def _functional_of(operation: Any) -> Functional | None:
@@ -252,10 +252,13 @@ def _walk_node(
         return _inline(operation, inner, args, kwargs, steps, path)
     outputs = _output_values(node, args, kwargs)
     lowered = getattr(operation, "lowered_layers", None)
-    if lowered is None:
-        steps.append(Call(operation, args, kwargs, outputs, path))
-    else:
+    gate_aware = getattr(operation, "gate_aware_of", None)
+    if lowered is not None:
         _lower(lowered, args, kwargs, outputs, steps, prefix)
+    elif gate_aware is not None:
+        steps.append(Call(gate_aware, args, kwargs, outputs, path, runner=operation))
+    else:
+        steps.append(Call(operation, args, kwargs, outputs, path))
     return outputs
 
 

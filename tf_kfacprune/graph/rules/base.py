@@ -1,14 +1,16 @@
 """Channel rules: what each layer type does to channels, and the registry of rules.
 
-A rule answers four questions about one layer type: how labels propagate through a call, which
-weight axes hold which channels, how the layer's configuration changes when channels go, and how
-many multiply-accumulates a call costs. What has no rule is frozen with a reason, never guessed.
+A rule answers a few questions about one layer type: how labels propagate through a call, which
+weight axes hold which channels, how the layer's configuration changes when channels go, how many
+multiply-accumulates a call costs, and, if the layer reads channels inside, how to call it when some
+of them are closed. What has no rule is frozen with a reason, never guessed.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import keras
@@ -22,6 +24,7 @@ from tf_kfacprune.graph.labels import Axes, LabelFlow
 __all__ = [
     "ChannelRule",
     "Extent",
+    "InnerGates",
     "Removal",
     "channel_axis",
     "extents",
@@ -48,6 +51,21 @@ class Removal(Protocol):
         """The positions that stay on an axis, in order, or None if nothing goes there."""
 
 
+@dataclass(frozen=True)
+class InnerGates:
+    """Gates of channels that a layer reads inside.
+
+    Attributes:
+        z: Their values, float32 tensor of shape `(n,)`. What is multiplied by them must be
+            multiplied by a weight, too, which absorbs them when the layer is compacted.
+        present: 1 for channels that stay and 0 for those that go, float32 tensor of shape `(n,)`,
+            without gradient. Beside all open channels one of each group stays in any case.
+    """
+
+    z: Any
+    present: Any
+
+
 class ChannelRule:
     """How one layer type treats channels. Subclass it and register the subclass.
 
@@ -60,7 +78,8 @@ class ChannelRule:
             `LabelFlow.role` or `created`.
         sizes: Configuration entries that count channels: entry -> role.
         folded: If the layer is a contraction, the weights that multiply its inputs, each with the
-            role of its input axis: soft gates are folded into them.
+            role of its input axis (or roles, if there are several): soft gates are folded into
+            them.
 
     Example:
         >>> @kp.register_channel_rule(MyScale)
@@ -70,11 +89,25 @@ class ChannelRule:
         ...         axes = flow.of(call.inputs[0])
         ...         flow.role(call.operation, "channels", axes[-1], call.path)
         ...         return [axes]
+
+        A layer that reads channels inside, where no gate can stand, names them with
+        `flow.read_inside` and says how to be called when some of them are closed:
+
+        >>> @kp.register_channel_rule(MyMeanSubtraction)
+        ... class MyMeanSubtractionRule(kp.ChannelRule):
+        ...     def propagate(self, call, flow):
+        ...         axes = flow.of(call.inputs[0])
+        ...         flow.read_inside(call, "channels", axes[-1])
+        ...         return [axes]
+        ...     def call_gated(self, layer, gates, args, kwargs):
+        ...         present = gates["channels"].present
+        ...         mean = ops.sum(args[0] * present, -1, keepdims=True) / ops.sum(present)
+        ...         return layer(ops.where(present > 0, args[0], mean))
     """
 
     weights: ClassVar[Mapping[str, Sequence[str | None]]] = {}
     sizes: ClassVar[Mapping[str, str]] = {}
-    folded: ClassVar[Mapping[str, str]] = {}
+    folded: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         """Relates the labels of the inputs to those of the outputs.
@@ -122,20 +155,69 @@ class ChannelRule:
             if left is not None:
                 config[entry] = left
 
-    def fold(self, layer: Any, name: str, kernel: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    def folded_roles(self, name: str) -> tuple[str, ...]:
+        """The roles of the input axes of a weight, those along which it absorbs gates."""
+        roles = self.folded.get(name, ())
+        return (roles,) if isinstance(roles, str) else roles
+
+    def fold(
+        self, layer: Any, name: str, role: str, kernel: np.ndarray, scale: np.ndarray
+    ) -> np.ndarray:
         """Folds gates into a weight named in `folded`: f(scale * x) = f_folded(x).
 
         Args:
             layer: The layer.
             name: Name of the weight.
+            role: Role of the input axis.
             kernel: The weight, with all channels.
             scale: Gate values, one per input channel.
 
         Returns:
             The scaled weight.
         """
-        axis = self.weight_roles(layer)[name].index(self.folded[name])
+        axis = self.weight_roles(layer)[name].index(role)
         return kernel * scale.reshape([-1 if k == axis else 1 for k in range(kernel.ndim)])
+
+    def rescale(
+        self, layer: Any, name: str, weight: np.ndarray, count: Callable[[str], int | None]
+    ) -> np.ndarray:
+        """Corrects a weight for what the number of channels means to the layer's formula.
+
+        Args:
+            layer: The layer.
+            name: Name of the weight.
+            weight: What is left of it.
+            count: Number of channels left in a role, or None if the role is not tracked.
+
+        Returns:
+            The corrected weight.
+        """
+        del layer, name, count
+        return weight
+
+    def call_gated(
+        self,
+        layer: Any,
+        gates: Mapping[str, InnerGates],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Calls a layer such that channels it reads inside have no effect if they are closed.
+
+        Needed for layers whose rule uses `LabelFlow.read_inside`. With all gates at 1 the result
+        must be that of `layer(*args, **kwargs)`, to the bit. Closed channels of the output may
+        have any finite value: they are gated where they are read.
+
+        Args:
+            layer: The layer, with the weights of all channels.
+            gates: The gates of each role that the rule reads inside.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+
+        Returns:
+            The outputs of the call.
+        """
+        raise NotImplementedError
 
     def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
         """Multiply-accumulates of a call: a sum of products of extents."""

@@ -1,9 +1,9 @@
-"""Channel rules for layers that keep channels apart: normalization, noise, pooling, padding."""
+"""Channel rules for layers that keep channels apart: scale, shift, noise, pooling, padding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from keras import layers
 
@@ -19,10 +19,6 @@ from tf_kfacprune.graph.rules.base import (
 )
 
 __all__: list[str] = []
-
-
-def _axes_of(axis: Any) -> tuple[int, ...]:
-    return (axis,) if isinstance(axis, int) else tuple(axis)
 
 
 @register_channel_rule(layers.BatchNormalization)
@@ -73,25 +69,6 @@ class ConstantsRule(ChannelRule):
         for name in ("scale", "offset", "mean", "variance"):
             freeze_by_constant(getattr(layer, name, None), call, flow, axes)
         return [axes]
-
-
-@register_channel_rule(layers.LayerNormalization, layers.RMSNormalization)
-class AcrossChannelsRule(ChannelRule):
-    """Normalization with statistics across channels: the normalized axes are frozen."""
-
-    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
-        axes = flow.of(call.inputs[0])
-        for k in _axes_of(call.operation.axis):
-            flow.freeze(axes[k], reasons.NORMALIZED_ACROSS_CHANNELS, call.path)
-        return [axes]
-
-
-@register_channel_rule(layers.GroupNormalization, layers.UnitNormalization)
-class AcrossEverythingRule(ChannelRule):
-    """Normalization over several axes at once: everything is frozen."""
-
-    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
-        return self.freeze_all(call, flow, reasons.NORMALIZED_ACROSS_CHANNELS)
 
 
 @register_channel_rule(

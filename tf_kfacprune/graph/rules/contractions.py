@@ -155,7 +155,9 @@ class ConvRule(ContractionRule):
         if self._is_depthwise(layer) and groups is not None:
             config["groups"] = groups
 
-    def fold(self, layer: Any, name: str, kernel: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    def fold(
+        self, layer: Any, name: str, role: str, kernel: np.ndarray, scale: np.ndarray
+    ) -> np.ndarray:
         per_group = scale.reshape(layer.groups, -1)  # group, slot
         return kernel * np.repeat(per_group, layer.filters // layer.groups, axis=0).T
 
