@@ -13,19 +13,21 @@ References:
     using Kronecker Factored Curvature Approximation", arXiv 2111.08577.
 """
 
-from tf_kfacprune import data, diagnostics, errors, export, layers, reporting, zoo
+from tf_kfacprune import data, diagnostics, errors, export, layers, reporting, tfmot, zoo
 from tf_kfacprune.compaction import compact, compaction_report
 from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.graph import ChannelRule, register_channel_rule
-from tf_kfacprune.optimizers import KFAC
+from tf_kfacprune.optimizers import KFAC, LevenbergMarquardt
 from tf_kfacprune.pruning import Budget, Phases
 from tf_kfacprune.reporting import inspect, report
-from tf_kfacprune.training import PrunableModel
+from tf_kfacprune.training import KFACModel, PrunableModel
 
 __all__ = [
     "KFAC",
     "Budget",
     "ChannelRule",
+    "KFACModel",
+    "LevenbergMarquardt",
     "Phases",
     "PrunableModel",
     "SpectralRadius",
@@ -40,6 +42,7 @@ __all__ = [
     "register_channel_rule",
     "report",
     "reporting",
+    "tfmot",
     "zoo",
 ]
 __version__ = "0.1.0"

@@ -1,29 +1,244 @@
-"""Kronecker factors against brute force in float64."""
+"""Every Kronecker block against the layer itself: products, gradients and second moments."""
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from tf_kfacprune.curvature import block_for
+from tf_kfacprune.curvature import block_for, blocks_of, capture
+from tf_kfacprune.linalg import conv_patches
 
-RNG = np.random.default_rng(0)
+L = keras.layers
+BATCH = 3
+to_numpy = keras.ops.convert_to_numpy
+
+# name -> (layer, input shape)
+CONTRACTIONS = {
+    "Dense": (lambda: L.Dense(3, activation="tanh"), (5,)),
+    "Dense on sequences": (lambda: L.Dense(3), (4, 5)),
+    "Dense without bias": (lambda: L.Dense(3, use_bias=False), (5,)),
+    "Einsum to heads": (lambda: L.EinsumDense("abc,cde->abde", (4, 2, 3), bias_axes="de"), (4, 5)),
+    "Einsum from heads": (lambda: L.EinsumDense("abcd,cde->abe", (4, 5), bias_axes="e"), (4, 2, 3)),
+    "Einsum per group": (lambda: L.EinsumDense("abc,bcd->abd", (4, 6), bias_axes="bd"), (4, 5)),
+    "Einsum with ellipsis": (lambda: L.EinsumDense("...x,xy->...y", 3, bias_axes="y"), (4, 2, 5)),
+    "Conv2D": (lambda: L.Conv2D(4, (3, 2), activation="relu"), (7, 6, 2)),
+    "Conv2D same": (lambda: L.Conv2D(4, (3, 2), padding="same"), (7, 6, 2)),
+    "Conv2D strided": (lambda: L.Conv2D(4, 3, strides=2, use_bias=False), (7, 6, 2)),
+    "Conv2D dilated": (lambda: L.Conv2D(4, 3, dilation_rate=2), (7, 6, 2)),
+    "Conv2D grouped": (lambda: L.Conv2D(6, 3, groups=2, padding="same"), (5, 6, 4)),
+    "Conv1D causal": (lambda: L.Conv1D(3, 4, padding="causal", dilation_rate=2), (9, 2)),
+    "Conv3D": (lambda: L.Conv3D(2, 2, padding="same", strides=2), (4, 5, 4, 2)),
+    "Depthwise": (lambda: L.DepthwiseConv2D(3, depth_multiplier=2, padding="same"), (5, 6, 3)),
+    "Depthwise strided": (lambda: L.DepthwiseConv2D(3, strides=2, use_bias=False), (5, 6, 3)),
+    "Depthwise 1D": (lambda: L.DepthwiseConv1D(3), (9, 3)),
+    "Transposed": (lambda: L.Conv2DTranspose(4, (3, 2), strides=2, padding="same"), (4, 5, 2)),
+    "Transposed valid": (lambda: L.Conv2DTranspose(4, 2, strides=3), (4, 5, 2)),
+    "Transposed wide": (lambda: L.Conv2DTranspose(4, 5, strides=(2, 1), padding="same"), (4, 5, 2)),
+    "Transposed output padding": (
+        lambda: L.Conv2DTranspose(4, 3, strides=2, padding="same", output_padding=1),
+        (4, 5, 2),
+    ),
+    "Transposed 1D": (lambda: L.Conv1DTranspose(3, 4, strides=2), (5, 2)),
+    "Transposed 3D": (lambda: L.Conv3DTranspose(2, 2, strides=2, padding="same"), (2, 3, 2, 2)),
+}
 
 
-def _brute_force_windows(x, layer):
-    """Every window of a 2D convolution as a row, float64, by loops."""
-    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.strides, layer.dilation_rate
-    if layer.padding == "same":
-        pads = []
-        for n, k, s, d in zip(x.shape[1:3], (kh, kw), (sh, sw), (dh, dw), strict=True):
-            total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
-            pads.append((total // 2, total - total // 2))
-        x = np.pad(x, [(0, 0), *pads, (0, 0)])
+def _recorded(make, shape, seed=0):
+    """A layer with random weights, one record of it on random inputs, and a random g."""
+    rng = np.random.default_rng(seed)
+    layer = make()
+    layer.build((None, *shape))
+    for weight in layer.weights:
+        if weight.trainable:
+            weight.assign(rng.normal(size=weight.shape))
+    x = tf.constant(rng.normal(size=(BATCH, *shape)).astype("float32"))
+    inputs = keras.Input(shape)
+    model = keras.Model(inputs, layer(inputs))
+    found = blocks_of(layer).blocks
+    _, (record,) = capture(model, x, found, training=True)
+    g = tf.constant(rng.normal(size=record.s.shape).astype("float32"))
+    return found, record, g
+
+
+@pytest.mark.parametrize("name", CONTRACTIONS)
+def test_rows_times_matrix_is_the_preactivation(name):
+    (block,), record, _ = _recorded(*CONTRACTIONS[name])
+    rows = to_numpy(block.homogeneous(block.rows_a(record))).astype("float64")
+    matrix = to_numpy(block.to_matrix([v.value for v in block.variables])).astype("float64")
+    product = rows @ matrix[..., None, :, :]
+    np.testing.assert_allclose(product, to_numpy(block.rows_g(record, record.s)), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONTRACTIONS)
+def test_rows_give_the_gradient_of_the_weights(name):
+    (block,), record, g = _recorded(*CONTRACTIONS[name])
+    layer = block.layer
+    plain = layer.activation
+    layer.__dict__["activation"] = keras.activations.linear
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(layer(record.x) * g)
+    layer.__dict__["activation"] = plain
+    gradients = tape.gradient(loss, [v.value for v in block.variables])
+    rows_a = to_numpy(block.homogeneous(block.rows_a(record))).astype("float64")
+    rows_g = to_numpy(block.rows_g(record, g)).astype("float64")
+    expected = np.einsum("...bti,...btj->...ij", rows_a, rows_g)
+    np.testing.assert_allclose(to_numpy(block.to_matrix(gradients)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONTRACTIONS)
+def test_matrix_layout_round_trips(name):
+    (block,), _, _ = _recorded(*CONTRACTIONS[name])
+    tensors = [v.value for v in block.variables]
+    matrix = block.to_matrix(tensors)
+    assert matrix.shape == (*block.group_shape, block.n_a, block.n_out)
+    for there, back in zip(tensors, block.from_matrix(matrix), strict=True):
+        np.testing.assert_array_equal(to_numpy(there), to_numpy(back))
+
+
+@pytest.mark.parametrize("reduce", [False, True], ids=["expand", "reduce"])
+@pytest.mark.parametrize("name", CONTRACTIONS)
+def test_factors_are_the_second_moments_of_the_rows(name, reduce):
+    (block,), record, g = _recorded(*CONTRACTIONS[name])
+    a = to_numpy(block.homogeneous(block.rows_a(record))).astype("float64")
+    s = to_numpy(block.rows_g(record, g)).astype("float64")
+    locations = a.shape[-2]
+    if reduce:
+        a, s, locations = a.mean(-2, keepdims=True), s.sum(-2, keepdims=True), 1
+    expected_a = np.einsum("...bti,...btj->...ij", a, a) / BATCH
+    expected_g = np.einsum("...bti,...btj->...ij", s, s) / (BATCH * locations)
+    got = to_numpy(block.factor_a(record, g, reduce=reduce))
+    np.testing.assert_allclose(got, expected_a, rtol=1e-4, atol=1e-4)
+    got = to_numpy(block.factor_g(record, g, reduce=reduce))
+    np.testing.assert_allclose(got, expected_g, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONTRACTIONS)
+def test_projection_is_the_rows_times_a_vector(name):
+    (block,), record, _ = _recorded(*CONTRACTIONS[name])
+    u = np.random.default_rng(1).normal(size=(*block.group_shape, block.n_a)).astype("float32")
+    rows = to_numpy(block.homogeneous(block.rows_a(record))).astype("float64")
+    expected = np.einsum("...bti,...i->...bt", rows, u.astype("float64"))
+    got = to_numpy(block.project(record, tf.constant(u))).reshape(expected.shape)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def _per_example_gradients(layer, block, x, g, training):
+    """Gradients of `sum s g` by example, float64, `(batch, *k, n_a, n_out)`."""
     rows = []
-    for top in range(0, x.shape[1] - (kh - 1) * dh, sh):
-        for left in range(0, x.shape[2] - (kw - 1) * dw, sw):
-            window = x[:, top : top + (kh - 1) * dh + 1 : dh, left : left + (kw - 1) * dw + 1 : dw]
-            rows.append(window.reshape(len(x), -1))
-    return np.stack(rows, axis=1).astype("float64")
+    for i in range(BATCH):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum((layer(x, **training) * g)[i])
+        gradients = [tf.convert_to_tensor(t) for t in tape.gradient(loss, layer_values(block))]
+        rows.append(to_numpy(block.to_matrix(gradients)).astype("float64"))
+    return np.stack(rows)
+
+
+def layer_values(block):
+    return [v.value for v in block.variables]
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: L.SeparableConv2D(4, 3, depth_multiplier=2, padding="same"), (5, 6, 3)),
+        (lambda: L.SeparableConv2D(4, 3, strides=2, use_bias=False), (7, 6, 3)),
+        (lambda: L.SeparableConv1D(4, 3, activation="relu"), (7, 3)),
+    ],
+    ids=["same", "strided", "1D"],
+)
+def test_both_halves_of_a_separable_convolution_give_its_gradients(make, shape):
+    found, record, g = _recorded(make, shape)
+    assert [block.name.split("/")[1] for block in found] == ["depthwise", "pointwise"]
+    layer = found[0].layer
+    layer.__dict__["activation"] = keras.activations.linear
+    with tf.GradientTape(persistent=True) as tape:
+        loss = tf.reduce_sum(layer(record.x) * g)
+    for block in found:
+        gradient = block.to_matrix(tape.gradient(loss, layer_values(block)))
+        rows_a = to_numpy(block.homogeneous(block.rows_a(record))).astype("float64")
+        rows_g = to_numpy(block.rows_g(record, g)).astype("float64")
+        expected = np.einsum("...bti,...btj->...ij", rows_a, rows_g)
+        np.testing.assert_allclose(to_numpy(gradient), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: L.BatchNormalization(), (4, 5)),
+        (lambda: L.BatchNormalization(scale=False, axis=2), (4, 5)),
+        (lambda: L.LayerNormalization(), (4, 5)),
+        (lambda: L.LayerNormalization(center=False), (5,)),
+        (lambda: L.RMSNormalization(), (4, 5)),
+    ],
+    ids=["batch", "batch, no scale", "layer", "layer, no shift", "rms"],
+)
+def test_the_block_of_scale_and_shift_is_their_exact_fisher_by_channel(make, shape):
+    (block,), record, g = _recorded(make, shape)
+    is_batch = isinstance(block.layer, L.BatchNormalization)
+    training = {"training": True} if is_batch else {}
+    d = _per_example_gradients(block.layer, block, record.x, g, training)[..., 0]
+    expected = np.einsum("bki,bkj->kij", d, d) / BATCH
+    np.testing.assert_allclose(to_numpy(block.factor_a(record, g)), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(to_numpy(block.factor_g(record, g)), np.ones((5, 1, 1)))
+
+
+@pytest.mark.parametrize("reduce", [False, True], ids=["expand", "reduce"])
+def test_the_input_factor_of_an_embedding_is_the_diagonal_of_token_frequencies(reduce):
+    layer = L.Embedding(6, 2)
+    inputs = keras.Input((4,), dtype="int32")
+    model = keras.Model(inputs, layer(inputs))
+    (block,) = blocks_of(layer).blocks
+    x = np.array([[0, 1, 1, 5], [2, 2, 2, 0], [3, 3, 1, 0]])
+    _, (record,) = capture(model, tf.constant(x), [block], training=True)
+    one_hot = np.eye(6)[x]
+    if reduce:
+        one_hot = one_hot.mean(1, keepdims=True)
+    expected = np.einsum("bti,btj->ij", one_hot, one_hot) / 3
+    got = to_numpy(block.factor_a(record, None, reduce=reduce))
+    np.testing.assert_allclose(got, np.diag(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["multi-head", "grouped-query"])
+def test_attention_has_a_block_per_projection(kind):
+    if kind == "multi-head":
+        layer = L.MultiHeadAttention(2, 3, name="attention")
+    else:
+        layer = L.GroupQueryAttention(3, 4, 2, name="attention")
+    inputs = keras.Input((4, 5))
+    model = keras.Model(inputs, layer(inputs, inputs))
+    found = blocks_of(layer)
+    assert [block.name for block in found.blocks] == [
+        f"attention/{part}" for part in ("query", "key", "value", "output")
+    ]
+    assert not found.reasons
+    x = np.random.default_rng(0).normal(size=(BATCH, 4, 5)).astype("float32")
+    _, records = capture(model, x, found.blocks, training=True)
+    for block in found.blocks:
+        (record,) = [r for r in records if r.layer is block.layer]
+        rows = to_numpy(block.homogeneous(block.rows_a(record)))
+        matrix = to_numpy(block.to_matrix(layer_values(block)))
+        expected = to_numpy(block.rows_g(record, record.s))
+        np.testing.assert_allclose(rows @ matrix, expected, atol=1e-5)
+
+
+def test_channels_first_gives_the_factors_of_channels_last():
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(2, 5, 6, 4))
+    last, first = (
+        block_for(_built(L.Conv2D(4, 3, padding="same", data_format=order), shape))
+        for order, shape in [("channels_last", (5, 6, 3)), ("channels_first", (3, 5, 6))]
+    )
+    from tf_kfacprune.curvature import Record
+
+    there = Record(last.layer, tf.constant(x), tf.constant(g))
+    swap = (0, 3, 1, 2)
+    here = Record(first.layer, tf.constant(x.transpose(swap)), tf.constant(g.transpose(swap)))
+    np.testing.assert_allclose(
+        to_numpy(first.factor_a(here, here.s)), to_numpy(last.factor_a(there, there.s)), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        to_numpy(first.factor_g(here, here.s)), to_numpy(last.factor_g(there, there.s)), rtol=1e-5
+    )
 
 
 def _built(layer, shape):
@@ -31,104 +246,20 @@ def _built(layer, shape):
     return layer
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("shape", [(5,), (4, 5)])
-def test_dense_factors_are_second_moments_summed_and_averaged_over_locations(shape, use_bias):
-    layer = _built(keras.layers.Dense(3, use_bias=use_bias), shape)
-    block = block_for(layer)
-    x = RNG.normal(size=(7, *shape)).astype("float32")
-    g = RNG.normal(size=(7, *shape[:-1], 3)).astype("float32")
-    a = x.reshape(7, -1, 5).astype("float64")
-    if use_bias:
-        a = np.concatenate([a, np.ones_like(a[..., :1])], axis=-1)
-    np.testing.assert_allclose(
-        np.array(block.factor_a(x)), np.einsum("bti,btj->ij", a, a) / 7, rtol=1e-5, atol=1e-5
-    )
-    flat = g.reshape(-1, 3).astype("float64")
-    np.testing.assert_allclose(
-        np.array(block.factor_g(g)), flat.T @ flat / len(flat), rtol=1e-5, atol=1e-6
-    )
-
-
-CONVOLUTIONS = [
-    {"padding": "valid"},
-    {"padding": "same"},
-    {"padding": "valid", "strides": 2},
-    {"padding": "same", "strides": 2, "use_bias": False},
-    {"padding": "valid", "dilation_rate": 2},
-]
-
-
-@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
-def test_kfc_factor_a_sums_over_locations(options):
-    layer = _built(keras.layers.Conv2D(4, (3, 2), **options), (7, 6, 2))
-    block = block_for(layer)
-    x = RNG.normal(size=(3, 7, 6, 2)).astype("float32")
-    a = _brute_force_windows(x, layer)
-    if layer.use_bias:
-        a = np.concatenate([a, np.ones_like(a[..., :1])], axis=-1)
-    expected = np.einsum("bti,btj->ij", a, a) / 3
-    np.testing.assert_allclose(np.array(block.factor_a(x)), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
-def test_projection_equals_patches_times_vector(options):
-    layer = _built(keras.layers.Conv2D(4, (3, 2), **options), (7, 6, 2))
-    block = block_for(layer)
-    x = RNG.normal(size=(3, 7, 6, 2)).astype("float32")
-    u = RNG.normal(size=block.n_a).astype("float32")
-    expected = _brute_force_windows(x, layer) @ u[: block.n_in].astype("float64")
-    expected = expected + (u[-1] if layer.use_bias else 0.0)
-    projected = np.array(block.project(x, u)).reshape(3, -1)
-    np.testing.assert_allclose(projected, expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
-    ("layer", "shape"),
+    ("layer", "shape", "reason"),
     [
-        (keras.layers.Conv1D(3, 4, padding="causal", dilation_rate=2), (9, 2)),
-        (keras.layers.Conv3D(2, 2, padding="same", strides=2), (4, 5, 4, 2)),
+        (L.Dense(4, trainable=False), (8,), "not trainable"),
+        (L.GroupNormalization(2), (8,), "no Kronecker block"),
+        (L.BatchNormalization(axis=1), (8, 4), "not the last one"),
+        (L.LSTM(3), (8, 4), "no Kronecker block"),
+        (L.EinsumDense("abc,cd->abd", (8, 3), bias_axes="bd"), (8, 4), "bias"),
+        (L.EinsumDense("abc,cd->ad", (3,)), (8, 4), "not a product of matrices"),
     ],
-    ids=["causal Conv1D", "Conv3D"],
+    ids=["frozen", "group", "axis", "recurrent", "bias per position", "summed"],
 )
-def test_projection_and_locations_agree_in_other_dimensions(layer, shape):
-    block = block_for(_built(layer, shape))
-    x = RNG.normal(size=(2, *shape)).astype("float32")
-    u = RNG.normal(size=block.n_a).astype("float32")
-    by_patches = np.array(block.locations(x)) @ u[: block.n_in] + u[-1]
-    by_filter = np.array(block.project(x, u)).reshape(by_patches.shape)
-    np.testing.assert_allclose(by_filter, by_patches, rtol=1e-4, atol=1e-4)
-    kernel = keras.ops.convert_to_numpy(layer.kernel).reshape(block.n_in, block.n_out)
-    output = np.array(layer(x)).reshape(2, -1, block.n_out)
-    np.testing.assert_allclose(np.array(block.locations(x)) @ kernel, output, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_matrix_layout_round_trips_and_multiplies_like_the_layer(use_bias):
-    layer = _built(keras.layers.Conv2D(4, 3, use_bias=use_bias), (5, 5, 2))
-    block = block_for(layer)
-    bias = RNG.normal(size=4).astype("float32") if use_bias else None
-    kernel = keras.ops.convert_to_numpy(layer.kernel)
-    matrix = block.to_matrix(kernel, bias)
-    assert matrix.shape == (block.n_a, block.n_out)
-    kernel_back, bias_back = block.from_matrix(matrix)
-    np.testing.assert_array_equal(np.array(kernel_back), kernel)
-    if use_bias:
-        np.testing.assert_array_equal(np.array(bias_back), bias)
-
-
-@pytest.mark.parametrize(
-    ("layer", "reason"),
-    [
-        (keras.layers.Conv2D(4, 3, groups=2), "grouped"),
-        (keras.layers.Dense(4, trainable=False), "not trainable"),
-        (keras.layers.BatchNormalization(), "no Kronecker block"),
-        (keras.layers.DepthwiseConv2D(3), "no Kronecker block"),
-    ],
-    ids=["grouped", "frozen", "BatchNormalization", "depthwise"],
-)
-def test_layers_without_a_block_give_the_reason(layer, reason):
-    result = block_for(_built(layer, (8, 8, 4)))
+def test_layers_without_a_block_give_the_reason(layer, shape, reason):
+    result = block_for(_built(layer, shape))
     assert isinstance(result, str)
     assert reason in result
 
@@ -138,3 +269,9 @@ def test_a_subclass_of_a_supported_layer_is_not_guessed():
         pass
 
     assert "MyDense" in block_for(_built(MyDense(3), (4,)))
+
+
+def test_patches_of_a_transposed_convolution_hold_no_zeros_between_for_stride_one():
+    (block,), record, _ = _recorded(lambda: L.Conv2DTranspose(2, 1), (3, 3, 2))
+    plain = conv_patches(record.x, (1, 1))
+    np.testing.assert_array_equal(to_numpy(block.rows_a(record)), to_numpy(plain))

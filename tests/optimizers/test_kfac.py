@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_kfacprune.curvature import block_for, per_example_gradients
+from tf_kfacprune.curvature import Record, block_for, per_example_gradients
 from tf_kfacprune.errors import InvalidArgumentError
-from tf_kfacprune.graph import trace
 from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.training import PrunableModel
+from tf_kfacprune.training import KFACModel
 
 to_numpy = keras.ops.convert_to_numpy
 
@@ -46,8 +45,8 @@ class _Reference:
     def step(self, gradient, lr):
         p = self.a_inv @ gradient.astype("float64") @ self.g_inv
         nu = min(1.0, np.sqrt(self.kl_clip / (lr**2 * np.sum(p * gradient)))) if self.kl_clip else 1
-        self.m = self.momentum * self.m + nu * p
-        return -lr * self.m
+        self.m = self.momentum * self.m + lr * nu * p
+        return -self.m
 
 
 @pytest.mark.parametrize("kl_clip", [None, 1e-4])
@@ -68,8 +67,7 @@ def test_steps_equal_the_float64_reference(use_bias, kl_clip):
         optimizer.update_factors([(tf.constant(a), tf.constant(g))])
         reference.update(a, g)
         gradient = rng.normal(size=(block.n_a, 3)).astype("float32")
-        kernel, bias = block.from_matrix(tf.constant(gradient))
-        optimizer.apply([kernel] if bias is None else [kernel, bias], block.variables)
+        optimizer.apply(block.from_matrix(tf.constant(gradient)), block.variables)
         weights += reference.step(gradient, 0.1)
     got = np.concatenate([to_numpy(v).reshape(-1, 3) for v in block.variables])
     np.testing.assert_allclose(got, weights, rtol=2e-4, atol=2e-5)
@@ -81,7 +79,8 @@ def test_the_block_is_the_exact_ggn_of_a_linear_layer_with_squared_loss():
     layer = _dense(4, 3)
     block = block_for(layer)
     x = rng.normal(size=(6, 4)).astype("float32")
-    a = np.array(block.factor_a(x), "float64")
+    record = Record(layer, tf.constant(x), layer(x))
+    a = np.array(block.factor_a(record, None), "float64")
     kron = np.kron(a, 2 / 3 * np.eye(3))
     homogeneous = np.concatenate([x, np.ones((6, 1))], axis=1).astype("float64")
     target = rng.normal(size=(6, 3))
@@ -110,12 +109,11 @@ def test_gradients_of_preactivations_are_per_example_and_sum_to_the_weight_gradi
     inputs = keras.Input((5,))
     hidden = keras.layers.Dense(4, activation="tanh")(inputs)
     model = keras.Model(inputs, keras.layers.Dense(3)(hidden))
-    graph = trace(model)
     blocks = [block_for(layer) for layer in model.layers[1:]]
     x = np.random.default_rng(0).normal(size=(7, 5)).astype("float32")
     y = np.arange(7) % 3
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    records, g = per_example_gradients(graph, x, blocks, lambda out: loss(y, out), training=True)
+    records, g = per_example_gradients(model, x, blocks, lambda out: loss(y, out), training=True)
     with tf.GradientTape() as tape:
         value = loss(y, model(x))
     expected = tape.gradient(value, [b.kernel.value for b in blocks])
@@ -159,7 +157,7 @@ def test_inverses_follow_their_own_period_after_the_first_steps():
     optimizer.build(block.variables)
     changed = []
     for step in range(8):
-        (inverse,) = [v for v in optimizer.variables if v.path.endswith("inverse_a")]
+        (inverse,) = [v for v in optimizer.variables if v.path.endswith("a_inverse")]
         before = to_numpy(inverse)
         optimizer.update_factors([(tf.constant(_factors(5, step)), tf.constant(_factors(3, step)))])
         changed.append(not np.array_equal(before, to_numpy(inverse)))
@@ -193,17 +191,18 @@ def test_summary_lists_blocks_memory_and_the_rest_with_a_reason():
 
 
 def test_summary_gives_the_reason_of_each_variable():
-    inputs = keras.Input((8, 8, 4))
-    x = keras.layers.Conv2D(4, 3, groups=2, name="grouped")(inputs)
-    x = keras.layers.Flatten()(keras.layers.BatchNormalization(name="norm")(x))
-    model = PrunableModel(keras.Model(inputs, keras.layers.Dense(2)(x)))
+    inputs = keras.Input((8, 4))
+    x = keras.layers.LSTM(4, name="recurrent")(inputs)
+    x = keras.layers.BatchNormalization(name="norm", axis=1)(x)
+    x = keras.layers.GroupNormalization(2, name="groups")(x)
+    model = KFACModel(keras.Model(inputs, keras.layers.Dense(2)(x)))
     optimizer = KFAC()
     model.compile(optimizer, "mse")
     lines = []
     optimizer.summary(print_fn=lines.append)
     by_variable = {line.split()[0]: line for line in lines if "parameters" in line}
-    assert "grouped convolution" in by_variable["grouped/kernel"]
-    assert "BatchNormalization" in by_variable["norm/gamma"]
+    assert "(LSTM)" in by_variable["recurrent/lstm_cell/kernel"]
+    assert "(GroupNormalization)" in by_variable["groups/gamma"]
 
 
 def test_summary_says_so_when_no_model_hands_factors_over():
@@ -225,6 +224,11 @@ def test_summary_says_so_when_no_model_hands_factors_over():
         ({"batch_fraction": 0.0}, "batch_fraction=0.0"),
         ({"labels": "true"}, "labels='true'"),
         ({"adam_ratio": 0}, "adam_ratio=0"),
+        ({"norm_constraint": 0.0}, "norm_constraint=0.0"),
+        ({"learning_rate": "adaptive"}, "learning_rate='adaptive'"),
+        ({"inverse": "lu"}, "inverse='lu'"),
+        ({"weight_sharing": "mean"}, "weight_sharing='mean'"),
+        ({"max_factor_dim": 0}, "max_factor_dim=0"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2"),
     ],
     ids=lambda p: next(iter(p)) if isinstance(p, dict) else "",

@@ -13,8 +13,8 @@ from tf_kfacprune.curvature import (
     per_example_gradients,
 )
 from tf_kfacprune.errors import InvalidArgumentError
-from tf_kfacprune.graph import trace
-from tf_kfacprune.training.curvature_penalty import CurvaturePenalty, head_of_batch
+from tf_kfacprune.training.batches import head_of_batch
+from tf_kfacprune.training.curvature_penalty import CurvaturePenalty
 
 to_numpy = keras.ops.convert_to_numpy
 BATCH = 12
@@ -54,16 +54,14 @@ def _converged_gradients(penalty, model, x, y):
 
 
 def _penalty(model, **settings):
-    graph = trace(model)
     blocks = [block_for(layer) for layer in model.layers if hasattr(layer, "kernel")]
-    return CurvaturePenalty(SpectralRadius(every=1, batch_fraction=1.0, **settings), graph, blocks)
+    return CurvaturePenalty(SpectralRadius(every=1, batch_fraction=1.0, **settings), model, blocks)
 
 
 def _dense_radii(model, x, y):
     """lambda_max(A) lambda_max(G) of each block from dense factors, eigenvalues in float64."""
-    graph = trace(model)
     blocks = [block_for(layer) for layer in model.layers if hasattr(layer, "kernel")]
-    records, g = per_example_gradients(graph, x, blocks, lambda o: _mean_loss(o, y), training=False)
+    records, g = per_example_gradients(model, x, blocks, lambda o: _mean_loss(o, y), training=False)
     factors = kronecker_factors(blocks, records, g)
     top = [[np.linalg.eigvalsh(np.array(f, "float64"))[-1] for f in pair] for pair in factors]
     return [a * g for a, g in top]
@@ -74,9 +72,9 @@ def test_capture_is_bit_equal_to_the_model_and_leaves_the_layers_alone():
     x, _ = _data()
     blocks = [block_for(layer) for layer in model.layers if hasattr(layer, "kernel")]
     activations = [block.layer.activation for block in blocks]
-    outputs, records = capture(trace(model), x, blocks, training=False)
+    outputs, records = capture(model, x, blocks, training=False)
     np.testing.assert_array_equal(np.array(outputs), np.array(model(x, training=False)))
-    assert [record.block.name for record in records] == [block.name for block in blocks]
+    assert [record.layer.name for record in records] == [block.name for block in blocks]
     assert [block.layer.activation for block in blocks] == activations
 
 
@@ -123,10 +121,9 @@ def test_below_the_threshold_there_is_no_gradient():
 def test_the_penalty_is_due_every_kth_step_with_weight_k():
     model = _network()
     x, y = _data()
-    graph = trace(model)
     blocks = [block_for(layer) for layer in model.layers if hasattr(layer, "kernel")]
-    once = CurvaturePenalty(SpectralRadius(1.0, every=1, batch_fraction=1.0), graph, blocks)
-    third = CurvaturePenalty(SpectralRadius(1.0, every=3, batch_fraction=1.0), graph, blocks)
+    once = CurvaturePenalty(SpectralRadius(1.0, every=1, batch_fraction=1.0), model, blocks)
+    third = CurvaturePenalty(SpectralRadius(1.0, every=3, batch_fraction=1.0), model, blocks)
     variables = model.trainable_variables
     reference = once.gradients(tf.constant(0), x, y, _mean_loss, variables)
     sizes = []

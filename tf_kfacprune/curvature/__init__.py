@@ -1,28 +1,52 @@
 """Curvature: Kronecker blocks and factors, capture, spectral radius, exact diagnostics."""
 
-from tf_kfacprune.curvature.blocks import ConvBlock, DenseBlock, KroneckerBlock, block_for
-from tf_kfacprune.curvature.capture import (
+from tf_kfacprune.curvature.blocks import (
+    KroneckerBlock,
+    LayerBlocks,
     Record,
+    block_for,
+    blocks_of,
+)
+from tf_kfacprune.curvature.capture import (
     capture,
     kronecker_factors,
     per_example_gradients,
+    probe_gradients,
 )
-from tf_kfacprune.curvature.fisher import SampledLikelihood, sampled_likelihood
+from tf_kfacprune.curvature.discovery import NetworkBlocks, find_blocks
+from tf_kfacprune.curvature.fisher import (
+    SampledLikelihood,
+    exact_likelihoods,
+    sampled_likelihood,
+)
+from tf_kfacprune.curvature.gauss_newton import gauss_newton_form
+from tf_kfacprune.curvature.objective import Objective
 from tf_kfacprune.curvature.second_derivatives import check_second_derivatives
-from tf_kfacprune.curvature.spectral_radius import SpectralRadius, layer_spectral_radius
+from tf_kfacprune.curvature.spectral_radius import (
+    SpectralRadius,
+    along_gradients,
+    layer_spectral_radius,
+)
 
 __all__ = [
-    "ConvBlock",
-    "DenseBlock",
     "KroneckerBlock",
+    "LayerBlocks",
+    "NetworkBlocks",
+    "Objective",
     "Record",
     "SampledLikelihood",
     "SpectralRadius",
+    "along_gradients",
     "block_for",
+    "blocks_of",
     "capture",
     "check_second_derivatives",
+    "exact_likelihoods",
+    "find_blocks",
+    "gauss_newton_form",
     "kronecker_factors",
     "layer_spectral_radius",
     "per_example_gradients",
+    "probe_gradients",
     "sampled_likelihood",
 ]

@@ -31,33 +31,43 @@ from typing import Any
 import keras
 from keras import ops
 
-from tf_kfacprune.curvature.blocks import KroneckerBlock
+from tf_kfacprune.curvature.blocks import KroneckerBlock, Record
 from tf_kfacprune.validation import require
 
-__all__ = ["layer_spectral_radius"]
+__all__ = ["along_gradients", "layer_spectral_radius"]
 
 _REDUCTIONS = ("max", "sum", "smooth_max")
 _SMOOTH_MAX_POWER = 8
 _TINY = 1e-20
 
 
-def layer_spectral_radius(block: KroneckerBlock, x: Any, g: Any, u: Any, v: Any) -> Any:
+def layer_spectral_radius(block: KroneckerBlock, record: Record, g: Any, u: Any, v: Any) -> Any:
     """Rayleigh quotient of one block along `u (x) v`.
 
     Args:
-        block: The Kronecker block.
-        x: Input of the layer.
-        g: Per-example gradients at the pre-activation, shape `(batch, ..., n_out)`.
-        u: Unit vector, shape `(n_a,)`.
-        v: Unit vector, shape `(n_out,)`.
+        block: The Kronecker block of a contraction.
+        record: A use of its layer.
+        g: Per-example gradients at the pre-activation `record.s`.
+        u: Unit vectors, shape `(*k, n_a)`.
+        v: Unit vectors, shape `(*k, n_out)`.
 
     Returns:
-        Scalar `mean sum_t (u^T a)^2 * mean mean_t (v^T g)^2`.
+        Scalar `mean sum_t (u^T a)^2 * mean mean_t (v^T g)^2`; the largest one over the groups of
+        a layer with groups.
     """
     batch = ops.cast(ops.shape(g)[0], "float32")
-    along_u = ops.cast(block.project(ops.cast(x, "float32"), u), "float32")
-    along_v = ops.matmul(ops.cast(g, "float32"), v[:, None])
-    return ops.sum(ops.square(along_u)) / batch * ops.mean(ops.square(along_v))
+    along_u = ops.cast(block.project(record, u), "float32")
+    along_v = along_gradients(block, record, g, v)
+    groups = block.group_shape or (1,)
+    energy = ops.sum(ops.square(ops.reshape(along_u, (*groups, -1))), axis=-1) / batch
+    return ops.max(energy * ops.mean(ops.square(ops.reshape(along_v, (*groups, -1))), axis=-1))
+
+
+def along_gradients(block: KroneckerBlock, record: Record, g: Any, v: Any) -> Any:
+    """`v^T g` at every location, `(*k, batch, T)`; arguments as in `layer_spectral_radius`."""
+    rows = ops.cast(block.rows_g(record, g), "float32")
+    vector = ops.reshape(v, (*block.group_shape, 1, block.n_out, 1))
+    return ops.squeeze(ops.matmul(rows, vector), axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")

@@ -1,4 +1,4 @@
-"""Inverse of a damped symmetric matrix, by Cholesky with growing jitter; it never yields NaN."""
+"""Inverse of damped symmetric matrices, by Cholesky with growing jitter; it never yields NaN."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _ATTEMPTS = 10
 
 
 def damped_inverse(matrix: Any, damping: Any) -> Any:
-    """Computes ``(M + damping I)^-1`` of a symmetric positive semi-definite matrix.
+    """Computes ``(M + damping I)^-1`` of symmetric positive semi-definite matrices.
 
     ====== ==================================== ========
     symbol meaning                              shape
     ====== ==================================== ========
-    M      factor, symmetrized before use       (n, n)
-    L      lower Cholesky factor, M = L L^T     (n, n)
+    M      factors, symmetrized before use      (*k, n, n)
+    L      lower Cholesky factors, M = L L^T    (*k, n, n)
     ====== ==================================== ========
 
     The inverse is ``L^-T L^-1``. Rounding can leave a factor slightly indefinite, and Cholesky
@@ -32,11 +32,11 @@ def damped_inverse(matrix: Any, damping: Any) -> Any:
     Works eagerly, inside ``tf.function`` and under XLA; one factorization when none fails.
 
     Args:
-        matrix: Tensor of shape (n, n), symmetric up to rounding.
-        damping: Non-negative scalar, in the units of ``matrix``.
+        matrix: Tensor of shape (*k, n, n), symmetric up to rounding.
+        damping: Non-negative, in the units of ``matrix``: a scalar, or one for each matrix.
 
     Returns:
-        Tensor of shape (n, n), symmetric and finite. It is all zeros where no inverse exists:
+        Tensor of shape (*k, n, n), symmetric and finite. It is all zeros where no inverse exists:
         for a matrix (or damping) that is not finite, and for the zero matrix without damping.
         A zero inverse makes an update of zero, which is the safe one.
 
@@ -48,37 +48,49 @@ def damped_inverse(matrix: Any, damping: Any) -> Any:
     matrix = ops.convert_to_tensor(matrix)
     dtype = matrix.dtype
     damping = ops.convert_to_tensor(damping, dtype=dtype)
+    damping = ops.broadcast_to(damping, matrix.shape[:-2])[..., None, None]
     n = matrix.shape[-1]
     identity = ops.eye(n, dtype=dtype)
-    damped = 0.5 * (matrix + ops.transpose(matrix)) + damping * identity
-    usable = ops.all(ops.isfinite(damped))
+    damped = 0.5 * (matrix + ops.swapaxes(matrix, -1, -2)) + damping * identity
+    usable = _all(ops.isfinite(damped))
     damped = ops.where(usable, damped, identity)
-    scale = float(n) * ops.max(ops.abs(damped))
+    scale = float(n) * _max(ops.abs(damped))
 
     def jitter_of(attempt: Any) -> Any:
         power = ops.cast(attempt - 1 + _FIRST_JITTER_EXPONENT, dtype)
         return ops.where(attempt > 0, scale * ops.power(ops.cast(10.0, dtype), power), 0.0)
 
     def unfinished(attempt: Any, inverse: Any, accepted: Any) -> Any:
-        return ops.logical_and(ops.logical_not(accepted), attempt < _ATTEMPTS)
+        return ops.logical_and(ops.logical_not(ops.all(accepted)), attempt < _ATTEMPTS)
 
     def attempt_once(attempt: Any, inverse: Any, accepted: Any) -> tuple[Any, Any, Any]:
-        inverse = _inverse_from_cholesky(damped + jitter_of(attempt) * identity)
-        accepted = ops.max(ops.abs(inverse)) * damping <= 2.0  # false for NaN as well
-        accepted = ops.logical_and(accepted, ops.all(ops.isfinite(inverse)))
+        found = _inverse_from_cholesky(damped + jitter_of(attempt) * identity)
+        inverse = ops.where(accepted, inverse, found)
+        accepted = _max(ops.abs(inverse)) * damping <= 2.0  # false for NaN as well
+        accepted = ops.logical_and(accepted, _all(ops.isfinite(inverse)))
         return attempt + 1, inverse, accepted
 
-    start = (ops.convert_to_tensor(0, "int32"), ops.zeros_like(damped), ops.cast(False, "bool"))
+    nothing_accepted = ops.zeros((*matrix.shape[:-2], 1, 1), dtype="bool")
+    start = (ops.convert_to_tensor(0, "int32"), ops.zeros_like(damped), nothing_accepted)
     _, inverse, accepted = ops.while_loop(unfinished, attempt_once, start)
     return ops.where(ops.logical_and(usable, accepted), inverse, ops.zeros_like(inverse))
 
 
+def _all(flags: Any) -> Any:
+    return keras.ops.all(flags, axis=(-2, -1), keepdims=True)
+
+
+def _max(matrix: Any) -> Any:
+    return keras.ops.max(matrix, axis=(-2, -1), keepdims=True)
+
+
 def _inverse_from_cholesky(matrix: Any) -> Any:
-    """Inverse of one (n, n) matrix, NaN where it is not positive definite."""
+    """Inverses of matrices (*k, n, n), NaN where one is not positive definite."""
     factor = _cholesky_or_nan(matrix)
     identity = keras.ops.eye(matrix.shape[-1], dtype=matrix.dtype)
+    identity = keras.ops.broadcast_to(identity, matrix.shape)
     inverse_factor = keras.ops.solve_triangular(factor, identity, lower=True)
-    return keras.ops.matmul(keras.ops.transpose(inverse_factor), inverse_factor)
+    return keras.ops.matmul(keras.ops.swapaxes(inverse_factor, -1, -2), inverse_factor)
 
 
 def _cholesky_or_nan(matrix: Any) -> Any:

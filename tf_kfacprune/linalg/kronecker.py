@@ -7,7 +7,7 @@ A      second moment of a layer's inputs (homogeneous coordinate      (n_in, n_i
        included where the layer has a bias)
 G      second moment of the gradients at its pre-activations          (n_out, n_out)
 V      kernel (with the bias as its last row), or its gradient        (n_in, n_out)
-d      Tikhonov damping of the product
+d      Tikhonov damping of the product                                scalar
 ====== ============================================================= ===============
 
 Keras keeps V = W^T. Stacking the rows of V equals stacking the columns of W, so the papers'
@@ -44,7 +44,7 @@ def kronecker_matvec(left: Any, right: Any, kernel: Any) -> Any:
     return keras.ops.matmul(keras.ops.matmul(left, kernel), keras.ops.transpose(right))
 
 
-def factored_damping(left: Any, right: Any, damping: Any) -> tuple[Any, Any]:
+def factored_damping(mean_left: Any, mean_right: Any, damping: Any) -> tuple[Any, Any]:
     """Splits the damping of ``A (x) G`` between its factors.
 
         (A + pi sqrt(d) I) (x) (G + sqrt(d)/pi I),   pi = sqrt((tr A / n_in) / (tr G / n_out))
@@ -53,20 +53,18 @@ def factored_damping(left: Any, right: Any, damping: Any) -> tuple[Any, Any]:
     inputs are large and gradients small is damped evenly on both sides.
 
     Args:
-        left: A, tensor of shape (n_in, n_in).
-        right: G, tensor of shape (n_out, n_out).
+        mean_left: Mean eigenvalue of A, ``tr A / n_in``; of any shape.
+        mean_right: Mean eigenvalue of G, ``tr G / n_out``; of the same shape.
         damping: d, non-negative scalar.
 
     Returns:
-        The scalars ``(pi sqrt(d), sqrt(d) / pi)``. Where a factor has no positive finite trace
-        pi is undefined and taken as 1.
+        ``(pi sqrt(d), sqrt(d) / pi)``, of the shape of the means. Where a factor has no positive
+        finite trace pi is undefined and taken as 1.
 
     References:
         Martens & Grosse 2015, section 6.3.
     """
     ops = keras.ops
-    mean_left = ops.trace(left) / float(left.shape[-1])
-    mean_right = ops.trace(right) / float(right.shape[-1])
     ratio = mean_left / ops.where(mean_right > 0, mean_right, ops.ones_like(mean_right))
     defined = ops.logical_and(mean_right > 0, ops.logical_and(ratio > 0, ops.isfinite(ratio)))
     pi = ops.sqrt(ops.where(defined, ratio, ops.ones_like(ratio)))

@@ -3,10 +3,10 @@ r"""K-FAC as a Keras optimizer.
 =========  ================================================================  ==============
 symbol     meaning                                                           shape
 =========  ================================================================  ==============
-`A`        Kronecker factor of a layer's inputs, exponential average         (n_a, n_a)
-`G`        Kronecker factor of its pre-activation gradients, likewise        (n_out, n_out)
-`dW`       gradient of kernel and bias as one matrix                         (n_a, n_out)
-`P`        preconditioned gradient                                           (n_a, n_out)
+`A`        Kronecker factor of a layer's inputs, exponential average         (*k, n_a, n_a)
+`G`        Kronecker factor of its pre-activation gradients, likewise        (*k, n_out, n_out)
+`dW`       gradient of kernel and bias as one matrix                         (*k, n_a, n_out)
+`P`        preconditioned gradient                                           as dW
 `d`        damping                                                           scalar
 `kappa`    KL clip                                                           scalar
 `eta`      learning rate                                                     scalar
@@ -14,30 +14,39 @@ symbol     meaning                                                           sha
 
     P  = (A + pi sqrt(d) I)^-1 dW (G + sqrt(d)/pi I)^-1
     nu = min(1, sqrt(kappa / (eta^2 sum_l <P_l, dW_l>)))
-    m <- momentum m + nu P,    W <- W - eta m
+    m <- momentum m + eta nu P,    W <- W - m
 
-Variables outside of Kronecker blocks take Adam steps at `adam_ratio * eta`.
+or, with `learning_rate="auto"`, `m <- alpha P + mu m` with both coefficients from the exact
+quadratic model of the Gauss-Newton matrix. Variables outside of Kronecker blocks take Adam steps.
 
 References:
     Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
-    Curvature", sections 4-6. Ba, Grosse, Martens 2017, "Distributed Second-Order Optimization
+    Curvature", sections 4-7. Ba, Grosse, Martens 2017, "Distributed Second-Order Optimization
     using Kronecker-Factored Approximations", section 5 (KL clip). Kingma & Ba 2015 (Adam).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras import ops
 
-from tf_kfacprune.curvature import KroneckerBlock
+from tf_kfacprune.curvature import KroneckerBlock, Record
 from tf_kfacprune.errors import InvalidArgumentError
-from tf_kfacprune.linalg import damped_inverse, factored_damping, kronecker_matvec
-from tf_kfacprune.optimizers.kfac_state import Binding, BlockState, Layout, summary_lines
+from tf_kfacprune.optimizers.block_states import STATES
+from tf_kfacprune.optimizers.hyperparameters import (
+    Hyperparameter,
+    LevenbergMarquardt,
+    check_hyperparameter,
+    value_at,
+)
+from tf_kfacprune.optimizers.kfac_state import Binding, Layout, summary_lines
+from tf_kfacprune.optimizers.quadratic_model import best_coefficients, model_change
 from tf_kfacprune.validation import require
 
 __all__ = ["KFAC"]
@@ -46,69 +55,118 @@ _ADAM_BETA_1 = 0.9
 _ADAM_BETA_2 = 0.999
 _ADAM_EPSILON = 1e-7
 _TINY = 1e-20
+_FIXED_DAMPING = 0.03
+# What Adam steps are scaled by where the learning rate is not a number.
+_ADAPTIVE_ADAM_BASE = 1e-2
+
+QuadraticForm = Callable[[Sequence[Sequence[Any]]], Any]
+"""Directions (each a list of tensors like `block_variables`) -> matrix of products D^T F D."""
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
 class KFAC(keras.optimizers.Optimizer):
-    """Kronecker-factored approximate curvature (K-FAC) for Dense and convolution layers.
+    """Kronecker-factored approximate curvature (K-FAC).
 
-    The factors come from the model: `PrunableModel` computes them in its `train_step`. In a model
-    that does not, every variable takes an Adam step, and `summary()` says so.
+    The factors come from the model: `KFACModel` and `PrunableModel` compute them in their
+    `train_step`. In a model that does not, every variable takes an Adam step, and `summary()`
+    says so.
 
     Args:
-        learning_rate: Step size: a float or a Keras schedule.
-        momentum: Momentum of the preconditioned gradient, in [0, 1).
-        damping: Tikhonov damping d > 0 of the Fisher, split between the factors.
+        learning_rate: Step size: a float, a Keras schedule, or `"auto"`, which takes step size and
+            momentum of every step from the exact quadratic model of the loss.
+        momentum: Momentum of the preconditioned gradient, in [0, 1). With `"auto"`, 0 switches
+            momentum off, any other value means the one that is best for the quadratic model.
+        damping: Tikhonov damping d > 0 of the Fisher: a number, a schedule of it, or
+            `LevenbergMarquardt`. None means 0.03, and `LevenbergMarquardt()` with `"auto"`.
         kl_clip: Bound kappa on the change that one step makes to the model's predictions, > 0,
-            or None for no bound.
+            or None for no bound. Not used with `"auto"`.
+        norm_constraint: Bound on the Frobenius norm of each block's part of a step (before
+            momentum), > 0, or None for no bound. Not used with `"auto"`.
         factor_decay: Decay of the factors' averages, in [0, 1); debiased.
         factor_every: Steps between updates of the factors.
         inverse_every: Steps between updates of the inverses; in the first `inverse_every` steps
             every update of the factors is followed by one.
-        batch_fraction: Share of the batch that factors are computed on, in (0, 1].
-        labels: `"sampled"` from the model (true Fisher) or `"data"` (empirical Fisher).
-        adam_ratio: Learning rate of the Adam steps as a multiple of `learning_rate`.
+        batch_fraction: Share of the batch that factors (and the quadratic model) are computed on,
+            in (0, 1].
+        labels: `"sampled"` from the model (true Fisher), `"data"` (empirical Fisher) or `"exact"`
+            (Gauss-Newton matrix, one backward pass per output, for models with few of them).
+        inverse: `"cholesky"` (factored damping), `"eigen"` (exact damping in the eigenbasis) or
+            `"ekfac"` (second moments of single gradients in the eigenbasis).
+        weight_sharing: `"expand"` or `"reduce"`: how locations (pixels, tokens) enter factors.
+        max_factor_dim: Dimension above which only the diagonal of a factor is kept, or None.
+        adam_ratio: Learning rate of the Adam steps as a multiple of `learning_rate` (of 0.01 with
+            `"auto"`).
         weight_decay: Decoupled weight decay, or None.
         name: Name of the optimizer.
         **kwargs: Further arguments of `keras.optimizers.Optimizer`: clipping, EMA, loss scale.
+
+    `momentum`, `kl_clip`, `norm_constraint`, `factor_decay` and `adam_ratio` may be Keras
+    schedules, too.
 
     Raises:
         InvalidArgumentError: If an argument is out of range or not supported.
 
     Example:
-        >>> model = kp.PrunableModel(network, budget=kp.Budget(macs=0.1))
+        >>> model = kp.KFACModel(network)
         >>> model.compile(optimizer=kp.KFAC(1e-2), loss="sparse_categorical_crossentropy")
 
     References:
-        Martens & Grosse 2015; Grosse & Martens 2016; Ba, Grosse, Martens 2017.
+        Martens & Grosse 2015; Grosse & Martens 2016; Ba, Grosse, Martens 2017; George et al. 2018
+        (EKFAC); Eschenhagen et al. 2023 (expand and reduce).
     """
 
     def __init__(
         self,
-        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule = 1e-2,
-        momentum: float = 0.9,
-        damping: float = 0.03,
-        kl_clip: float | None = 1e-3,
-        factor_decay: float = 0.95,
+        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule | str = 1e-2,
+        momentum: Hyperparameter = 0.9,
+        damping: Hyperparameter | LevenbergMarquardt | None = None,
+        kl_clip: Hyperparameter | None = 1e-3,
+        norm_constraint: Hyperparameter | None = None,
+        factor_decay: Hyperparameter = 0.95,
         factor_every: int = 10,
         inverse_every: int = 50,
         batch_fraction: float = 0.25,
         labels: str = "sampled",
-        adam_ratio: float = 0.1,
+        inverse: str = "cholesky",
+        weight_sharing: str = "expand",
+        max_factor_dim: int | None = 4096,
+        adam_ratio: Hyperparameter = 0.1,
         weight_decay: float | None = None,
         name: str = "kfac",
         **kwargs: Any,
     ) -> None:
+        is_auto = isinstance(learning_rate, str)
         check = functools.partial(require, "KFAC")
-        check(0 <= momentum < 1, "momentum", "in [0, 1)", momentum)
-        check(damping > 0, "damping", "> 0", damping)
-        check(kl_clip is None or kl_clip > 0, "kl_clip", "> 0 or None", kl_clip)
-        check(0 <= factor_decay < 1, "factor_decay", "in [0, 1)", factor_decay)
+        check(
+            not is_auto or learning_rate == "auto",
+            "learning_rate",
+            "a float, a schedule or 'auto'",
+            learning_rate,
+        )
+        hyper = functools.partial(check_hyperparameter, "KFAC")
+        hyper("momentum", momentum, lambda v: 0 <= v < 1, "in [0, 1)")
+        if damping is not None and not isinstance(damping, LevenbergMarquardt):
+            hyper("damping", damping, lambda v: v > 0, "> 0")
+        for argument, value in (("kl_clip", kl_clip), ("norm_constraint", norm_constraint)):
+            if value is not None:
+                hyper(argument, value, lambda v: v > 0, "> 0 or None")
+        hyper("factor_decay", factor_decay, lambda v: 0 <= v < 1, "in [0, 1)")
+        hyper("adam_ratio", adam_ratio, lambda v: v > 0, "> 0")
         check(_is_count(factor_every), "factor_every", "an integer >= 1", factor_every)
         check(_is_count(inverse_every), "inverse_every", "an integer >= 1", inverse_every)
         check(0 < batch_fraction <= 1, "batch_fraction", "in (0, 1]", batch_fraction)
-        check(labels in ("sampled", "data"), "labels", "'sampled' or 'data'", labels)
-        check(adam_ratio > 0, "adam_ratio", "> 0", adam_ratio)
+        for argument, option, options in (
+            ("labels", labels, ("sampled", "data", "exact")),
+            ("inverse", inverse, tuple(STATES)),
+            ("weight_sharing", weight_sharing, ("expand", "reduce")),
+        ):
+            check(option in options, argument, f"one of {options}", option)
+        check(
+            max_factor_dim is None or _is_count(max_factor_dim),
+            "max_factor_dim",
+            "an integer >= 1 or None",
+            max_factor_dim,
+        )
         accumulation = kwargs.get("gradient_accumulation_steps")
         check(
             accumulation is None,
@@ -116,20 +174,30 @@ class KFAC(keras.optimizers.Optimizer):
             "None (factors would be updated on every micro-step; use larger batches)",
             accumulation,
         )
-        super().__init__(learning_rate, weight_decay=weight_decay, name=name, **kwargs)
+        super().__init__(
+            1.0 if is_auto else learning_rate, weight_decay=weight_decay, name=name, **kwargs
+        )
+        self.is_adaptive = is_auto
+        if damping is None:
+            damping = LevenbergMarquardt() if is_auto else _FIXED_DAMPING
         self.momentum = momentum
         self.damping = damping
         self.kl_clip = kl_clip
+        self.norm_constraint = norm_constraint
         self.factor_decay = factor_decay
         self.factor_every = factor_every
         self.inverse_every = inverse_every
         self.batch_fraction = batch_fraction
         self.labels = labels
+        self.inverse = inverse
+        self.weight_sharing = weight_sharing
+        self.max_factor_dim = max_factor_dim
         self.adam_ratio = adam_ratio
         self._layout = Layout([], 0)
         self._bound = Binding(None, {})
+        self._quadratic_form: QuadraticForm | None = None
 
-    # ------------------------------------------------------------------ building
+    # ---- building
 
     def bind(
         self, blocks: Sequence[KroneckerBlock], reasons: Mapping[str, str] | None = None
@@ -137,7 +205,7 @@ class KFAC(keras.optimizers.Optimizer):
         """Tells the optimizer which layers have Kronecker blocks; called before it is built.
 
         Args:
-            blocks: Blocks whose factors the model will hand to `update_factors`, in this order.
+            blocks: Blocks whose statistics the model will hand to `update_factors`.
             reasons: Path of a variable -> why it is in no block; shown by `summary`.
 
         Raises:
@@ -164,10 +232,22 @@ class KFAC(keras.optimizers.Optimizer):
             )
         super().build(variables)
         index_of = {id(v): i for i, v in enumerate(variables)}
-        states = [BlockState(b, index_of, self.add_variable) for b in self._bound.blocks or ()]
+        states = [
+            STATES[self.inverse](block, index_of, self.add_variable, self.max_factor_dim)
+            for block in self._bound.blocks or ()
+        ]
         self._layout = Layout(states, len(variables))
         self._factor_updates = self.add_variable((), dtype="int32", name="factor_updates")
-        # Momentum of preconditioned gradients inside blocks, Adam's first moment outside.
+        # What makes the average unbiased: 1 - product of all decays so far.
+        self._average_weight = self.add_variable((), dtype="float32", name="average_weight")
+        self._damping_value: keras.Variable | None = None
+        if isinstance(self.damping, LevenbergMarquardt):
+            initializer = keras.initializers.Constant(self.damping.initial)
+            self._damping_value = self.add_variable(
+                (), initializer, dtype="float32", name="damping"
+            )
+            self._predicted_change = self.add_variable((), dtype="float32", name="predicted_change")
+        # The last step of what is in blocks, Adam's first moment of what is not.
         self._momentums = self.add_optimizer_variables(variables, "momentum")
         for index in self._layout.rest:
             velocity = self.add_variable_from_reference(variables[index], "velocity")
@@ -175,24 +255,62 @@ class KFAC(keras.optimizers.Optimizer):
 
     @property
     def blocks(self) -> list[KroneckerBlock]:
-        """The Kronecker blocks, in the order of the factors that `update_factors` takes."""
+        """The Kronecker blocks, in the order of the statistics that `update_factors` takes."""
         return [state.block for state in self._layout.states]
 
-    # ------------------------------------------------------------------ factors and inverses
+    @property
+    def block_variables(self) -> list[keras.Variable]:
+        """The trainable variables in Kronecker blocks, the order of `QuadraticForm`."""
+        return [self._trainable_variables[i] for i in self._layout.in_blocks]
+
+    @property
+    def current_damping(self) -> Any:
+        """The damping d at this step, a scalar tensor or a number."""
+        if self._damping_value is not None:
+            return tf.convert_to_tensor(self._damping_value)
+        return value_at(self.damping, self.iterations)
+
+    # ---- factors and inverses
 
     def factors_due(self) -> Any:
         """Boolean scalar tensor: whether the factors are to be updated at this step."""
         return tf.equal(tf.convert_to_tensor(self.iterations) % self.factor_every, 0)
 
-    def update_factors(self, factors: Sequence[tuple[Any, Any]]) -> None:
-        """Averages in the factors of a batch, and updates the inverses when they are due.
-
-        Factors with NaN or infinite entries are left out.
+    def statistics(
+        self, records: Sequence[Record], probes: Sequence[Sequence[Any]]
+    ) -> list[list[Any]]:
+        """What a batch says about the curvature, to be handed to `update_factors`.
 
         Args:
-            factors: `(A, G)` of each block, of shapes `(n_a, n_a)` and `(n_out, n_out)`.
+            records: Uses of the blocks' layers in one forward pass.
+            probes: For each loss whose Fishers add up (one, unless labels are `"exact"`),
+                per-example gradients, one per record.
+
+        Returns:
+            For each block `[A, G]` in the form in which they are kept, and for EKFAC the second
+            moments in the eigenbasis.
         """
-        flat = [factor for pair in factors for factor in pair]
+        found = []
+        for state in self._layout.states:
+            uses = [k for k, r in enumerate(records) if r.layer is state.block.layer]
+            found.append(
+                state.statistics(
+                    [records[k] for k in uses],
+                    [[gradients[k] for k in uses] for gradients in probes],
+                    self.weight_sharing == "reduce",
+                )
+            )
+        return found
+
+    def update_factors(self, statistics: Sequence[Sequence[Any]]) -> None:
+        """Averages in the statistics of a batch, and updates the inverses when they are due.
+
+        Statistics with NaN or infinite entries are left out.
+
+        Args:
+            statistics: For each block `[A, G]`, as returned by `statistics`.
+        """
+        flat = [moment for block in statistics for moment in block]
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(f)) for f in flat])
         tf.cond(finite, lambda: self._average_in(flat), lambda: None)
         step = tf.convert_to_tensor(self.iterations)
@@ -202,59 +320,147 @@ class KFAC(keras.optimizers.Optimizer):
         tf.cond(tf.logical_and(due, finite), self._update_inverses, lambda: None)
 
     def _average_in(self, flat: Sequence[Any]) -> None:
-        variables = [v for state in self._layout.states for v in (state.a, state.g)]
+        decay = value_at(self.factor_decay, self.iterations)
+        variables = [v for state in self._layout.states for v in state.averages]
         for variable, new in zip(variables, flat, strict=True):
             old = tf.convert_to_tensor(variable)
-            self.assign(variable, self.factor_decay * old + (1.0 - self.factor_decay) * new)
+            self.assign(variable, decay * old + (1.0 - decay) * new)
+        weight = tf.convert_to_tensor(self._average_weight)
+        self._average_weight.assign(1.0 - decay * (1.0 - weight))
         self._factor_updates.assign_add(1)
 
     def _update_inverses(self) -> None:
-        updates = tf.cast(tf.convert_to_tensor(self._factor_updates), "float32")
-        debias = 1.0 / (1.0 - tf.pow(self.factor_decay, updates))
+        debias = 1.0 / tf.convert_to_tensor(self._average_weight)
         for state in self._layout.states:
-            a = tf.convert_to_tensor(state.a) * debias
-            g = tf.convert_to_tensor(state.g) * debias
-            damping_a, damping_g = factored_damping(a, g, self.damping)
-            self.assign(state.a_inverse, damped_inverse(a, damping_a))
-            self.assign(state.g_inverse, damped_inverse(g, damping_g))
+            state.refresh(debias, self.current_damping)
 
-    # ------------------------------------------------------------------ steps
+    # ---- the quadratic model and damping
 
-    def _precondition(self, gradients: list[Any], learning_rate: Any) -> list[Any]:
-        """Replaces the gradients of Kronecker blocks by `nu P`.
+    @property
+    def needs_quadratic_form(self) -> bool:
+        """Whether steps are measured against the exact quadratic model."""
+        return bool(self._layout.states) and (
+            self.is_adaptive or isinstance(self.damping, LevenbergMarquardt)
+        )
+
+    @contextmanager
+    def measured_by(self, quadratic_form: QuadraticForm | None) -> Iterator[None]:
+        """Within this context `apply` takes the quadratic model of its steps from a function.
 
         Args:
-            gradients: One gradient per trainable variable the optimizer was built with, or None.
-            learning_rate: Scalar eta.
+            quadratic_form: As `QuadraticForm`, or None.
         """
+        self._quadratic_form = quadratic_form
+        try:
+            yield
+        finally:
+            self._quadratic_form = None
+
+    def damping_due(self) -> Any:
+        """Boolean scalar tensor: whether damping is adapted after the step to come."""
+        if not isinstance(self.damping, LevenbergMarquardt) or not self._layout.states:
+            return tf.constant(False)
+        return tf.equal((tf.convert_to_tensor(self.iterations) + 1) % self.damping.every, 0)
+
+    def adapt_damping(self, loss_change: Any) -> None:
+        """Moves the damping after a step, by how well the change of the loss was predicted.
+
+        Args:
+            loss_change: Loss after the step minus loss before it, on the batch of the step.
+        """
+        if isinstance(self.damping, LevenbergMarquardt) and self._damping_value is not None:
+            predicted = tf.convert_to_tensor(self._predicted_change)
+            old = tf.convert_to_tensor(self._damping_value)
+            self._damping_value.assign(self.damping.adapted(old, loss_change, predicted))
+
+    def _quadratic_model(
+        self, gradients: Sequence[Any], directions: Sequence[Sequence[Any]]
+    ) -> tuple[Any, Any]:
+        """K and b of the quadratic model along the given directions."""
+        if self._quadratic_form is None:
+            raise InvalidArgumentError(
+                f"Optimizer {self.name!r} needs the quadratic model of the loss "
+                "(learning_rate='auto' or damping=LevenbergMarquardt(...)), and the model does not "
+                "provide it. Train with kp.KFACModel or kp.PrunableModel."
+            )
+        k = self._quadratic_form(directions)
+        gram = tf.stack([tf.stack([_dot(p, q) for q in directions]) for p in directions])
+        b = tf.stack([_dot(p, gradients) for p in directions])
+        return k + self.current_damping * gram, b
+
+    # ---- steps
+
+    def _precondition(self, gradients: Sequence[Any]) -> list[Any]:
+        """Preconditioned gradients P of what is in Kronecker blocks, others as they are."""
         preconditioned = list(gradients)
-        inner_products = []
         for state in self._layout.states:
-            if any(gradients[i] is None for i in state.indices):
+            tensors = [gradients[i] for i in state.indices]
+            if any(g is None for g in tensors):
                 continue
-            kernel = tf.cast(gradients[state.kernel_index], "float32")
-            bias = state.bias_index
-            matrix = state.block.to_matrix(
-                kernel, None if bias is None else tf.cast(gradients[bias], "float32")
-            )
-            step = kronecker_matvec(
-                tf.convert_to_tensor(state.a_inverse),
-                tf.convert_to_tensor(state.g_inverse),
-                matrix,
-            )
-            inner_products.append(tf.reduce_sum(step * matrix))
-            kernel_step, bias_step = state.block.from_matrix(step)
-            preconditioned[state.kernel_index] = kernel_step
-            if bias is not None:
-                preconditioned[bias] = bias_step
-        if self.kl_clip is None or not inner_products:
-            return preconditioned
-        change = tf.square(tf.cast(learning_rate, "float32")) * tf.add_n(inner_products)
-        nu = tf.minimum(1.0, tf.sqrt(self.kl_clip / (change + _TINY)))
-        for index in (i for state in self._layout.states for i in state.indices):
-            if preconditioned[index] is not None:
-                preconditioned[index] *= nu
+            matrix = state.block.to_matrix([tf.cast(g, "float32") for g in tensors])
+            step = state.precondition(matrix, self.current_damping)
+            for index, tensor in zip(state.indices, state.block.from_matrix(step), strict=True):
+                preconditioned[index] = tensor
         return preconditioned
+
+    def _bounded(self, steps: list[Any], gradients: Sequence[Any], learning_rate: Any) -> list[Any]:
+        """Applies KL clip and norm constraint to preconditioned gradients."""
+        members = [i for i in self._layout.in_blocks if gradients[i] is not None]
+        eta = tf.cast(learning_rate, "float32")
+        if self.kl_clip is not None and members:
+            kappa = value_at(self.kl_clip, self.iterations)
+            change = _dot([steps[i] for i in members], [gradients[i] for i in members])
+            nu = tf.minimum(1.0, tf.sqrt(kappa / (tf.square(eta) * change + _TINY)))
+            for i in members:
+                steps[i] *= nu
+        if self.norm_constraint is not None:
+            bound = value_at(self.norm_constraint, self.iterations)
+            for state in self._layout.states:
+                own = [steps[i] for i in state.indices if gradients[i] is not None]
+                norm = eta * tf.sqrt(_dot(own, own)) if own else 0.0
+                scale = tf.minimum(1.0, bound / (norm + _TINY))
+                for i in state.indices:
+                    steps[i] = None if steps[i] is None else steps[i] * scale
+        return steps
+
+    def _adaptive_steps(self, steps: list[Any], gradients: Sequence[Any]) -> list[Any]:
+        """`alpha P + mu m` of the variables in blocks."""
+        members = self._layout.in_blocks
+        p = [steps[i] for i in members]
+        m = [tf.convert_to_tensor(self._momentums[i]) for i in members]
+        k, b = self._quadratic_model([gradients[i] for i in members], [p, m])
+        coefficients = best_coefficients(k, b)
+        if self.momentum == 0:
+            k, b = k[:1, :1], b[:1]
+            positive = tf.where(k[0, 0] > 0, k[0, 0], 1.0)
+            alpha = tf.where(k[0, 0] > 0, b[0] / positive, 0.0)
+            coefficients = tf.stack([alpha])
+        if isinstance(self.damping, LevenbergMarquardt):
+            self._predicted_change.assign(model_change(k, b, coefficients))
+        self._learning_rate.assign(coefficients[0])
+        for i, p_i, m_i in zip(members, p, m, strict=True):
+            steps[i] = coefficients[0] * p_i
+            if self.momentum != 0:
+                steps[i] += coefficients[1] * m_i
+        return steps
+
+    def _fixed_steps(self, steps: list[Any], gradients: Sequence[Any], eta: Any) -> list[Any]:
+        """`momentum m + eta P` of the variables in blocks."""
+        momentum = value_at(self.momentum, self.iterations)
+        members = [i for i in self._layout.in_blocks if gradients[i] is not None]
+        for i in members:
+            old = tf.convert_to_tensor(self._momentums[i])
+            steps[i] = momentum * old + tf.cast(eta, "float32") * steps[i]
+        if self.needs_quadratic_form:
+            self._predict([steps[i] for i in members], [gradients[i] for i in members])
+        return steps
+
+    def _predict(self, step: Sequence[Any], gradients: Sequence[Any]) -> None:
+        def predict() -> None:
+            k, b = self._quadratic_model(gradients, [step])
+            self._predicted_change.assign(model_change(k, b, tf.ones((1,))))
+
+        tf.cond(self.damping_due(), predict, lambda: None)
 
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
@@ -264,25 +470,35 @@ class KFAC(keras.optimizers.Optimizer):
         if callable(learning_rate):
             learning_rate = learning_rate()
         places = [self._get_variable_index(v) for v in trainable_variables]
-        by_place: list[Any] = [None] * len(self._trainable_variables)
+        gradients: list[Any] = [None] * len(self._trainable_variables)
         for place, gradient in zip(places, grads, strict=True):
-            by_place[place] = gradient
-        preconditioned = self._precondition(by_place, learning_rate)
+            gradients[place] = tf.convert_to_tensor(gradient)
+        for index in self._layout.in_blocks:
+            if gradients[index] is not None:
+                gradients[index] = tf.cast(gradients[index], "float32")
+        steps = self._precondition(gradients)
+        if self.is_adaptive and self._layout.states:
+            steps = self._adaptive_steps(steps, gradients)
+        else:
+            steps = self._bounded(steps, gradients, learning_rate)
+            steps = self._fixed_steps(steps, gradients, learning_rate)
         # In a branch of tf.cond the all-reduce of the base class wants its arguments from that
         # branch, not some of them from outside.
-        steps = [tf.identity(preconditioned[place]) for place in places]
-        super()._backend_update_step(steps, trainable_variables, learning_rate)
+        applied = [tf.identity(steps[place]) for place in places]
+        super()._backend_update_step(applied, trainable_variables, learning_rate)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
         gradient = ops.cast(gradient, variable.dtype)
-        learning_rate = ops.cast(learning_rate, variable.dtype)
-        momentum = self._momentums[index]
         if index in self._layout.velocities:
-            self._adam_step(gradient, variable, self.adam_ratio * learning_rate, index)
+            if self.is_adaptive:
+                learning_rate = _ADAPTIVE_ADAM_BASE
+            ratio = value_at(self.adam_ratio, self.iterations)
+            learning_rate = ops.cast(ratio * ops.cast(learning_rate, "float32"), variable.dtype)
+            self._adam_step(gradient, variable, learning_rate, index)
             return
-        self.assign(momentum, self.momentum * tf.convert_to_tensor(momentum) + gradient)
-        self.assign_sub(variable, learning_rate * tf.convert_to_tensor(momentum))
+        self.assign(self._momentums[index], gradient)
+        self.assign_sub(variable, gradient)
 
     def _adam_step(self, gradient: Any, variable: Any, learning_rate: Any, index: int) -> None:
         step = ops.cast(tf.convert_to_tensor(self.iterations) + 1, variable.dtype)
@@ -293,10 +509,12 @@ class KFAC(keras.optimizers.Optimizer):
         v_hat = tf.convert_to_tensor(v) / (1.0 - ops.power(_ADAM_BETA_2, step))
         self.assign_sub(variable, learning_rate * m_hat / (ops.sqrt(v_hat) + _ADAM_EPSILON))
 
-    # ------------------------------------------------------------------ reporting and saving
+    # ---- reporting and saving
 
     def summary(self, print_fn: Callable[[str], Any] = print) -> None:
         """Prints what takes K-FAC steps, with memory, and what takes Adam steps, with the reason.
+
+        It may be called as soon as the model is compiled, before any training.
 
         Args:
             print_fn: Receives the text line by line.
@@ -312,19 +530,49 @@ class KFAC(keras.optimizers.Optimizer):
             print_fn(line)
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "momentum": self.momentum,
-            "damping": self.damping,
-            "kl_clip": self.kl_clip,
-            "factor_decay": self.factor_decay,
-            "factor_every": self.factor_every,
-            "inverse_every": self.inverse_every,
-            "batch_fraction": self.batch_fraction,
-            "labels": self.labels,
-            "adam_ratio": self.adam_ratio,
+        config = super().get_config()
+        if self.is_adaptive:
+            config["learning_rate"] = "auto"
+        serialize = keras.saving.serialize_keras_object
+        for name in _SERIALIZED:
+            config[name] = serialize(getattr(self, name))
+        for name in _PLAIN:
+            config[name] = getattr(self, name)
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> KFAC:
+        deserialize = keras.saving.deserialize_keras_object
+        objects = {
+            name: deserialize(config[name], custom_objects=custom_objects)
+            for name in (*_SERIALIZED, "learning_rate")
+            if isinstance(config.get(name), dict)
         }
+        return cls(**{**config, **objects})
+
+
+_SERIALIZED = (
+    "momentum",
+    "damping",
+    "kl_clip",
+    "norm_constraint",
+    "factor_decay",
+    "adam_ratio",
+)
+_PLAIN = (
+    "factor_every",
+    "inverse_every",
+    "batch_fraction",
+    "labels",
+    "inverse",
+    "weight_sharing",
+    "max_factor_dim",
+)
+
+
+def _dot(left: Sequence[Any], right: Sequence[Any]) -> Any:
+    return tf.add_n([tf.reduce_sum(a * b) for a, b in zip(left, right, strict=True)])
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

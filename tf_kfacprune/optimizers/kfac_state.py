@@ -7,13 +7,14 @@ track these containers a second time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import keras
 
 from tf_kfacprune.curvature import KroneckerBlock
+from tf_kfacprune.optimizers.block_states import BlockState
 
-__all__ = ["Binding", "BlockState", "Layout", "summary_lines"]
+__all__ = ["Binding", "Layout", "summary_lines"]
 
 NO_BLOCK = "not a kernel or bias of a layer with a Kronecker block"
 NOT_BOUND = "the model does not hand Kronecker factors to its optimizer"
@@ -40,42 +41,10 @@ class Layout:
 
     def __init__(self, states: list[BlockState], num_variables: int) -> None:
         self.states = states
-        in_blocks = {index for state in states for index in state.indices}
-        self.rest = [i for i in range(num_variables) if i not in in_blocks]
+        self.in_blocks = [index for state in states for index in state.indices]
+        members = set(self.in_blocks)
+        self.rest = [i for i in range(num_variables) if i not in members]
         self.velocities: dict[int, keras.Variable] = {}
-
-
-class BlockState:
-    """Optimizer variables of one Kronecker block and the places of its weights."""
-
-    def __init__(
-        self,
-        block: KroneckerBlock,
-        index_of: Mapping[int, int],
-        add_variable: Callable[..., keras.Variable],
-    ) -> None:
-        self.block = block
-        self.kernel_index = index_of[id(block.kernel)]
-        self.bias_index = None if block.bias is None else index_of[id(block.bias)]
-
-        def square(kind: str, n: int, initializer: str) -> keras.Variable:
-            name = f"{block.name}_{kind}"
-            return add_variable((n, n), initializer, dtype="float32", name=name)
-
-        self.a = square("factor_a", block.n_a, "zeros")
-        self.g = square("factor_g", block.n_out, "zeros")
-        self.a_inverse = square("inverse_a", block.n_a, "identity")
-        self.g_inverse = square("inverse_g", block.n_out, "identity")
-
-    @property
-    def indices(self) -> list[int]:
-        """Places of kernel and bias among the trainable variables."""
-        return [i for i in (self.kernel_index, self.bias_index) if i is not None]
-
-    @property
-    def bytes(self) -> int:
-        """Memory of factors and inverses."""
-        return 4 * 2 * (self.block.n_a**2 + self.block.n_out**2)
 
 
 def summary_lines(
@@ -85,8 +54,11 @@ def summary_lines(
     yield f"{name}: {len(layout.states)} Kronecker blocks"
     for state in layout.states:
         block = state.block
-        size = f"A {block.n_a}x{block.n_a}, G {block.n_out}x{block.n_out}"
-        yield f"  {block.name:<24} {size:<28} {_mebibytes(state.bytes)}"
+        times = f"{block.group_shape[0]} x " if block.group_shape else ""
+        a = _size(block.n_a, state.a.is_diagonal)
+        size = f"A {times}{a}, G {times}{_size(block.n_out, state.g.is_diagonal)}"
+        note = f"  diagonal, above max_factor_dim: {', '.join(state.capped)}" * bool(state.capped)
+        yield f"  {block.name:<24} {size:<36} {_mebibytes(state.bytes)}{note}"
     total = sum(state.bytes for state in layout.states)
     yield f"  factors and inverses in all: {_mebibytes(total)}"
     yield f"Adam steps: {len(layout.rest)} variables"
@@ -94,6 +66,10 @@ def summary_lines(
         variable = variables[index]
         count = f"{math.prod(variable.shape):,} parameters"
         yield f"  {variable.path:<32} {count:<20} {binding.reason(variable)}"
+
+
+def _size(n: int, is_diagonal: bool) -> str:
+    return f"diag {n}" if is_diagonal else f"{n}x{n}"
 
 
 def _mebibytes(count: int) -> str:

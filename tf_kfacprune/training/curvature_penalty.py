@@ -12,35 +12,17 @@ import tensorflow as tf
 from tf_kfacprune.curvature import (
     KroneckerBlock,
     SpectralRadius,
+    along_gradients,
     layer_spectral_radius,
     per_example_gradients,
 )
-from tf_kfacprune.graph import Graph
+from tf_kfacprune.training.batches import head_of_batch
 
-__all__ = ["CurvaturePenalty", "head_of_batch"]
+__all__ = ["CurvaturePenalty"]
 
 _TINY = 1e-12
 # A radius comes from a fraction of one batch with sampled labels; the figure shown is an average.
 _RADIUS_DECAY = 0.95
-
-
-def head_of_batch(data: Any, fraction: float) -> Any:
-    """The first `ceil(fraction * batch)` examples of every tensor in a structure.
-
-    Args:
-        data: Structure of tensors with a common batch axis; None stays None.
-        fraction: Share of the batch, in (0, 1].
-    """
-    if fraction == 1.0:
-        return data
-
-    def head(tensor: Any) -> Any:
-        if tensor is None:
-            return None
-        batch = tf.cast(tf.shape(tensor)[0], "float32")
-        return tensor[: tf.cast(tf.math.ceil(fraction * batch), "int32")]
-
-    return keras.tree.map_structure(head, data)
 
 
 class CurvaturePenalty(keras.layers.Layer):
@@ -52,28 +34,30 @@ class CurvaturePenalty(keras.layers.Layer):
 
     Args:
         settings: The regularizer.
-        graph: The traced network.
-        blocks: Kronecker blocks of the network.
+        network: The network.
+        blocks: Kronecker blocks of the network; those of contractions are regularized.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
     def __init__(
         self,
         settings: SpectralRadius,
-        graph: Graph,
+        network: keras.Model,
         blocks: Sequence[KroneckerBlock],
         **kwargs: Any,
     ) -> None:
         super().__init__(dtype="float32", **kwargs)
         self.settings = settings
-        self._target = _Target(graph, tuple(blocks))
+        blocks = tuple(block for block in blocks if block.is_contraction)
+        self._target = _Target(network, blocks)
         self.radius_average = self.add_weight((), "zeros", trainable=False, name="radius_average")
         self.evaluations = self.add_weight((), "zeros", trainable=False, name="evaluations")
 
         def unit_vector(kind: str, block: KroneckerBlock, n: int) -> keras.Variable:
             initializer = keras.initializers.Constant(n**-0.5)
-            name = f"{block.name}_{kind}"
-            return self.add_weight((n,), initializer, trainable=False, name=name)
+            name = f"{block.name}_{kind}".replace("/", "_")
+            shape = (*block.group_shape, n)
+            return self.add_weight(shape, initializer, trainable=False, name=name)
 
         self.u = [unit_vector("u", block, block.n_a) for block in blocks]
         self.v = [unit_vector("v", block, block.n_out) for block in blocks]
@@ -121,28 +105,33 @@ class CurvaturePenalty(keras.layers.Layer):
         mean_loss: Callable[[Any, Any], Any],
         variables: Sequence[keras.Variable],
     ) -> list[Any]:
-        graph, blocks = self._target.graph, self._target.blocks
+        network, blocks = self._target.network, self._target.blocks
         u = [tf.convert_to_tensor(vector) for vector in self.u]
         v = [tf.convert_to_tensor(vector) for vector in self.v]
-        place = {id(block): i for i, block in enumerate(blocks)}
         with tf.GradientTape() as tape:
             records, g = per_example_gradients(
-                graph, x, blocks, lambda outputs: mean_loss(outputs, y), training=False
+                network, x, blocks, lambda outputs: mean_loss(outputs, y), training=False
             )
+            uses = [
+                (i, record, g_of_record)
+                for i, block in enumerate(blocks)
+                for record, g_of_record in zip(records, g, strict=True)
+                if record.layer is block.layer
+            ]
             radii: list[Any] = [0.0] * len(blocks)
-            for record, g_of_record in zip(records, g, strict=True):
-                i = place[id(record.block)]
-                radii[i] += layer_spectral_radius(record.block, record.x, g_of_record, u[i], v[i])
+            for i, record, g_of_record in uses:
+                radii[i] += layer_spectral_radius(blocks[i], record, g_of_record, u[i], v[i])
             radius = self.settings.reduce(radii)
             penalty = self.settings.penalty(radius)
         self.radius_average.assign(
             _RADIUS_DECAY * tf.convert_to_tensor(self.radius_average) + (1 - _RADIUS_DECAY) * radius
         )
         self.evaluations.assign_add(1.0)
-        for record, g_of_record in zip(records, g, strict=True):
-            i = place[id(record.block)]
-            self.u[i].assign(_rotate(u[i], functools.partial(record.block.project, record.x)))
-            self.v[i].assign(_rotate(v[i], functools.partial(_along, g_of_record)))
+        for i, record, g_of_record in uses:
+            block = blocks[i]
+            self.u[i].assign(_rotate(u[i], functools.partial(block.project, record)))
+            along = functools.partial(along_gradients, block, record, g_of_record)
+            self.v[i].assign(_rotate(v[i], along))
         if self.settings.strength == 0:
             return [tf.zeros(var.shape, var.dtype) for var in variables]
         return tape.gradient(
@@ -150,10 +139,6 @@ class CurvaturePenalty(keras.layers.Layer):
             [var.value for var in variables],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-
-
-def _along(g: Any, w: Any) -> Any:
-    return tf.linalg.matvec(tf.reshape(g, (-1, g.shape[-1])), w)
 
 
 def _rotate(vector: Any, project: Callable[[Any], Any]) -> Any:
@@ -166,14 +151,18 @@ def _rotate(vector: Any, project: Callable[[Any], Any]) -> Any:
         tape.watch(vector)
         energy = 0.5 * tf.reduce_sum(tf.square(project(vector)))
     product = tape.gradient(energy, vector)
-    direction = vector + product / (tf.norm(product) + _TINY)
-    rotated = direction / (tf.norm(direction) + _TINY)
+    direction = vector + product / (_norm(product) + _TINY)
+    rotated = direction / (_norm(direction) + _TINY)
     return tf.where(tf.reduce_all(tf.math.is_finite(rotated)), rotated, vector)
+
+
+def _norm(vectors: Any) -> Any:
+    return tf.norm(vectors, axis=-1, keepdims=True)
 
 
 class _Target:
     """The network; plain, so that Keras does not track its layers twice."""
 
-    def __init__(self, graph: Graph, blocks: tuple[KroneckerBlock, ...]) -> None:
-        self.graph = graph
+    def __init__(self, network: keras.Model, blocks: tuple[KroneckerBlock, ...]) -> None:
+        self.network = network
         self.blocks = blocks

@@ -1,4 +1,4 @@
-"""What `fit` does in Python: plan the phases at the start, check the guard now and then."""
+"""What a pruning `fit` does in Python: plan the phases at the start, say so if they did not end."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import keras
 
 from tf_kfacprune.errors import InvalidArgumentError
 
-__all__ = ["RunCallback"]
+__all__ = ["PhasesCallback"]
 
 
-class RunCallback(keras.callbacks.Callback):
+class PhasesCallback(keras.callbacks.Callback):
     """Added by `PrunableModel.fit`; everything per step happens inside the training step."""
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -27,14 +27,6 @@ class RunCallback(keras.callbacks.Callback):
             )
         rate = model.constant_learning_rate
         model.controller.plan(int(epochs) * int(steps), rate)
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        # Reading a counter waits for the device: once per `limit` steps is often enough.
-        if batch % self.model.guard.limit == 0:
-            self.model.guard.check()
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.model.guard.check()
 
     def on_train_end(self, logs: Any = None) -> None:
         controller = self.model.controller

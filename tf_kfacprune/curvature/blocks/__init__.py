@@ -1,0 +1,28 @@
+"""Kronecker blocks: how each layer type turns into factors A and G, one idea per file."""
+
+from tf_kfacprune.curvature.blocks.base import KroneckerBlock, Record
+from tf_kfacprune.curvature.blocks.convolutions import (
+    ConvBlock,
+    ConvTransposeBlock,
+    DepthwiseConvBlock,
+    PointwiseBlock,
+)
+from tf_kfacprune.curvature.blocks.dense import DenseBlock, EinsumDenseBlock, EmbeddingBlock
+from tf_kfacprune.curvature.blocks.normalization import ScaleShiftBlock
+from tf_kfacprune.curvature.blocks.registry import LayerBlocks, block_for, blocks_of
+
+__all__ = [
+    "ConvBlock",
+    "ConvTransposeBlock",
+    "DenseBlock",
+    "DepthwiseConvBlock",
+    "EinsumDenseBlock",
+    "EmbeddingBlock",
+    "KroneckerBlock",
+    "LayerBlocks",
+    "PointwiseBlock",
+    "Record",
+    "ScaleShiftBlock",
+    "block_for",
+    "blocks_of",
+]

@@ -1,0 +1,200 @@
+r"""The Kronecker block of a layer: how its weights, inputs and gradients turn into factors.
+
+=======  =============================================================  =====================
+symbol   meaning                                                        shape
+=======  =============================================================  =====================
+`a`      what the weights multiply: inputs, patches of inputs           (*k, batch, T, n_in)
+`[a; 1]` the same with the homogeneous coordinate, if there is a bias   (*k, batch, T, n_a)
+`s`      pre-activation `W^T [a; 1]`                                    (*k, batch, T, n_out)
+`g`      d loss / d s, per example and location                         (*k, batch, T, n_out)
+`A`      factor of the inputs                                           (*k, n_a, n_a)
+`G`      factor of the gradients                                        (*k, n_out, n_out)
+`W`      kernel as a matrix, its last row the bias                      (*k, n_a, n_out)
+=======  =============================================================  =====================
+
+T is the number of locations at which the layer applies its weights: 1 for a Dense layer on
+vectors, the number of output pixels for a convolution. `*k` is empty, or `(groups,)` where the
+layer consists of groups that share no weights (grouped and depthwise convolutions, normalization);
+their Fisher block is block-diagonal over the groups. The Fisher block is `A (x) G`, with
+
+    expand:  A = E sum_t a_t a_t^T,             G = E mean_t g_t g_t^T
+    reduce:  A = E (mean_t a_t)(mean_t a_t)^T,  G = E (sum_t g_t)(sum_t g_t)^T
+
+which agree for T = 1. Expand is exact for deep linear networks whose loss sees every location by
+itself, reduce for those whose loss sees their mean.
+
+References:
+    Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
+    Curvature", section 3. Grosse & Martens 2016, "A Kronecker-factored Approximate Fisher Matrix
+    for Convolution Layers", section 3.1. Eschenhagen et al. 2023, "Kronecker-Factored Approximate
+    Curvature for Modern Neural Network Architectures", section 3 (expand and reduce).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+__all__ = ["KroneckerBlock", "Record"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One use of a layer in one forward pass.
+
+    Attributes:
+        layer: The layer.
+        x: Its input.
+        s: Its pre-activation; its output, where the layer has no activation.
+    """
+
+    layer: keras.layers.Layer
+    x: Any
+    s: Any
+
+
+class KroneckerBlock:
+    """Base of the Kronecker blocks; one instance serves one kernel, and its bias, of one layer.
+
+    Args:
+        layer: A built layer.
+        kernel: The weight that the block is about.
+        bias: The bias that belongs to it, or None.
+        n_in: Number of inputs that an output sees, per group.
+        n_out: Number of outputs, per group.
+        groups: Number of groups that share no weights, or 0 for an ordinary layer.
+        part: What is appended to the layer's name, for layers with several blocks.
+
+    Attributes:
+        is_contraction: Whether A depends on the layer's inputs alone and G on gradients alone.
+        a_is_diagonal: Whether A is diagonal by nature and is held as a vector.
+    """
+
+    is_contraction = True
+    a_is_diagonal = False
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        kernel: keras.Variable,
+        bias: keras.Variable | None,
+        *,
+        n_in: int,
+        n_out: int,
+        groups: int = 0,
+        part: str = "",
+    ) -> None:
+        self.layer = layer
+        self.kernel = kernel
+        self.bias = bias
+        self.n_in = n_in
+        self.n_out = n_out
+        self.n_a = n_in + (bias is not None)
+        self.group_shape: tuple[int, ...] = (groups,) if groups else ()
+        self.name = f"{layer.name}/{part}" if part else layer.name
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The kernel and, if there is one, the bias."""
+        return [self.kernel] if self.bias is None else [self.kernel, self.bias]
+
+    def rows_a(self, record: Record) -> Any:
+        """What the weights multiply, without homogeneous coordinate: `(*k, batch, T, n_in)`."""
+        raise NotImplementedError
+
+    def rows_g(self, record: Record, g: Any) -> Any:
+        """Gradients of the block's pre-activation, shape `(*k, batch, T, n_out)`.
+
+        Args:
+            record: A use of the layer.
+            g: Per-example gradient with respect to `record.s`.
+        """
+        raise NotImplementedError
+
+    def project(self, record: Record, u: Any) -> Any:
+        """`u^T [a; 1]` at every location, without forming more than is needed.
+
+        Args:
+            record: A use of the layer.
+            u: Vectors of shape `(*k, n_a)`.
+
+        Returns:
+            Tensor of shape `(*k, batch, ...)`, or in any order for which sums over all but the
+            first axes `k` are the same.
+        """
+        rows = ops.cast(self.rows_a(record), "float32")
+        vector = ops.reshape(u[..., : self.n_in], (*self.group_shape, 1, self.n_in, 1))
+        projection = ops.squeeze(ops.matmul(rows, vector), axis=-1)
+        if self.bias is None:
+            return projection
+        return projection + ops.reshape(u[..., self.n_in], (*self.group_shape, 1, 1))
+
+    def factor_a(self, record: Record, g: Any, *, reduce: bool = False) -> Any:
+        """A of one use, shape `(*k, n_a, n_a)`, or its diagonal where A is diagonal; float32.
+
+        Args:
+            record: A use of the layer.
+            g: Per-example gradient with respect to `record.s` (contractions do not need it).
+            reduce: K-FAC reduce instead of expand.
+        """
+        del g
+        rows = ops.cast(self.rows_a(record), "float32")
+        if reduce:
+            rows = ops.mean(rows, axis=-2, keepdims=True)
+        batch = ops.cast(ops.shape(rows)[-3], "float32")
+        return second_moment(self, rows) / batch
+
+    def factor_g(self, record: Record, g: Any, *, reduce: bool = False) -> Any:
+        """G of one use, shape `(*k, n_out, n_out)`, float32; arguments as in `factor_a`."""
+        rows = ops.cast(self.rows_g(record, g), "float32")
+        if reduce:
+            rows = ops.sum(rows, axis=-2, keepdims=True)
+        flat = ops.reshape(rows, (*self.group_shape, -1, self.n_out))
+        count = ops.cast(ops.shape(flat)[-2], "float32")
+        return ops.matmul(ops.swapaxes(flat, -1, -2), flat) / count
+
+    def kernel_to_matrix(self, kernel: Any) -> Any:
+        """A kernel-shaped tensor as a matrix, shape `(*k, n_in, n_out)`."""
+        return ops.reshape(kernel, (*self.group_shape, self.n_in, self.n_out))
+
+    def matrix_to_kernel(self, matrix: Any) -> Any:
+        """Inverse of `kernel_to_matrix`."""
+        return ops.reshape(matrix, self.kernel.shape)
+
+    def to_matrix(self, tensors: Sequence[Any]) -> Any:
+        """Tensors shaped like `variables` as one matrix, shape `(*k, n_a, n_out)`."""
+        matrix = self.kernel_to_matrix(tensors[0])
+        if self.bias is None:
+            return matrix
+        bias = ops.reshape(tensors[1], (*self.group_shape, 1, self.n_out))
+        return ops.concatenate([matrix, bias], axis=-2)
+
+    def from_matrix(self, matrix: Any) -> list[Any]:
+        """Inverse of `to_matrix`."""
+        kernel = self.matrix_to_kernel(matrix[..., : self.n_in, :])
+        if self.bias is None:
+            return [kernel]
+        return [kernel, ops.reshape(matrix[..., self.n_in, :], self.bias.shape)]
+
+    def homogeneous(self, rows: Any) -> Any:
+        """Appends the homogeneous coordinate to rows, if the layer has a bias."""
+        if self.bias is None:
+            return rows
+        return ops.concatenate([rows, ops.ones_like(rows[..., :1])], axis=-1)
+
+
+def second_moment(block: KroneckerBlock, rows: Any) -> Any:
+    """`sum [a; 1] [a; 1]^T` over all rows, without appending a column to them."""
+    flat = ops.reshape(rows, (*block.group_shape, -1, block.n_in))
+    factor = ops.matmul(ops.swapaxes(flat, -1, -2), flat)
+    if block.bias is None:
+        return factor
+    sums = ops.sum(flat, axis=-2, keepdims=True)
+    factor = ops.concatenate([factor, sums], axis=-2)
+    count = ops.cast(ops.shape(flat)[-2], "float32") * ops.ones_like(sums[..., :1])
+    last = ops.concatenate([sums, count], axis=-1)
+    return ops.concatenate([factor, ops.swapaxes(last, -1, -2)], axis=-1)

@@ -1,0 +1,84 @@
+"""Block of the scale and shift that follow a normalization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from tf_kfacprune.curvature.blocks.base import KroneckerBlock, Record
+
+__all__ = ["ScaleShiftBlock"]
+
+
+class ScaleShiftBlock(KroneckerBlock):
+    r"""Scale and shift of a normalization: per channel the exact 2 x 2 Fisher of both.
+
+    With normalized input x^ the layer computes `s = gamma x^ + beta`, so that an example's gradient
+    for one channel is `d = (sum_t g_t x^_t, sum_t g_t)` and its block `E[d d^T]`; there is
+    nothing to factorize, A holds the block and G is one.
+
+    Args:
+        layer: BatchNormalization, LayerNormalization or RMSNormalization over the last axis.
+    """
+
+    is_contraction = False
+
+    def __init__(self, layer: keras.layers.Layer) -> None:
+        scale, shift = _scale_of(layer), getattr(layer, "beta", None)
+        self._has_scale = scale is not None
+        present = [v for v in (scale, shift) if v is not None]
+        channels = int(present[0].shape[0])
+        super().__init__(layer, present[0], None, n_in=len(present), n_out=1, groups=channels)
+        self._variables = present
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        return self._variables
+
+    def rows_a(self, record: Record) -> Any:
+        raise NotImplementedError
+
+    def factor_a(self, record: Record, g: Any, *, reduce: bool = False) -> Any:
+        del reduce  # exact either way
+        batch, channels = ops.shape(g)[0], self.group_shape[0]
+        g = ops.reshape(ops.cast(g, "float32"), (batch, -1, channels))
+        parts = []
+        if self._has_scale:
+            normalized = ops.reshape(_normalized(self.layer, record.x), (batch, -1, channels))
+            parts.append(ops.sum(g * normalized, axis=1))
+        if len(parts) < self.n_in:
+            parts.append(ops.sum(g, axis=1))
+        d = ops.transpose(ops.stack(parts, axis=-1), (1, 0, 2))
+        return ops.matmul(ops.swapaxes(d, -1, -2), d) / ops.cast(batch, "float32")
+
+    def factor_g(self, record: Record, g: Any, *, reduce: bool = False) -> Any:
+        del record, g, reduce
+        return ops.ones((*self.group_shape, 1, 1))
+
+    def to_matrix(self, tensors: Any) -> Any:
+        return ops.stack(list(tensors), axis=-1)[..., None]
+
+    def from_matrix(self, matrix: Any) -> list[Any]:
+        return [matrix[:, k, 0] for k in range(self.n_in)]
+
+
+def _scale_of(layer: keras.layers.Layer) -> keras.Variable | None:
+    if isinstance(layer, keras.layers.RMSNormalization):
+        return layer.scale
+    return layer.gamma
+
+
+def _normalized(layer: keras.layers.Layer, x: Any) -> Any:
+    """The normalized input, before scale and shift, as in training."""
+    x = ops.cast(x, "float32")
+    axes = [-1]
+    if isinstance(layer, keras.layers.BatchNormalization):
+        axes = list(range(len(x.shape) - 1))
+    if isinstance(layer, keras.layers.RMSNormalization) or getattr(layer, "rms_scaling", False):
+        square = ops.mean(ops.square(x), axis=axes, keepdims=True)
+        return x * ops.rsqrt(square + layer.epsilon)
+    mean = ops.mean(x, axis=axes, keepdims=True)
+    variance = ops.mean(ops.square(x - mean), axis=axes, keepdims=True)
+    return (x - mean) * ops.rsqrt(variance + layer.epsilon)

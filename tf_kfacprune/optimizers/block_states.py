@@ -1,0 +1,214 @@
+"""What the optimizer keeps for one Kronecker block, and how it preconditions with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_kfacprune.curvature import KroneckerBlock, Record
+from tf_kfacprune.linalg import factored_damping
+from tf_kfacprune.optimizers.factors import (
+    AddVariable,
+    DiagonalizedFactor,
+    Factor,
+    InvertedFactor,
+)
+
+__all__ = ["STATES", "BlockState", "CholeskyState", "EKFACState", "EigenState"]
+
+_TINY = 1e-30
+
+
+class BlockState:
+    """Optimizer variables of one Kronecker block; subclasses say how it preconditions.
+
+    Args:
+        block: The Kronecker block.
+        index_of: Identity of a variable -> its place among those of the optimizer.
+        add_variable: Creates a variable of the optimizer.
+        max_factor_dim: Dimension above which only the diagonal of a factor is kept.
+
+    Attributes:
+        averages: The variables that `statistics` are averaged into, in the same order.
+        capped: Which of "A" and "G" is held as a diagonal for its size.
+    """
+
+    factor_class: type[Factor]
+
+    def __init__(
+        self,
+        block: KroneckerBlock,
+        index_of: Mapping[int, int],
+        add_variable: AddVariable,
+        max_factor_dim: int | None,
+    ) -> None:
+        self.block = block
+        self.indices = [index_of[id(variable)] for variable in block.variables]
+        self.name = block.name.replace("/", "_")
+        cap = max_factor_dim or math.inf
+        groups = block.group_shape
+        a_is_diagonal = block.a_is_diagonal or block.n_a > cap
+        make = self.factor_class
+        self.a: Any = make(f"{self.name}_a", groups, block.n_a, a_is_diagonal, add_variable)
+        self.g: Any = make(f"{self.name}_g", groups, block.n_out, block.n_out > cap, add_variable)
+        self.averages = [self.a.average, self.g.average]
+        sizes = (("A", 0 if block.a_is_diagonal else block.n_a), ("G", block.n_out))
+        self.capped = [label for label, n in sizes if n > cap]
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """Factors and what inverts them."""
+        return [*self.a.variables, *self.g.variables]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of factors and what inverts them."""
+        return 4 * sum(math.prod(v.shape) for v in self.variables)
+
+    def statistics(
+        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], reduce: bool
+    ) -> list[Any]:
+        """What one batch says about the block.
+
+        Args:
+            records: Uses of the block's layer.
+            probes: For each loss whose Fishers add up, per-example gradients, one per use.
+            reduce: K-FAC reduce instead of expand.
+
+        Returns:
+            One tensor per variable in `averages`.
+        """
+        block = self.block
+
+        def summed(factor: Any, gradients: Sequence[Any]) -> Any:
+            uses = zip(records, gradients, strict=True)
+            return tf.add_n([tf.convert_to_tensor(factor(r, g, reduce=reduce)) for r, g in uses])
+
+        if block.is_contraction or block.a_is_diagonal:
+            a = summed(block.factor_a, probes[0])
+            g = tf.add_n([summed(block.factor_g, probe) for probe in probes]) / len(records)
+        else:  # the whole block is in A, which depends on the gradients
+            a = tf.add_n([summed(block.factor_a, probe) for probe in probes])
+            g = summed(block.factor_g, probes[0]) / len(records)
+        return [self.a.statistic(a), self.g.statistic(g)]
+
+    def refresh(self, debias: Any, damping: Any) -> None:
+        """Updates what inverts the block.
+
+        Args:
+            debias: Factor that makes the averages unbiased.
+            damping: d, scalar.
+        """
+        raise NotImplementedError
+
+    def precondition(self, matrix: Any, damping: Any) -> Any:
+        """P of a gradient matrix V.
+
+        Args:
+            matrix: V, shape `(*k, n_a, n_out)`.
+            damping: d, scalar.
+        """
+        raise NotImplementedError
+
+
+class CholeskyState(BlockState):
+    """`P = (A + pi sqrt(d) I)^-1 V (G + sqrt(d)/pi I)^-1`, d as of the last `refresh`.
+
+    References:
+        Martens & Grosse 2015, section 6.3.
+    """
+
+    factor_class = InvertedFactor
+
+    def refresh(self, debias: Any, damping: Any) -> None:
+        a = tf.convert_to_tensor(self.a.average) * debias
+        g = tf.convert_to_tensor(self.g.average) * debias
+        means = self.a.mean_eigenvalue(a), self.g.mean_eigenvalue(g)
+        damping_a, damping_g = factored_damping(*means, damping)
+        self.a.invert(a, damping_a)
+        self.g.invert(g, damping_g)
+
+    def precondition(self, matrix: Any, damping: Any) -> Any:
+        return self.g.solve_right(self.a.solve_left(matrix))
+
+
+class EigenState(BlockState):
+    """`P = Q_A [Q_A^T V Q_G / (s_A s_G^T + d)] Q_G^T`: damping that is not factored."""
+
+    factor_class = DiagonalizedFactor
+
+    def refresh(self, debias: Any, damping: Any) -> None:
+        self.a.diagonalize(tf.convert_to_tensor(self.a.average) * debias)
+        self.g.diagonalize(tf.convert_to_tensor(self.g.average) * debias)
+
+    def precondition(self, matrix: Any, damping: Any) -> Any:
+        rotated = self.g.rotate_right(self.a.rotate_left(matrix))
+        scaled = rotated / (self.curvature() + damping + _TINY)
+        return self.g.rotate_right(self.a.rotate_left(scaled, back=True), back=True)
+
+    def curvature(self) -> Any:
+        """The block's diagonal in the eigenbasis, shape `(*k, n_a, n_out)`."""
+        return self.a.eigenvalues[..., :, None] * self.g.eigenvalues[..., None, :]
+
+
+class EKFACState(EigenState):
+    """`EigenState` with `E (Q_A^T grad Q_G)^2` over single examples for `s_A s_G^T`.
+
+    Blocks that are not contractions keep `s_A s_G^T`.
+
+    References:
+        George et al. 2018, "Fast Approximate Natural Gradient Descent in a Kronecker-factored
+        Eigenbasis", section 3.
+    """
+
+    def __init__(self, block: KroneckerBlock, *args: Any) -> None:
+        super().__init__(block, *args)
+        if block.is_contraction:
+            add_variable = args[1]
+            shape = (*block.group_shape, block.n_a, block.n_out)
+            name = f"{self.name}_moments"
+            self.averages.append(add_variable(shape, "ones", dtype="float32", name=name))
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        return [*super().variables, *self.averages[2:]]
+
+    def statistics(
+        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], reduce: bool
+    ) -> list[Any]:
+        found = super().statistics(records, probes, reduce)
+        if self.block.is_contraction:
+            found.append(tf.add_n([self._moments(records, probe) for probe in probes]))
+        return found
+
+    def _moments(self, records: Sequence[Record], gradients: Sequence[Any]) -> Any:
+        """Second moments of the examples' own gradients in the eigenbasis."""
+        rotated: Any = 0.0
+        for record, g in zip(records, gradients, strict=True):
+            rows_a = tf.cast(self.block.homogeneous(self.block.rows_a(record)), "float32")
+            rows_g = tf.cast(self.block.rows_g(record, g), "float32")
+            rows_a, rows_g = self.a.rotate_rows(rows_a), self.g.rotate_rows(rows_g)
+            rotated += tf.matmul(rows_a, rows_g, transpose_a=True)
+        return tf.reduce_mean(tf.square(rotated), axis=-3)
+
+    def refresh(self, debias: Any, damping: Any) -> None:
+        super().refresh(debias, damping)
+        for moments in self.averages[2:]:
+            # In a new basis the old moments mean nothing; K-FAC's own are the best guess.
+            moments.assign(super().curvature())
+
+    def curvature(self) -> Any:
+        if not self.block.is_contraction:
+            return super().curvature()
+        return tf.convert_to_tensor(self.averages[2])
+
+
+STATES: dict[str, type[BlockState]] = {
+    "cholesky": CholeskyState,
+    "eigen": EigenState,
+    "ekfac": EKFACState,
+}

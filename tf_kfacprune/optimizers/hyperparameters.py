@@ -1,0 +1,120 @@
+"""Hyper-parameters that are numbers or schedules, and damping that adapts itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import keras
+from keras import ops
+
+from tf_kfacprune.validation import require
+
+__all__ = ["Hyperparameter", "LevenbergMarquardt", "check_hyperparameter", "value_at"]
+
+Schedule = keras.optimizers.schedules.LearningRateSchedule
+Hyperparameter: TypeAlias = float | Schedule
+
+
+def check_hyperparameter(
+    owner: str, name: str, value: Any, is_valid: Callable[[Any], bool], expected: str
+) -> None:
+    """Checks a number; a schedule is checked to be one.
+
+    Raises:
+        InvalidArgumentError: Naming the argument, its value and what was expected.
+    """
+    if isinstance(value, Schedule):
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(owner, is_number and is_valid(value), name, f"{expected}, or a schedule", value)
+
+
+def value_at(value: Hyperparameter, step: Any) -> Any:
+    """The value of a hyper-parameter at a step: a number, or a scalar tensor."""
+    return ops.cast(value(step), "float32") if isinstance(value, Schedule) else value
+
+
+@keras.saving.register_keras_serializable(package="tf_kfacprune")
+class LevenbergMarquardt:
+    """Damping that follows how well the quadratic model predicts the loss.
+
+    Every `every` steps the change of the loss on the batch is compared with the change that the
+    damped quadratic model of the step predicted. Where the loss fell by more than 3/4 of the
+    prediction the damping is multiplied by `decay ** every`, where it fell by less than 1/4 it is
+    divided by it.
+
+    Args:
+        initial: Damping to begin with, > 0, in units of the curvature of the compiled loss.
+        decay: Factor per step, in (0, 1).
+        every: Steps between comparisons, an integer >= 1; each costs one forward pass.
+        minimum: Smallest damping, > 0.
+        maximum: Largest damping.
+
+    Raises:
+        InvalidArgumentError: If an argument is out of range.
+
+    Example:
+        >>> optimizer = kp.KFAC("auto", damping=kp.LevenbergMarquardt(initial=0.1))
+
+    References:
+        Martens & Grosse 2015, section 6.5 (with decay 19/20, every 5 steps).
+    """
+
+    def __init__(
+        self,
+        initial: float = 0.1,
+        decay: float = 0.95,
+        every: int = 5,
+        minimum: float = 1e-8,
+        maximum: float = 1e3,
+    ) -> None:
+        check = functools.partial(require, "LevenbergMarquardt")
+        check(initial > 0, "initial", "> 0", initial)
+        check(0 < decay < 1, "decay", "in (0, 1)", decay)
+        check(isinstance(every, int) and every >= 1, "every", "an integer >= 1", every)
+        check(0 < minimum <= initial, "minimum", "> 0 and <= initial", minimum)
+        check(maximum >= initial, "maximum", ">= initial", maximum)
+        self.initial = initial
+        self.decay = decay
+        self.every = every
+        self.minimum = minimum
+        self.maximum = maximum
+
+    def adapted(self, damping: Any, actual: Any, predicted: Any) -> Any:
+        """The damping after one comparison.
+
+        Args:
+            damping: Damping so far, scalar tensor.
+            actual: Change of the loss, scalar tensor.
+            predicted: Change that the quadratic model predicted, negative.
+
+        Returns:
+            Scalar tensor; `damping` where the ratio of the two is undefined.
+        """
+        ratio = actual / ops.where(predicted < 0, predicted, ops.ones_like(predicted))
+        known = ops.logical_and(predicted < 0, ops.isfinite(predicted))
+        # A loss that is no number any more is as bad a fit as there can be.
+        ratio = ops.where(ops.isfinite(ratio), ratio, -ops.ones_like(ratio))
+        factor = self.decay**self.every
+        lower, higher = damping * factor, damping / factor
+        moved = ops.where(ratio > 0.75, lower, ops.where(ratio < 0.25, higher, damping))
+        return ops.clip(ops.where(known, moved, damping), self.minimum, self.maximum)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "initial": self.initial,
+            "decay": self.decay,
+            "every": self.every,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LevenbergMarquardt:
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in self.get_config().items())
+        return f"LevenbergMarquardt({settings})"

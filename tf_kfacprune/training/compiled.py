@@ -1,0 +1,56 @@
+"""What `compile` was told, digested. A plain object: Keras would track its parts a second time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from tf_kfacprune.curvature import Objective, exact_likelihoods, sampled_likelihood
+from tf_kfacprune.errors import InvalidArgumentError
+
+__all__ = ["Compiled", "inner_optimizer"]
+
+
+class Compiled:
+    """The likelihoods of the loss, and the kind of learning rate.
+
+    Attributes:
+        sampled: Likelihood of labels sampled from the model, or None.
+        exact: Likelihoods that make up the Fisher exactly, or None.
+        reason: Why there are none, or None.
+        constant_learning_rate: Whether the learning rate is a number.
+
+    Args:
+        loss: As given to `compile`.
+        optimizer: The optimizer that takes the steps.
+    """
+
+    def __init__(self, loss: Any, optimizer: keras.optimizers.Optimizer) -> None:
+        self._loss = loss
+        several = isinstance(loss, (list, tuple, dict))
+        found: Any = "several losses" if several else sampled_likelihood(loss)
+        self.sampled = None if isinstance(found, str) else found
+        self.exact = None if isinstance(found, str) else exact_likelihoods(loss)
+        self.reason = found if isinstance(found, str) else None
+        # Keras serializes a schedule as a dictionary, a constant as a number.
+        self.constant_learning_rate = isinstance(optimizer.get_config()["learning_rate"], float)
+
+    def objective(self) -> Objective:
+        """The loss as the objective of the quadratic model.
+
+        Raises:
+            InvalidArgumentError: If there are several losses.
+        """
+        if isinstance(self._loss, (list, tuple, dict)):
+            raise InvalidArgumentError(
+                "The quadratic model (learning_rate='auto' or damping=LevenbergMarquardt(...)) "
+                f"needs one loss on one output. Received: loss={self._loss!r}. Use a fixed "
+                "learning rate and a fixed damping, or add the losses up in one of your own."
+            )
+        return Objective(self._loss)
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer that takes the steps, inside of a loss-scaling one or not."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
