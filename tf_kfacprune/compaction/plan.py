@@ -7,7 +7,7 @@ import numpy as np
 
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GatedNetwork
-from tf_kfacprune.graph import ChannelGraph, Edge, Graph, Value, analyze, trace
+from tf_kfacprune.graph import Branches, Call, ChannelGraph, Edge, Graph, Value, analyze, trace
 
 __all__ = ["RemovalPlan"]
 
@@ -20,6 +20,7 @@ class RemovalPlan:
         channels: Its channel graph.
         keep: For each neuron whether it stays: boolean, shape `(num_neurons,)`.
         gates: Values of all gates, shape `(num_gates,)`.
+        branches: Residual branches that go as a whole if their deciding group is gone.
 
     Args:
         net: A model with gates.
@@ -31,10 +32,13 @@ class RemovalPlan:
             self.graph: Graph = trace(net)
             self.channels: ChannelGraph = analyze(self.graph, gated_only=True)
             self.gates, self.keep = np.ones(0, "float32"), np.ones(0, bool)
+            self.branches = Branches(self.channels)
         else:
             self.graph, self.channels = gated.graph, gated.channels
             self.gates = gated.gate_values()
             self.keep = gated.kept_neurons()
+            self.branches = gated.cost.branches
+        self._gone = self.branches.gone(self.keep)
         self._keep_with_constant = np.append(self.keep, True)
         self._gate_with_constant = np.append(self.gates, np.float32(1.0))
         self._scales: dict[tuple[keras.Layer, str], np.ndarray] = {}
@@ -44,6 +48,18 @@ class RemovalPlan:
     def positions(self, neurons: np.ndarray) -> np.ndarray:
         """The positions that stay on an axis, given the neuron at each position."""
         return np.flatnonzero(self._keep_with_constant[neurons])
+
+    def is_cut(self, call: Call) -> bool:
+        """Whether a contraction reads nothing any more and puts out a constant."""
+        return self.branches.cuts.get(call) in self._gone
+
+    def is_constant(self, value: Value) -> bool:
+        """Whether a tensor is the same for every example and at every position."""
+        return self.branches.constants.get(value) in self._gone
+
+    def is_needed(self, call: Call) -> bool:
+        """Whether something that stays depends on a call."""
+        return not self.branches.killers(call) & self._gone
 
     def scale(self, layer: keras.Layer, role: str) -> np.ndarray | None:
         """The gate values on an input of a contraction layer, or None if it is not tracked."""

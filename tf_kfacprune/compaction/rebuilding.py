@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-from keras import ops
+from keras import ops, tree
 
+from tf_kfacprune.compaction.constants import Constant, elementwise, output_on_zeros, sum_of
 from tf_kfacprune.compaction.plan import RemovalPlan
 from tf_kfacprune.compaction.weights import transfer_weights
 from tf_kfacprune.errors import UnsupportedModelError
@@ -43,9 +44,18 @@ class _Replay:
         if isinstance(operation, GateBank):
             return [None] * len(call.outputs)
         kwargs = call.without_gates(kwargs)
+        if self._plan.is_cut(call):
+            return output_on_zeros(call)
+        constants = [x for x in tree.flatten((args, kwargs)) if isinstance(x, Constant)]
+        if constants and self._plan.is_constant(call.outputs[0]):
+            return elementwise(call, constants[0])
+        if not self._plan.is_needed(call):
+            return [None] * len(call.outputs)
+        if constants:
+            return self._add_constants(call, args, kwargs, constants)
         args, kwargs = self._select_features(call, args, kwargs)
         if isinstance(rule, GateRule):
-            return keras.tree.flatten(args)[0]
+            return tree.flatten(args)[0]
         if not call.is_layer:
             outputs = rule.replay(call, args, kwargs, self._plan)
             if outputs is not NotImplemented:
@@ -57,6 +67,23 @@ class _Replay:
         if call.is_layer and compact is not operation:
             transfer_weights(operation, compact, self._plan)
         return outputs
+
+    def _add_constants(self, call: Call, args: Any, kwargs: Any, constants: list[Constant]) -> Any:
+        """A sum of which some operands are constants, with as few layers as possible."""
+        args, kwargs = self._select_features(call, args, kwargs)
+        tensors = [x for x in tree.flatten((args, kwargs)) if not isinstance(x, Constant)]
+        result = tensors[0]
+        if len(tensors) > 1:
+            if call.operation not in self._compact:
+                self._compact[call.operation] = keras.layers.Add(name=self._free_name(call))
+            result = self._compact[call.operation](tensors)
+        total = sum_of(constants, lambda axis: self._plan.kept(call.outputs[0], axis))
+        if not total.any():
+            return result
+        policy = call.operation.dtype_policy if call.is_layer else None
+        return keras.layers.Rescaling(
+            1.0, total.tolist(), name=self._free_name(call, "_constant"), dtype=policy
+        )(result)
 
     def _select_features(self, call: Call, args: Any, kwargs: Any) -> Any:
         """Cuts off the input features that nothing reads any more."""
@@ -116,14 +143,14 @@ class _Replay:
         axes = self._plan.channels.roles(layer).values()
         return any(len(self._plan.positions(neurons)) < len(neurons) for neurons in axes)
 
-    def _free_name(self, call: Call) -> str:
-        candidates = [call.operation.name, call.path.replace("/", "_")]
-        number = 0
-        while candidates[0] in self._names:
+    def _free_name(self, call: Call, suffix: str = "") -> str:
+        path = call.path.replace("/", "_") + suffix
+        name, number = call.operation.name + suffix, 0
+        while name in self._names:
+            name = f"{path}_{number}" if number else path
             number += 1
-            candidates = [*candidates[1:], f"{call.path.replace('/', '_')}_{number}"]
-        self._names.add(candidates[0])
-        return candidates[0]
+        self._names.add(name)
+        return name
 
 
 def _config(layer: keras.Layer) -> dict[str, Any]:

@@ -82,16 +82,16 @@ class GatedNetwork:
         """Which neurons stay when the network is compacted now: boolean, `(num_neurons,)`.
 
         Where all neurons of a group are closed, the one most likely to be open stays: a layer
-        keeps at least one.
+        keeps at least one. Only a residual branch may go as a whole.
         """
         keep = ops.convert_to_numpy(self.openness(ops.convert_to_tensor(self.gate_values()))) > 0
         probability = ops.concatenate([source.open_probability() for source in self.sources])
         probability = ops.convert_to_numpy(self.openness(probability))
-        for group in self.channels.groups:
+        for number, group in enumerate(self.channels.groups):
             members = slice(group.start, group.start + group.size)
-            if not keep[members].any():
+            if not keep[members].any() and number not in self.cost.branches.removable:
                 keep[group.start + np.argmax(probability[members])] = True
-        return keep
+        return self.cost.branches.without_branches(keep)
 
     def _gates_by_neuron(self) -> np.ndarray:
         pairs = [np.stack([edge.neurons, edge.slots], axis=1) for edge in self.channels.edges]

@@ -1,5 +1,6 @@
 """The graph of a model: calls, channels, groups of neurons, cost."""
 
+from tf_kfacprune.graph.branches import Branches
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.channel_graph import ChannelGraph, Edge, Frozen, NeuronGroup, analyze
 from tf_kfacprune.graph.cost import CostModel
@@ -8,6 +9,7 @@ from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, register_chan
 from tf_kfacprune.graph.tracer import Graph, fresh_operation, trace
 
 __all__ = [
+    "Branches",
     "Call",
     "ChannelGraph",
     "ChannelRule",

@@ -4,8 +4,13 @@ Every cost is a sum of products of *sizes*, one size per tracked weight or posit
 
     C(o) = sum_t c_t * s_{i_t}(o) * s_{j_t}(o) * s_{k_t}(o),      s(o) = n_fixed + sum_k m_k o_k
 
-with openness o_k in [0, 1] of neuron k and m_k the number of positions it takes on the axis. For
-o in {0, 1} this equals counting the compact model; for probabilities it is the cost at the
+with openness o_k in [0, 1] of neuron k and m_k the number of positions it takes on the axis. What
+exists only in a residual branch that may go as a whole is multiplied by one factor more, the
+presence of the branch's deciding group g,
+
+    1 - prod_{k in g} (1 - o_k).
+
+For o in {0, 1} this equals counting the compact model; for probabilities it is the cost at the
 expected sizes on all sides of every layer, and differentiable.
 """
 
@@ -20,6 +25,7 @@ import numpy as np
 from keras import ops
 
 from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.graph.branches import Branches
 from tf_kfacprune.graph.channel_graph import ChannelGraph
 from tf_kfacprune.graph.rules import Extent, rule_for, weight_extents, weight_of
 
@@ -37,6 +43,7 @@ class CostModel:
 
     Attributes:
         channels: The channel graph.
+        branches: Residual branches of it that may be removed as a whole.
         macs_dense: MACs with all neurons open.
         params_dense: Parameters with all neurons open.
         measures: Names of the measures.
@@ -50,6 +57,8 @@ class CostModel:
 
     def __init__(self, channels: ChannelGraph, ignore: Iterable[Any] = ()) -> None:
         self.channels = channels
+        self.branches = Branches(channels)
+        self._deciding = sorted(self.branches.removable)
         self._ignored = {id(layer) for layer in ignore}
         self._sizes: dict[bytes, int] = {b"": _ONE}
         self._fixed: list[float] = [1.0]
@@ -59,12 +68,16 @@ class CostModel:
         self._params: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
         self._layers: dict[int, tuple[str, Any]] = {}
         self._collect()
-        self._terms = {name: _stack(terms.values()) for name, terms in self._by_measure().items()}
+        total = len(self._fixed) + len(self._deciding)
+        self._terms = {
+            name: _stack(terms.values(), total) for name, terms in self._by_measure().items()
+        }
         self._gather = np.concatenate(self._members).astype("int32")
         owners = np.repeat(np.arange(len(self._members)), [len(m) for m in self._members])
         self._owner = owners.astype("int32")
         self._weight = np.concatenate(self._counts).astype("float32")
         self._fixed_sizes = np.array(self._fixed, "float32")
+        self._deciding_neurons = self._padded_members()
         everything = np.ones(channels.num_neurons)
         self.macs_dense = round(self._exact("macs", everything))
         self.params_dense = round(self._exact("params", everything))
@@ -123,14 +136,17 @@ class CostModel:
 
         Args:
             measure: `"macs"` or `"params"`.
-            left: How many neurons are left of each group; by default one.
+            left: How many neurons are left of each group; by default one, or none where a residual
+                branch can be removed as a whole.
 
         Returns:
             A number in [0, 1].
         """
         groups = self.channels.groups
         openness = np.zeros(self.channels.num_neurons)
-        for group, count in zip(groups, left or [1] * len(groups), strict=True):
+        if left is None:
+            left = [int(g not in self.branches.removable) for g in range(len(groups))]
+        for group, count in zip(groups, left, strict=True):
             openness[group.start : group.start + count] = 1.0
         return self.count(measure, openness) / max(self.dense(measure), 1)
 
@@ -176,12 +192,16 @@ class CostModel:
             if not isinstance(layer, keras.Layer) or id(layer) in self._ignored:
                 continue
             key = id(layer)
+            while_called = self._presence(self.branches.killers(call))
+            while_used = self._presence(self.branches.killers_of_layer(layer))
             products = list(rule.macs(call, flow))
             if products:
-                self._macs.setdefault(key, []).extend(map(self._term, products))
+                terms = [self._term(product, while_called) for product in products]
+                self._macs.setdefault(key, []).extend(terms)
             if key not in self._layers:
                 self._layers[key] = (call.path, layer)
-                self._params[key] = [self._term(p) for p in self._weight_products(layer)]
+                weights = self._weight_products(layer)
+                self._params[key] = [self._term(weight, while_used) for weight in weights]
 
     def _weight_products(self, layer: keras.Layer) -> list[list[Extent]]:
         """One product of extents per weight of a layer."""
@@ -199,8 +219,23 @@ class CostModel:
             for weight in layer.weights
         ]
 
-    def _term(self, product: Sequence[Extent]) -> tuple[float, tuple[int, ...]]:
-        coefficient, sizes = 1.0, []
+    def _presence(self, groups: Iterable[int]) -> list[int]:
+        """Numbers of the presence factors of groups: they lie behind all sizes, in reverse."""
+        return [-1 - self._deciding.index(group) for group in groups]
+
+    def _padded_members(self) -> np.ndarray:
+        """The neurons of each deciding group, padded with the neuron that is never open."""
+        groups = [self.channels.groups[g] for g in self._deciding]
+        shape = (len(groups), max([1, *(group.size for group in groups)]))
+        members = np.full(shape, self.channels.num_neurons, "int32")
+        for row, group in zip(members, groups, strict=True):
+            row[: group.size] = group.neurons
+        return members[::-1]
+
+    def _term(
+        self, product: Sequence[Extent], factors: Sequence[int]
+    ) -> tuple[float, tuple[int, ...]]:
+        coefficient, sizes = 1.0, [*factors]
         for extent in product:
             if isinstance(extent, np.ndarray):
                 sizes.append(self._size(self.channels.neurons(extent)))
@@ -234,11 +269,17 @@ class CostModel:
     def _size_tensor(self, openness: Any) -> Any:
         open_counts = ops.take(openness, self._gather) * self._weight
         summed = ops.segment_sum(open_counts, self._owner, num_segments=len(self._fixed))
-        return summed + self._fixed_sizes
+        sizes = summed + self._fixed_sizes
+        if not self._deciding:
+            return sizes
+        members = ops.take(ops.append(openness, ops.zeros(1)), self._deciding_neurons)
+        return ops.concatenate([sizes, 1.0 - ops.prod(1.0 - members, axis=1)])
 
     def _exact_sizes(self, openness: np.ndarray) -> np.ndarray:
         open_counts = openness[self._gather] * self._weight
-        return self._fixed + np.bincount(self._owner, open_counts, minlength=len(self._fixed))
+        sizes = self._fixed + np.bincount(self._owner, open_counts, minlength=len(self._fixed))
+        members = np.append(openness, 0.0)[self._deciding_neurons]
+        return np.concatenate([sizes, 1.0 - np.prod(1.0 - members, axis=1)])
 
     def _exact(self, measure: str, openness: np.ndarray) -> float:
         coefficients, indices = self._terms[measure]
@@ -246,14 +287,17 @@ class CostModel:
 
 
 def _stack(
-    terms: Iterable[list[tuple[float, tuple[int, ...]]]],
+    terms: Iterable[list[tuple[float, tuple[int, ...]]]], total: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients `(terms,)` and size numbers `(terms, factors)` of a sum of products."""
+    """Coefficients `(terms,)` and size numbers `(terms, factors)` of a sum of products.
+
+    Numbers below zero count from the end of all `total` sizes.
+    """
     flat = [term for layer_terms in terms for term in layer_terms]
     width = max([1, *(len(sizes) for _, sizes in flat)])
     indices = np.full((len(flat), width), _ONE, "int32")
     for row, (_, sizes) in enumerate(flat):
-        indices[row, : len(sizes)] = sizes
+        indices[row, : len(sizes)] = [size % total for size in sizes]
     return np.array([coefficient for coefficient, _ in flat], float), indices
 
 

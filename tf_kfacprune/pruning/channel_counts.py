@@ -53,7 +53,7 @@ class GateGroups:
             require("PrunableModel", ok, name, "an integer >= 1 or None", value)
         neuron_groups = gated.channels.groups
         self.least = [1] * len(neuron_groups)
-        self.floor = "one neuron left per group"
+        self.floor = "one neuron left per group, and none where a residual branch can go"
         if round_to is not None or min_channels is not None:
             self.floor = (
                 f"what round_to={round_to} and min_channels={min_channels} leave of each group"
@@ -74,10 +74,13 @@ class GateGroups:
         self.of_gate = of_gate
         self.counts: list[OpenCounts] = []
         whole = []
-        for group in neuron_groups:
+        for number, group in enumerate(neuron_groups):
+            may_go = min_channels is None and number in gated.cost.branches.removable
             counts = _allowed(group, _multiplicities(gated, group), round_to, min_channels)
             if counts is None and round_to is not None:
                 whole.append(group.name)
+            if may_go:  # with nothing left, or what a group that stays may have
+                counts = OpenCounts(group.size, 0, counts.step if counts else group.size)
             self.counts.append(counts or OpenCounts(group.size, least=group.size))
         self.least = [counts.least for counts in self.counts]
         # Gates on channels that cannot be removed come last and are free.
