@@ -86,14 +86,16 @@ def test_costs_of_attention_and_recurrence_equal_the_count_by_hand():
     assert cost.params_dense == text_classifier(layers.LSTM(8)).count_params()
 
 
-def test_embedding_channels_are_prunable_and_recurrent_units_are_not():
+def test_embedding_channels_and_recurrent_units_are_prunable():
     channels = analyze(text_classifier(layers.LSTM(8, name="lstm")))
-    assert channels.groups[0].name == "embedding"
-    assert {f.layer: f.channels for f in channels.frozen}["lstm"] == 8
+    sizes = {group.name: group.size for group in channels.groups}
+    assert (sizes["embedding"], sizes["lstm"]) == (12, 8)
+    assert len(channels.frozen) == 1  # the classifier
 
 
 def test_the_residual_stream_of_an_attention_encoder_is_one_group():
-    stream = analyze(attention_encoder()).groups[0]
+    stream, heads = analyze(attention_encoder()).groups[:2]
+    assert (heads.name, heads.size) == ("attention0:heads", 2)
     assert stream.producers == ("embed", "attention0", "narrow0", "attention1", "narrow1")
     assert stream.size == 12
 

@@ -8,6 +8,7 @@ __all__ = [
     "CROSS_CHANNEL_ACTIVATION",
     "EXCLUDED",
     "INPUT_FEATURES",
+    "KEPT_STATE",
     "MIXED_AXES",
     "MODEL_OUTPUT",
     "NORMALIZED_ACROSS_CHANNELS",
@@ -17,9 +18,9 @@ __all__ = [
     "NOT_READ",
     "ONLY_NEURON",
     "PICKED",
-    "RECURRENT_STATE",
     "REDUCED",
     "UNKNOWN_ACTIVATION",
+    "UNKNOWN_CELL",
     "UNKNOWN_OPERATION",
     "UNTRACKED_OPERAND",
     "WEIGHTS_NOT_PLAIN",
@@ -33,10 +34,11 @@ ONLY_NEURON = "the only neuron of its layer; a layer keeps at least one"
 NOT_GATED = "read without a gate; gate every layer that multiplies, mixes or feeds back channels"
 NOT_READ = "not read by any Dense or convolution layer, so there is no edge to gate"
 UNKNOWN_OPERATION = "no channel rule for this operation; add one with register_channel_rule"
+UNKNOWN_CELL = "recurrent layer around a cell of unknown formula, or around several cells"
 UNKNOWN_ACTIVATION = "activation function not known to treat channels one by one"
 CROSS_CHANNEL_ACTIVATION = "activation mixes channels (softmax and its kin)"
 NORMALIZED_ACROSS_CHANNELS = "normalized over several axes at once"
-RECURRENT_STATE = "recurrent state, which is fed back inside the layer"
+KEPT_STATE = "recurrent state that is kept from batch to batch (stateful=True)"
 PICKED = "single channels are picked by number"
 REDUCED = "summed, averaged or compared over channels"
 ARRAY_CONSTANT = "combined with an array constant that has one entry per channel"

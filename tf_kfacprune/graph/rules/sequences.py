@@ -1,4 +1,4 @@
-"""Channel rules for sequence layers: embeddings and recurrent layers."""
+"""Channel rules for sequence layers: embeddings, repetition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from keras import layers
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, Extent, extents, register_channel_rule
+from tf_kfacprune.graph.rules.base import ChannelRule, Extent, register_channel_rule
 from tf_kfacprune.graph.rules.contractions import ContractionRule
 
 __all__: list[str] = []
@@ -34,40 +34,6 @@ class EmbeddingRule(ContractionRule):
 
     def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
         return []
-
-
-class RecurrentRule(ContractionRule):
-    """Base of the rules for recurrent layers: they read prunable features.
-
-    Their own units stay: each is fed back into every other inside the layer, where no gate can
-    stand.
-    """
-
-    folded: ClassVar = {"cell.kernel": "in"}
-    weights: ClassVar = {"cell.kernel": ("in", None)}
-
-    def out_size(self, layer: Any) -> int:
-        return layer.units
-
-    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
-        layer, sequence = call.operation, call.inputs[0]
-        time, features = flow.of(sequence)[1:]
-        flow.freeze(time, reasons.NOT_A_CHANNEL_AXIS, call.path)
-        for state in call.inputs[1:]:
-            flow.freeze_value(state, reasons.RECURRENT_STATE, call.path)
-        features = flow.read(call, sequence, 2)
-        flow.role(layer, "in", features, call.path)
-        units = flow.created(call, "out", layer.units)
-        flow.freeze(units, reasons.RECURRENT_STATE, call.path)
-        return [[*[None] * (len(value.shape) - 1), units] for value in call.outputs]
-
-    def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
-        steps = extents(call.inputs[0], flow, [1])
-        recurrent = [int(size) for size in call.operation.cell.recurrent_kernel.shape]
-        return [[*steps, *self.role_extents(call, flow, "cell.kernel")], [*steps, *recurrent]]
-
-
-register_channel_rule(layers.SimpleRNN, layers.GRU, layers.LSTM)(RecurrentRule)
 
 
 @register_channel_rule(layers.RepeatVector)
