@@ -31,6 +31,7 @@ RANKS = {
     "pruning": 5,
     "training": 6,
     "compaction": 6,
+    "tfmot": 6,
     "callbacks": 7,
     "data": 7,
     "export": 7,

@@ -70,13 +70,15 @@ def _configure(
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if quantization == "float16":
         converter.target_spec.supported_types = [tf.float16]
-    if quantization not in FULL_INTEGER or representative is None:
+    if quantization not in IO_TYPES:
         return
-    converter.representative_dataset = lambda: _calibration(representative)
-    operations = tf.lite.OpsSet.TFLITE_BUILTINS_INT8
-    if quantization == "int16x8":
-        operations = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
-    converter.target_spec.supported_ops = [operations]
+    # Quantization-aware training has learned the ranges, and layers may stay float.
+    if quantization in FULL_INTEGER and representative is not None:
+        converter.representative_dataset = lambda: _calibration(representative)
+        operations = tf.lite.OpsSet.TFLITE_BUILTINS_INT8
+        if quantization == "int16x8":
+            operations = tf.lite.OpsSet.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
+        converter.target_spec.supported_ops = [operations]
     dtype = tf.as_dtype(io_dtype or IO_TYPES[quantization][0])
     converter.inference_input_type = dtype
     converter.inference_output_type = dtype

@@ -18,9 +18,13 @@ __all__ = [
     "refuse_rolled_recurrence",
 ]
 
-QUANTIZATIONS = (None, "float16", "dynamic", "int8", "int16x8")
+QUANTIZATIONS = (None, "float16", "dynamic", "int8", "int16x8", "qat")
 FULL_INTEGER = ("int8", "int16x8")
-IO_TYPES = {"int8": ("int8", "uint8", "float32"), "int16x8": ("int16", "float32")}
+IO_TYPES = {
+    "int8": ("int8", "uint8", "float32"),
+    "int16x8": ("int16", "float32"),
+    "qat": ("int8", "uint8", "float32"),
+}
 
 
 def check_options(
@@ -31,11 +35,6 @@ def check_options(
     Raises:
         InvalidArgumentError: with the option, what it was and what it may be.
     """
-    if quantization == "qat":
-        raise InvalidArgumentError(
-            "quantization='qat' (quantization-aware training) is not available in this version. "
-            "Use 'int8' with representative_data."
-        )
     if quantization not in QUANTIZATIONS:
         raise InvalidArgumentError(
             f"quantization must be one of {QUANTIZATIONS}. Received: quantization={quantization!r}."

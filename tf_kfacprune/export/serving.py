@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
+from tf_kfacprune.tfmot.legacy import is_legacy_model
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -45,7 +46,10 @@ class Signature:
         are ``output`` or ``output_0``, ``output_1``...
         """
         inputs = {
-            name: ((batch_size or tensor.shape[0], *tensor.shape[1:]), str(tensor.dtype))
+            name: (
+                (batch_size or tensor.shape[0], *tensor.shape[1:]),
+                keras.backend.standardize_dtype(tensor.dtype),
+            )
             for name, tensor in zip(_input_names(model), model.inputs, strict=True)
         }
         if len(inputs) != len(model.inputs):
@@ -85,15 +89,40 @@ class Signature:
         return {name: np.concatenate(arrays)[:count] for name, arrays in parts.items()}
 
 
-def check_exportable(model: keras.Model, batch_size: int | None = None) -> None:
+def check_exportable(
+    model: keras.Model, batch_size: int | None = None, *, legacy: bool = False
+) -> None:
     """Refuses what cannot be exported faithfully.
+
+    Args:
+        model: the model.
+        batch_size: the only batch size to serve, or None.
+        legacy: expect a model of ``tf_keras``, trained for quantization.
 
     Raises:
         UnsupportedModelError: if ``model`` is not a built Sequential or Functional model, or holds
             layers of this package.
         InvalidArgumentError: if ``batch_size`` is not a positive integer or None.
     """
-    if not isinstance(model, keras.Model):
+    if is_legacy_model(model) and not legacy:
+        raise UnsupportedModelError(
+            f"Model {model.name!r} is of tf_keras. A quantization-aware one is exported with "
+            "kp.export.tflite(quantization='qat'); bring the weights of another one back to the "
+            "Keras 3 model with kp.tfmot.copy_back and export that."
+        )
+    if legacy and not is_legacy_model(model):
+        raise UnsupportedModelError(
+            "quantization='qat' (quantization-aware training) takes the trained result of "
+            f"kp.tfmot.quantize_aware(model), which is a tf_keras model. Received: "
+            f"{type(model).__name__} {getattr(model, 'name', '')!r}. Without such training use "
+            "'int8' with representative_data."
+        )
+    if legacy and not any("Quantize" in type(layer).__name__ for layer in model.layers):
+        raise UnsupportedModelError(
+            f"Model {model.name!r} has not been made quantization-aware. Pass it to "
+            "kp.tfmot.quantize_aware and train the result first."
+        )
+    if not legacy and not isinstance(model, keras.Model):
         raise UnsupportedModelError(
             f"Only a Keras model can be exported. Received: {type(model).__name__}."
         )
@@ -167,9 +196,14 @@ def served_module(
         }
 
     module = tf.Module()
-    module.weights = [weight.value for weight in model.weights]
+    module.weights = [_variable(weight) for weight in model.weights]
     module.serve = serve
     return module, serve.get_concrete_function(**specs)
+
+
+def _variable(weight: Any) -> Any:
+    """The TensorFlow variable of a Keras 3 variable; a tf_keras one is a TensorFlow variable."""
+    return weight.value if isinstance(weight, keras.Variable) else weight
 
 
 def _input_names(model: keras.Model) -> list[str]:

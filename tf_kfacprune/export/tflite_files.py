@@ -55,7 +55,8 @@ def tflite(
         path: the file to write. It appears whole or not at all.
         quantization: None (float32), ``"float16"`` (weights), ``"dynamic"`` (int8 weights, float
             activations; tensors under 1,024 elements stay float), ``"int8"`` (int8 weights and
-            activations) or ``"int16x8"`` (int8 weights, int16 activations).
+            activations), ``"int16x8"`` (int8 weights, int16 activations) or ``"qat"`` (int8, of
+            the trained result of `tf_kfacprune.tfmot.quantize_aware`, which learned the ranges).
         representative_data: real inputs, for ``"int8"`` and ``"int16x8"`` only: the range of every
             activation is measured on them (the first 256 examples). An array, a list or
             dictionary of arrays, an iterable of batches such as a ``tf.data.Dataset``, or a
@@ -99,7 +100,7 @@ def tflite(
         >>> kp.export.tflite(net, "net.tflite", quantization="float16")  # doctest: +SKIP
         PosixPath('net.tflite')
     """
-    check_exportable(model, batch_size)
+    check_exportable(model, batch_size, legacy=quantization == "qat")
     check_options(quantization, representative_data, io_dtype, tolerance)
     check_drop(max_accuracy_drop)
     refuse_rolled_recurrence(model, quantization, batch_size)
