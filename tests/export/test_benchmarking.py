@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -59,10 +61,36 @@ def test_sizes_and_accuracy_are_those_of_the_files(measured):
 def test_table_has_a_line_for_each_file(measured):
     lines = str(measured).splitlines()
     assert len(lines) == 5
-    assert lines[0].split()[:4] == ["model", "format", "bytes", "gzip"]
-    assert lines[1].split()[:2] == ["dense", "float32"]
+    assert lines[0].split()[:5] == ["model", "format", "threads", "bytes", "gzip"]
+    assert lines[1].split()[:3] == ["dense", "float32", "1"]
     assert lines[1].endswith("100.00 %")
     assert len({len(line) for line in lines}) == 1
+
+
+def test_macs_and_memory_are_those_of_the_models(measured):
+    dense, _, compact, _ = measured.rows
+    assert (dense.macs, compact.macs) == (12 * 256 + 256 * 3, 12 * 16 + 16 * 3)
+    assert compact.macs_ratio == 16 / 256
+    assert compact.time_per_macs == pytest.approx(compact.ratio * 16)
+    assert dense.activations >= 4 * 256
+    assert dense.memory is None or dense.memory > 0
+
+
+def test_plain_values_can_be_written_as_json(measured):
+    rows = json.loads(json.dumps(measured.to_dict()))["rows"]
+    assert rows[0]["size"]["raw"] == measured.rows[0].size.raw
+    assert rows[0]["time_per_macs"] == 1.0
+
+
+def test_every_number_of_threads_has_a_reference_of_its_own(models):
+    result = benchmark(models, quantizations=(None,), threads=(1, 2), blocks=1)
+    assert [(row.model, row.threads) for row in result.rows] == [
+        ("dense", 1),
+        ("compact", 1),
+        ("dense", 2),
+        ("compact", 2),
+    ]
+    assert [row.ratio for row in result.rows[::2]] == [1.0, 1.0]
 
 
 def test_format_that_fails_is_listed_and_the_rest_is_measured(models, monkeypatch):
@@ -84,6 +112,8 @@ def test_format_that_fails_is_listed_and_the_rest_is_measured(models, monkeypatc
 def test_nothing_to_measure_and_bad_data_are_refused(models):
     with pytest.raises(InvalidArgumentError, match="at least one model"):
         benchmark({})
+    with pytest.raises(InvalidArgumentError, match="one number of threads"):
+        benchmark(models, threads=())
     with pytest.raises(InvalidArgumentError, match=r"pair \(x, y\)"):
         benchmark(models, data=X)
     with pytest.raises(DataError, match="Found 49 labels"):

@@ -1,7 +1,13 @@
-"""`kfacprune export`: a SavedModel or a `.tflite` file, verified."""
+"""`kfacprune export`: a SavedModel, a `.tflite` file or a C header, verified."""
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import keras
 from absl import flags
 
 from tf_kfacprune.cli.command import Command
@@ -13,12 +19,13 @@ from tf_kfacprune.cli.shared import (
     model_of,
 )
 from tf_kfacprune.errors import InvalidArgumentError
-from tf_kfacprune.export import saved_model, tflite
+from tf_kfacprune.export import Metadata, c_array, saved_model, tflite, with_head
+from tf_kfacprune.export.options import FULL_INTEGER
 
 __all__ = ["command"]
 
-_FORMATS = ("tflite", "saved_model")
-_VERIFIED_EXAMPLES = 256
+_FORMATS = ("tflite", "saved_model", "c_array")
+_HEADS = ("none", "softmax", "argmax")
 _REPRESENTATIVE_EXAMPLES = 500
 
 
@@ -37,39 +44,132 @@ def _define(values: flags.FlagValues) -> None:
         flag_values=values,
         required=True,
     )
-    flags.DEFINE_enum("format", "tflite", _FORMATS, "What to write.", flag_values=values)
+    flags.DEFINE_enum(
+        "format",
+        "tflite",
+        _FORMATS,
+        "What to write; c_array is a .tflite file in a C header, for microcontrollers.",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "quantization",
         None,
-        "For tflite: float16, dynamic, or int8 (which needs --data).",
+        "For tflite and c_array: float16, dynamic, or int8 or int16x8 (which need --data).",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "io_dtype",
+        None,
+        "Inputs and outputs with int8: int8, uint8 or float32; with int16x8: int16 or float32.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "batch_size", None, "The only batch size; any by default.", flag_values=values
+    )
     add_data_flags(values, default=None)
-    add_output_flags(values, "output", "Path of the file (tflite) or folder (saved_model).")
+    _define_surroundings(values)
+    flags.DEFINE_bool("verify", True, "Run what was written and compare.", flag_values=values)
+    flags.DEFINE_float(
+        "max_accuracy_drop",
+        0.01,
+        "How much lower its accuracy on the test set may be, as a fraction.",
+        flag_values=values,
+    )
+    add_output_flags(values, "output", "Path of the file (tflite, c_array) or folder.")
+
+
+def _define_surroundings(values: flags.FlagValues) -> None:
+    """Flags of what goes around the network, and of what the file says about it."""
+    flags.DEFINE_enum(
+        "head", "none", _HEADS, "Put this behind the network's output.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "scale", 1.0, "Multiply raw inputs by this, inside the exported model.", flag_values=values
+    )
+    flags.DEFINE_float("offset", 0.0, "Add this after scaling.", flag_values=values)
+    flags.DEFINE_list(
+        "labels", [], "Names of the classes, comma-separated, for the metadata.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "record",
+        None,
+        "record.json of the training run: its budget and kept neurons go into the metadata.",
+        flag_values=values,
+    )
 
 
 def _execute(values: flags.FlagValues) -> None:
-    model = model_of(values.model, "export")
+    _refuse_useless_flags(values)
+    network = model_of(values.model, "export")
+    head = None if values.head == "none" else values.head
+    model = network
+    if head or (values.scale, values.offset) != (1.0, 0.0):
+        model = with_head(network, head, scale=values.scale, offset=values.offset)
     examples = representative = None
     if values.data:
         dataset = load_data(values)
-        examples = fitted_inputs(model, dataset.x_test)[:_VERIFIED_EXAMPLES]
-        if values.quantization == "int8":
-            representative = fitted_inputs(model, dataset.x_train)[:_REPRESENTATIVE_EXAMPLES]
-    if values.format == "tflite":
-        path = tflite(
-            model,
-            values.output,
-            quantization=values.quantization,
-            representative_data=representative,
-            overwrite=values.overwrite,
-            verify_data=examples,
-        )
-    elif values.quantization:
-        raise InvalidArgumentError(
-            "--quantization is for --format=tflite; a SavedModel keeps its weights as they are. "
-            f"Received: --quantization={values.quantization} --format={values.format}"
-        )
+        examples = (_raw(values, fitted_inputs(network, dataset.x_test)), dataset.y_test)
+        if values.quantization in FULL_INTEGER:
+            x_train = fitted_inputs(network, dataset.x_train)[:_REPRESENTATIVE_EXAMPLES]
+            representative = _raw(values, x_train)
+    options: dict[str, Any] = {
+        "batch_size": values.batch_size,
+        "verify": values.verify,
+        "verify_data": examples,
+        "max_accuracy_drop": values.max_accuracy_drop,
+    }
+    if values.format == "saved_model":
+        path = saved_model(model, values.output, overwrite=values.overwrite, **options)
     else:
-        path = saved_model(model, values.output, overwrite=values.overwrite, verify_data=examples)
-    print(f"Wrote {path}, verified against {values.model}")
+        options |= {
+            "quantization": values.quantization,
+            "representative_data": representative,
+            "io_dtype": values.io_dtype,
+            "metadata": _metadata(values),
+        }
+        path = _write(model, values, options)
+    print(f"Wrote {path}" + (f", verified against {values.model}" if values.verify else ""))
+
+
+def _write(model: keras.Model, values: flags.FlagValues, options: dict[str, Any]) -> Path:
+    """Writes the `.tflite` file, or a header with it."""
+    if values.format == "tflite":
+        return tflite(model, values.output, overwrite=values.overwrite, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        file = tflite(model, Path(folder) / "model.tflite", **options)
+        return c_array(file, values.output, overwrite=values.overwrite)
+
+
+def _raw(values: flags.FlagValues, x: Any) -> Any:
+    """Inputs as they are before the scaling that the exported model does itself."""
+    if (values.scale, values.offset) == (1.0, 0.0):
+        return x
+    return (x - values.offset) / values.scale
+
+
+def _metadata(values: flags.FlagValues) -> Metadata | None:
+    if not values.labels and not values.record:
+        return None
+    pruning = None
+    if values.record:
+        try:
+            record = json.loads(Path(values.record).read_text())
+            pruning = {key: record[key] for key in ("budget", "kept_neurons", "versions")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidArgumentError(
+                "--record must be the record.json of a training run. Received: "
+                f"--record={values.record} ({type(error).__name__}: {error})"
+            ) from error
+    return Metadata(labels=values.labels, pruning=pruning)
+
+
+def _refuse_useless_flags(values: flags.FlagValues) -> None:
+    """A SavedModel keeps its weights as they are, and has no place for metadata."""
+    if values.format != "saved_model":
+        return
+    for name in ("quantization", "io_dtype", "labels", "record"):
+        if given := getattr(values, name):
+            raise InvalidArgumentError(
+                f"--{name} is for --format=tflite and c_array only. Received: --{name}={given} "
+                f"--format={values.format}"
+            )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from tf_kfacprune.cli import compact, evaluate, export, inspect, train
+from tf_kfacprune.cli import benchmark, compact, evaluate, export, inspect, train
 from tf_kfacprune.cli.command import Command
 from tf_kfacprune.errors import KFACPruneError
 
@@ -24,6 +24,7 @@ _COMMANDS: dict[str, Callable[[], Command]] = {
     "compact": compact.command,
     "export": export.command,
     "evaluate": evaluate.command,
+    "benchmark": benchmark.command,
 }
 
 

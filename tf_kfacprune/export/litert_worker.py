@@ -5,6 +5,7 @@ This file is a program, started by path: it must not import the package, which n
     python litert_worker.py run FOLDER     job.json and inputs.npz -> results.npz and results.json
     python litert_worker.py time FOLDER    job.json -> results.npz and results.json
     python litert_worker.py arena FOLDER   job.json -> results.npz and results.json
+    python litert_worker.py memory FOLDER  job.json -> results.npz and results.json
 
 Arrays are stored in order and their names in JSON, because any name may be a tensor's.
 """
@@ -160,6 +161,33 @@ def plan(folder: Path, job: dict[str, Any]) -> None:
     store(folder, {"bytes": np.array(max((end for _, end, _ in placed), default=0))})
 
 
+def weigh(folder: Path, job: dict[str, Any]) -> None:
+    """Stores by how much this process grew at most while it loaded the file and ran it once.
+
+    Linux tells the largest size since it was last reset; elsewhere 0, for unknown, is stored.
+    """
+    gc.collect()
+    status = Path("/proc/self/status")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _kilobytes(status, "VmHWM")
+    except OSError:
+        store(folder, {"bytes": np.array(0)})
+        return
+    interpreter = Interpreter(model_path=job["file"], num_threads=1)
+    for details in interpreter.get_input_details():
+        shape = [1 if size == -1 else size for size in details["shape_signature"]]
+        interpreter.resize_tensor_input(details["index"], shape)
+    interpreter.allocate_tensors()
+    interpreter.invoke()
+    store(folder, {"bytes": np.array(1024 * (_kilobytes(status, "VmHWM") - before))})
+
+
+def _kilobytes(status: Path, name: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1])
+
+
 def store(folder: Path, results: dict[str, np.ndarray]) -> None:
     """Leaves the arrays for the process that started this one."""
     np.savez(folder / "results.npz", *results.values())
@@ -170,7 +198,7 @@ def main() -> None:
     """Does the job that the command line names."""
     action, folder = sys.argv[1], Path(sys.argv[2])
     job = json.loads((folder / "job.json").read_text())
-    {"run": run, "time": measure, "arena": plan}[action](folder, job)
+    {"run": run, "time": measure, "arena": plan, "memory": weigh}[action](folder, job)
     if "tensorflow" in sys.modules:
         raise SystemExit("TensorFlow was imported: this is no test of LiteRT alone.")
 

@@ -1,5 +1,6 @@
 """Tables and records: what can be pruned, what was pruned, and how to make it again."""
 
+from tf_kfacprune.reporting.benchmark_plot import plot_benchmark
 from tf_kfacprune.reporting.comparison import Comparison, before_after_table
 from tf_kfacprune.reporting.figures import ModelFigures, accuracy, tflite_size
 from tf_kfacprune.reporting.inspection import FrozenChannels, GroupSummary, Inspection, inspect
@@ -15,6 +16,7 @@ __all__ = [
     "accuracy",
     "before_after_table",
     "inspect",
+    "plot_benchmark",
     "record",
     "report",
     "tflite_size",

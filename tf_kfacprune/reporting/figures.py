@@ -10,9 +10,9 @@ import keras
 import numpy as np
 
 from tf_kfacprune.errors import DataError, InvalidArgumentError
+from tf_kfacprune.export.conversion import convert
 from tf_kfacprune.export.file_sizes import FileSize
 from tf_kfacprune.export.serving import Signature, check_exportable
-from tf_kfacprune.export.conversion import convert
 
 __all__ = ["ModelFigures", "accuracy", "tflite_size"]
 

@@ -1,0 +1,111 @@
+"""`kfacprune benchmark`: the dense and the compact model in every format, measured together."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from tf_kfacprune.cli.command import Command
+from tf_kfacprune.cli.shared import (
+    add_data_flags,
+    fitted_inputs,
+    load_data,
+    model_named,
+    model_of,
+)
+from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.export import benchmark
+from tf_kfacprune.export.options import FULL_INTEGER
+from tf_kfacprune.reporting import plot_benchmark, versions, write_json_atomic
+
+__all__ = ["command"]
+
+_FLOAT32 = "float32"
+_FORMATS = (_FLOAT32, "float16", "dynamic", "int8", "int16x8")
+
+
+def command() -> Command:
+    """The command, with flags of its own."""
+    return Command(
+        "benchmark", "Measure bytes, latency and memory of models in every format.", _define, _run
+    )
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "dense",
+        None,
+        "The reference: the path of a .keras file, or a built-in network (which is not trained).",
+        flag_values=values,
+        required=True,
+    )
+    flags.DEFINE_string(
+        "model",
+        None,
+        "Path of the .keras file of the compact model.",
+        flag_values=values,
+        required=True,
+    )
+    flags.DEFINE_list(
+        "formats",
+        [_FLOAT32, "float16", "dynamic"],
+        f"What to measure, comma-separated: {', '.join(_FORMATS)}. The integer formats int8 and "
+        "int16x8 need --data.",
+        flag_values=values,
+    )
+    flags.DEFINE_list("threads", ["1"], "Numbers of threads, comma-separated.", flag_values=values)
+    flags.DEFINE_integer(
+        "blocks", 30, "Interleaved blocks of the time measurement.", 1, flag_values=values
+    )
+    add_data_flags(values, default=None)
+    flags.DEFINE_string("json", None, "Write the figures to this file.", flag_values=values)
+    flags.DEFINE_string(
+        "plot", None, "Draw them into this .png, .svg or .pdf file.", flag_values=values
+    )
+    flags.DEFINE_bool("overwrite", False, "Replace outputs that exist already.", flag_values=values)
+
+
+def _run(values: flags.FlagValues) -> None:
+    formats = _formats(values.formats)
+    threads = [_positive(text) for text in values.threads]
+    dataset = load_data(values) if values.data else None
+    models = {
+        "dense": model_named(values.dense, dataset),
+        "compact": model_of(values.model, "benchmark"),
+    }
+    data = representative = None
+    if dataset is not None:
+        data = (fitted_inputs(models["compact"], dataset.x_test), dataset.y_test)
+        if set(formats) & set(FULL_INTEGER):
+            representative = fitted_inputs(models["compact"], dataset.x_train)
+    measured = benchmark(
+        models,
+        quantizations=formats,
+        representative_data=representative,
+        data=data,
+        threads=threads,
+        blocks=values.blocks,
+    )
+    print(measured)
+    if values.json:
+        content = measured.to_dict() | {"versions": versions(), "data": values.data}
+        write_json_atomic(values.json, content, overwrite=values.overwrite)
+    if values.plot:
+        plot_benchmark(measured, values.plot, overwrite=values.overwrite)
+
+
+def _formats(given: list[str]) -> list[str | None]:
+    unknown = [name for name in given if name not in _FORMATS]
+    if unknown or not given:
+        raise InvalidArgumentError(
+            f"--formats must be some of {', '.join(_FORMATS)}. Received: "
+            f"--formats={','.join(given)}"
+        )
+    return [None if name == _FLOAT32 else name for name in given]
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise InvalidArgumentError(
+            f"--threads must be positive integers, comma-separated. Received: {text!r}"
+        )
+    return int(text)
