@@ -14,7 +14,7 @@ References:
 """
 
 from tf_kfacprune import data, diagnostics, errors, export, layers, reporting, tfmot, zoo
-from tf_kfacprune.compaction import compact, compaction_report
+from tf_kfacprune.compaction import compact, compaction_report, compensate
 from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.graph import ChannelRule, register_channel_rule
 from tf_kfacprune.optimizers import KFAC, LevenbergMarquardt
@@ -33,6 +33,7 @@ __all__ = [
     "SpectralRadius",
     "compact",
     "compaction_report",
+    "compensate",
     "data",
     "diagnostics",
     "errors",

@@ -84,7 +84,7 @@ COUNTS = st.builds(
 ).filter(lambda counts: counts.size > 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(counts=st.lists(COUNTS, min_size=1, max_size=4), seed=st.integers(0, 1000))
 def test_landing_keeps_the_best_in_allowed_numbers_and_shrinks_with_the_budget(counts, seed):
     sizes = [group.size for group in counts]

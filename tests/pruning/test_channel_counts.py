@@ -78,7 +78,7 @@ def test_neurons_of_several_channels_count_as_many():
     assert found["grouped"] == OpenCounts(8, 4, 4)  # a neuron is one filter in each of 2 groups
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     units=st.lists(st.integers(4, 40), min_size=1, max_size=3),
     round_to=st.sampled_from([None, 2, 4]),
@@ -91,7 +91,7 @@ def test_landed_networks_keep_all_promises(units, round_to, min_channels, share,
     limits = {"round_to": round_to, "min_channels": min_channels}
     least = gated.cost.least("params", GateGroups(gated, **limits).least)
     target = least + share * (1 - least)
-    pm = landed(chain(*units), Budget(params=min(target, 0.999) + 1e-4), seed, **limits)
+    pm = landed(chain(*units), Budget(params=min(target + 1e-4, 1.0)), seed, **limits)
     small = compact(pm)
     left = [layer.units for layer in small.layers if hasattr(layer, "units")][:-1]
     for before, after in zip(units, left, strict=True):

@@ -6,6 +6,8 @@ from typing import Any
 
 import keras
 
+from tf_kfacprune.compaction.compensation import compensate as absorb_removed
+from tf_kfacprune.compaction.compensation import warn_of_skipped
 from tf_kfacprune.compaction.plan import RemovalPlan
 from tf_kfacprune.compaction.rebuilding import rebuild_compact
 from tf_kfacprune.compaction.verification import verify_parity
@@ -22,6 +24,8 @@ def compact(
     verify: bool = True,
     tolerance: float | None = None,
     verify_data: Any = None,
+    compensate: bool = False,
+    data: Any = None,
 ) -> keras.Model:
     """Removes all closed neurons and all gates.
 
@@ -36,6 +40,13 @@ def compact(
             default what rounding explains (1e-5 in float32).
         verify_data: Inputs for the comparison, in the structure of the model's inputs; random
             ones by default.
+        compensate: Whether the layers that read removed channels absorb what the kept ones predict
+            of them, W_K += W_R A_RK (A_KK + eps I)^-1. That changes the function on purpose, from
+            that of the gated network (with which the result is compared before) toward that of the
+            network with its closed gates open: for gates that were closed in a trained network
+            without training it further. Layers for which it is impossible are named in a warning.
+        data: What A is taken over, if `compensate`: inputs in the structure of the model's inputs,
+            or a `tf.data.Dataset` of batches `x` or `(x, y)`. Some hundred examples do.
 
     Returns:
         The compact model. It shares no weights with `model`.
@@ -43,15 +54,27 @@ def compact(
     Raises:
         UnsupportedModelError: If the model has no gates or cannot be made smaller exactly.
         ParityError: If the result differs from the gated model.
-        InvalidArgumentError: If `model` is not a model.
+        InvalidArgumentError: If `model` is not a model, or only one of `compensate` and `data` is
+            given.
+        DataError: If `data` holds no example.
 
     Example:
         >>> small = kp.compact(pm)
+
+    References:
+        Ebrahimi & Klabjan, arXiv 2111.08577.
     """
     net = _net_of(model)
+    if compensate != (data is not None):
+        raise InvalidArgumentError(
+            "compact compensates from data: pass `compensate=True` and `data`, or neither. "
+            f"Received: compensate={compensate!r}, data of type {type(data).__name__}"
+        )
     small = rebuild_compact(_plan(model, net))
     if verify:
         verify_parity(net, small, tolerance, verify_data)
+    if compensate:
+        warn_of_skipped(absorb_removed(model, small, data))
     return small
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from keras import ops, tree
 
 from tf_kfacprune.graph import Call, Value
-from tf_kfacprune.graph.rules import rule_for, weight_of
+from tf_kfacprune.graph.rules import weight_of
+from tf_kfacprune.graph.rules.base import channel_axis
 
 __all__ = ["Constant", "elementwise", "output_on_zeros", "sum_of"]
 
@@ -28,9 +29,9 @@ class Constant:
 def output_on_zeros(call: Call) -> Constant:
     """The output of a contraction that reads zeros everywhere: its bias, activated."""
     layer, rank = call.operation, len(call.outputs[0].shape)
-    axis = rule_for(layer).channel_axis(call) % rank
+    axis = channel_axis(layer, rank)
     bias = weight_of(layer, "bias")
-    size = call.outputs[0].shape[axis]
+    size = call.outputs[0].shape[axis] or 0
     values = np.zeros(size, "float32") if bias is None else ops.convert_to_numpy(bias)
     shaped = values.reshape([-1 if k == axis else 1 for k in range(rank)])
     activated = layer.activation(ops.convert_to_tensor(shaped, layer.compute_dtype))

@@ -64,7 +64,7 @@ class Selection:
 
 def _entries(given: Sequence[Selector] | Selector) -> list[Selector]:
     single = isinstance(given, (str, re.Pattern, keras.Layer))
-    return [given] if single else list(given)  # type: ignore[list-item, arg-type]
+    return [given] if single else list(given)  # type: ignore[arg-type]
 
 
 def _names(path: str) -> Iterator[str]:

@@ -52,6 +52,7 @@ class GateGroups:
             )
             require("PrunableModel", ok, name, "an integer >= 1 or None", value)
         neuron_groups = gated.channels.groups
+        self.counts: list[OpenCounts] = []
         self.least = [1] * len(neuron_groups)
         self.floor = "one neuron left per group, and none where a residual branch can go"
         if round_to is not None or min_channels is not None:
@@ -69,10 +70,9 @@ class GateGroups:
                 )
             sizes = [size for source in gated.sources for size in source.group_sizes]
             self.of_gate = np.repeat(np.arange(len(sizes)), sizes)
-            self.counts = [OpenCounts(size) for size in sizes]
+            self.counts += [OpenCounts(size) for size in sizes]
             return
         self.of_gate = of_gate
-        self.counts: list[OpenCounts] = []
         whole = []
         for number, group in enumerate(neuron_groups):
             may_go = min_channels is None and number in gated.cost.branches.removable

@@ -47,7 +47,9 @@ class _Blocks:
     """
 
     def __init__(self, counts: Sequence[OpenCounts]) -> None:
-        protected, of_slot, steps = [], [], []
+        protected: list[np.ndarray] = []
+        of_slot: list[np.ndarray] = []
+        steps: list[int] = []
         for group in counts:
             place = np.arange(group.size)
             block = len(steps) + (place - group.least) // group.step
