@@ -11,6 +11,7 @@ from keras import layers
 from tf_kfacprune.compaction import compact, parity_error, random_inputs
 from tf_kfacprune.gates import GatedNetwork, insert_gates
 
+EPSILON = 0.1  # in normalizations; a small one amplifies rounding where few channels are left
 ACTIVATIONS = ("relu", "sigmoid", "gelu", "softplus", None)
 
 # A graph is a list of steps; each appends a tensor made from one or two earlier ones.
@@ -18,7 +19,9 @@ STEP = st.tuples(
     st.sampled_from(
         [
             *("conv", "conv1", "grouped", "depthwise", "separable", "transposed", "batchnorm"),
-            *("activation", "softmax", "layernorm", "pool", "pad", "heads", "scalar", "shared"),
+            *("activation", "softmax", "pool", "pad", "heads", "scalar", "shared"),
+            *("layernorm", "rmsnorm", "unitnorm", "groupnorm", "onegroup"),
+            *("recurrent", "bidirectional", "attention", "groupquery", "scores"),
             *("add", "concat", "multiply", "excite", "slice", "split"),
         ]
     ),
@@ -32,6 +35,12 @@ STEP = st.tuples(
 def project(x, like):
     """Brings a tensor to the channels of another."""
     return x if x.shape == like.shape else layers.Conv2D(like.shape[-1], 1)(x)
+
+
+def as_sequences(layer, *images):
+    """Calls a sequence layer on images row by row."""
+    made = layer(*[layers.Reshape((16, x.shape[-1]))(x) for x in images])
+    return layers.Reshape((4, 4, made.shape[-1]))(made)
 
 
 def apply(kind, x, other, channels, activation, shared):
@@ -50,7 +59,39 @@ def apply(kind, x, other, channels, activation, shared):
         "batchnorm": lambda: layers.BatchNormalization()(x),
         "activation": lambda: layers.Activation(activation)(x),
         "softmax": lambda: layers.Softmax()(x),
-        "layernorm": lambda: layers.LayerNormalization()(x),
+        "layernorm": lambda: layers.LayerNormalization(epsilon=EPSILON)(x),
+        "rmsnorm": lambda: layers.RMSNormalization(epsilon=EPSILON)(x),
+        "unitnorm": lambda: layers.UnitNormalization()(x),
+        "groupnorm": lambda: layers.GroupNormalization(
+            groups=2 if size % 2 == 0 else -1, epsilon=EPSILON
+        )(x),
+        "onegroup": lambda: layers.GroupNormalization(groups=1, epsilon=EPSILON)(x),
+        "recurrent": lambda: as_sequences(
+            (layers.SimpleRNN, layers.LSTM, layers.GRU)[channels % 3](
+                channels, return_sequences=True, go_backwards=activation == "relu"
+            ),
+            x,
+        ),
+        "bidirectional": lambda: as_sequences(
+            layers.Bidirectional(
+                layers.GRU(channels, return_sequences=True),
+                merge_mode=("concat", "sum", "mul", "ave")[channels % 4],
+            ),
+            x,
+        ),
+        "attention": lambda: as_sequences(
+            layers.MultiHeadAttention(channels % 3 + 1, channels, value_dim=3, output_shape=4),
+            x,
+            other,
+        ),
+        "groupquery": lambda: (
+            as_sequences(layers.GroupQueryAttention(3, channels, 2), x, x)
+            if channels % 2 == 0
+            else as_sequences(layers.GroupQueryAttention(3, 2, 1), x, x)
+        ),
+        "scores": lambda: as_sequences(
+            lambda a, b: layers.Attention()([a, b]), x, project(other, x)
+        ),
         "pool": lambda: layers.AveragePooling2D(2, strides=1, padding="same")(x),
         "pad": lambda: layers.Cropping2D(1)(layers.ZeroPadding2D(1)(x)),
         "heads": lambda: layers.Reshape((4, 4, size))(
@@ -95,12 +136,12 @@ def randomize(model, rng):
         kind = weight.path.rsplit("/", 1)[-1]
         if kind in ("beta", "moving_mean", "bias"):
             weight.assign(rng.normal(size=weight.shape))
-        elif kind in ("gamma", "moving_variance"):
+        elif kind in ("gamma", "moving_variance", "scale"):
             weight.assign(rng.uniform(0.5, 1.5, weight.shape))
 
 
 @settings(
-    max_examples=40,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
