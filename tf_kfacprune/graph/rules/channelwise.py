@@ -97,8 +97,16 @@ class NoiseRule(ChannelRule):
         getattr(layers, f"{kind}{rank}D")
         for kind in ("MaxPooling", "AveragePooling", "ZeroPadding", "Cropping", "UpSampling")
         for rank in (1, 2, 3)
-    )
+    ),
+    *(
+        getattr(layers, f"Adaptive{kind}Pooling{rank}D")
+        for kind in ("Max", "Average")
+        for rank in (1, 2, 3)
+    ),
+    layers.CenterCrop,
+    layers.Resizing,
 )
+@register_internal_rule("AveragePool", "MaxPool")
 class SpatialRule(ChannelRule):
     """Pooling, padding, cropping and upsampling: channels pass, positions do not."""
 

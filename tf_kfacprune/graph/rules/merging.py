@@ -22,8 +22,10 @@ __all__: list[str] = []
 
 @register_channel_rule(layers.Multiply)
 @register_internal_rule(
-    *("Add", "Divide", "DivideNoNan", "Maximum", "Minimum", "Multiply", "Power", "Subtract"),
-    "TrueDivide",
+    *("Add", "Arctan2", "Divide", "DivideNoNan", "FloorDivide", "Logaddexp", "Maximum", "Minimum"),
+    *("Mod", "Multiply", "Power", "Subtract", "TrueDivide", "Where"),
+    *("Equal", "Greater", "GreaterEqual", "Less", "LessEqual", "NotEqual"),
+    *("LogicalAnd", "LogicalOr", "LogicalXor"),
 )
 class MergeRule(ChannelRule):
     """Element-wise combination with broadcasting: coupled channels live and die together.
@@ -121,3 +123,16 @@ class ConcatenateOperatorRule(ConcatenateRule):
         if constants:
             return self.freeze_all(call, flow, reasons.ARRAY_CONSTANT)
         return super().propagate(call, flow)
+
+
+@register_internal_rule("Stack")
+class StackRule(ConcatenateOperatorRule):
+    """`keras.ops.stack`: a new axis of positions; along the others operands are united."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        constants = [x for x in tree.flatten(call.args) if not isinstance(x, Value)]
+        if constants:
+            return self.freeze_all(call, flow, reasons.ARRAY_CONSTANT)
+        axes = [self._unite(call, flow, k) for k in range(len(call.inputs[0].shape))]
+        axes.insert(self.axis(call) % len(call.outputs[0].shape), None)
+        return [axes]

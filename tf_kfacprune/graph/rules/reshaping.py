@@ -28,7 +28,7 @@ _STAND_IN = 2  # size of an axis of unknown size while labels are being moved
 
 
 @register_channel_rule(layers.Flatten, layers.Permute)
-@register_internal_rule("Transpose", "Squeeze", "ExpandDims", "Moveaxis", "Swapaxes")
+@register_internal_rule("ExpandDims", "Flip", "Moveaxis", "Squeeze", "Swapaxes", "Transpose")
 class IndexRule(ChannelRule):
     """Operations that only move elements."""
 

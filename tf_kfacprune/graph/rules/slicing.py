@@ -101,3 +101,30 @@ def _key_per_axis(call: Call, rank: int) -> list[int | slice] | None:
 def _is_contiguous(key: slice) -> bool:
     numbers = all(isinstance(end, (int, type(None))) for end in (key.start, key.stop))
     return numbers and key.step in (None, 1)
+
+
+@register_internal_rule("Unstack")
+class UnstackRule(ChannelRule):
+    """`keras.ops.unstack`: one tensor per position of an axis, which must stay as it is."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        axes = flow.of(call.inputs[0])
+        flow.freeze(axes.pop(call.operation.axis % len(axes)), reasons.PICKED, call.path)
+        return [list(axes) for _ in call.outputs]
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
+
+
+@register_internal_rule("Pad")
+class PadRule(ChannelRule):
+    """`keras.ops.pad` with zeros: padded axes are positions, the others pass."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        axes = flow.of(call.inputs[0])
+        widths = call.operation.pad_width
+        for k, width in enumerate(widths if len(widths) > 1 else widths * len(axes)):
+            if any(width):
+                flow.freeze(axes[k], reasons.NOT_A_CHANNEL_AXIS, call.path)
+                axes[k] = None
+        return [axes]
