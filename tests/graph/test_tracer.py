@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 
 from tf_kfacprune.errors import UnsupportedModelError
+from tf_kfacprune.gates import insert_gates
 from tf_kfacprune.graph import trace
 
 
@@ -78,7 +79,30 @@ def dict_inputs():
     return keras.Model({"a": a, "b": b}, [layers.Add()([layers.Dense(4)(a), b])])
 
 
+def gated_transformer():
+    inputs, mask = keras.Input((7, 6)), keras.Input((7, 7), dtype="bool", name="attention_mask")
+    x = layers.Dense(6)(inputs)
+    y = layers.LayerNormalization()(x)
+    y = layers.MultiHeadAttention(2, 3, dropout=0.1, seed=1)(
+        query=y, value=y, attention_mask=mask, use_causal_mask=True
+    )
+    x = layers.RMSNormalization()(x + y)
+    x = layers.GroupQueryAttention(2, 4, 2)(x, x)
+    return insert_gates(keras.Model([inputs, mask], layers.Dense(2)(x)))
+
+
+def gated_text():
+    tokens = keras.Input((7,), dtype="int32")
+    x = layers.Embedding(11, 6, mask_zero=True)(tokens)
+    x = layers.Bidirectional(layers.LSTM(4, return_sequences=True))(x)
+    x, *states = layers.LSTM(3, return_sequences=True, return_state=True)(x, training=False)
+    x = layers.LSTM(3, dropout=0.2, seed=2)(layers.LayerNormalization()(x), initial_state=states)
+    return insert_gates(keras.Model(tokens, layers.Dense(2)(x)))
+
+
 MODELS = [
+    gated_transformer,
+    gated_text,
     nested_and_shared,
     lambda: nested_and_shared(False),
     lambda: nested_and_shared(True),
