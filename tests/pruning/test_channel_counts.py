@@ -78,6 +78,14 @@ def test_neurons_of_several_channels_count_as_many():
     assert found["grouped"] == OpenCounts(8, 4, 4)  # a neuron is one filter in each of 2 groups
 
 
+def test_attention_heads_are_not_rounded_but_their_dimensions_are():
+    x = keras.Input((5, 12))
+    y = layers.MultiHeadAttention(6, 16, name="att")(x, x)
+    found = counts(keras.Model(x, layers.Dense(2)(y)), round_to=8)
+    assert found["att:heads"] == OpenCounts(6)
+    assert found["att:value_dim"] == OpenCounts(16, 8, 8)
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     units=st.lists(st.integers(4, 40), min_size=1, max_size=3),

@@ -79,6 +79,50 @@ def test_text_and_html_show_groups_and_reasons():
         assert f"{inspection.params:,} parameters" in shown
 
 
+def test_remedies_say_what_would_unfreeze_channels():
+    x = keras.Input((6,), name="x")
+    y = keras.layers.Dense(4, name="left_out")(x)
+    y = keras.layers.Lambda(lambda v: v, name="mine")(keras.layers.Dense(5, name="odd")(y))
+    model = keras.Model(x, keras.layers.Dense(2, name="head")(y))
+    inspection = inspect(model, exclude=["left_out"])
+    remedies = {frozen.layer: frozen.remedy for frozen in inspection.frozen}
+    assert "exclude" in remedies["left_out"]
+    assert "register_channel_rule" in remedies["odd"]
+    assert remedies["head"] is None
+    text = " ".join(str(inspection).split())
+    assert "What would unfreeze them: excluded by the caller: leave the layer out" in text
+    only_head = inspect(keras.Model(x, keras.layers.Dense(2)(keras.layers.Dense(3)(x))))
+    assert "unfreeze" not in str(only_head)
+
+
+def test_every_reason_has_a_remedy_or_is_final():
+    texts = {getattr(reasons, name) for name in reasons.__all__ if name.isupper()}
+    final = {reasons.MODEL_OUTPUT, reasons.ONLY_NEURON, reasons.NOT_READ}
+    assert {text for text in texts if reasons.remedy(text) is None} == final
+
+
+def test_groups_that_decide_about_a_residual_branch_are_marked():
+    x = keras.Input((6,), name="x")
+    y = keras.layers.Dense(5, name="stem")(x)
+    branch = keras.layers.Dense(4, activation="relu", name="inner")(y)
+    y = keras.layers.Add()([y, keras.layers.Dense(5, name="outer")(branch)])
+    model = keras.Model(x, keras.layers.Dense(2, name="head")(y))
+    inspection = inspect(model)
+    stem, inner = inspection.groups
+    assert (stem.removable, inner.removable) == (False, True)
+    assert inner.params_saved * inspection.params == pytest.approx(5 * 4 + 4 + 4 * 5 + 5)
+    assert f"{100 * inner.params_saved:.1f} % *" in str(inspection)
+    assert "residual branch goes as a whole" in " ".join(str(inspection).split())
+    assert inspection.least_params * inspection.params == pytest.approx(6 + 1 + 2 + 2)
+
+
+def test_parts_of_a_layer_are_told_apart():
+    x = keras.Input((6,), name="x")
+    a, b = keras.ops.split(keras.layers.Dense(8, name="wide")(x), 2, axis=-1)
+    y = [keras.layers.Dense(2, name=name)(part) for name, part in (("p", a), ("q", b))]
+    assert "wide:2" in str(inspect(keras.Model(x, y)))
+
+
 def test_long_lists_of_layers_are_cut_in_the_table_only():
     x = keras.Input((4, 4, 2))
     y = keras.layers.Conv2D(2, 1, name="c0")(x)

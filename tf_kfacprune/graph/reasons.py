@@ -24,6 +24,7 @@ __all__ = [
     "UNKNOWN_OPERATION",
     "UNTRACKED_OPERAND",
     "WEIGHTS_NOT_PLAIN",
+    "remedy",
 ]
 
 MODEL_OUTPUT = "part of a model output, whose shape is fixed"
@@ -47,3 +48,31 @@ BROADCAST = "a single channel broadcast over all channels of another tensor"
 MIXED_AXES = "a reshape mixes several channel axes"
 NOT_A_CHANNEL_AXIS = "the axis is read as positions (space or time), not as channels"
 WEIGHTS_NOT_PLAIN = "the layer's weights are quantized or adapted by LoRA"
+
+# What a caller can do about each reason; nothing where an entry is missing.
+_REMEDIES = {
+    EXCLUDED: "leave the layer out of `exclude`",
+    NOT_INCLUDED: "add the layer, and all it is coupled with, to `include`",
+    INPUT_FEATURES: "pass prune_inputs=True",
+    NOT_GATED: "put a NeuronGate on every such edge, or let PrunableModel place the gates",
+    UNKNOWN_OPERATION: "write a channel rule: @kp.register_channel_rule, see docs/channels.md",
+    UNKNOWN_CELL: "use SimpleRNN, GRU or LSTM layers, one per level",
+    UNKNOWN_ACTIVATION: "use a function of keras.activations, or a layer with a channel rule",
+    CROSS_CHANNEL_ACTIVATION: "nothing, if this is the model's output; else a sigmoid or a ReLU",
+    NORMALIZED_ACROSS_CHANNELS: "normalize over the channel axis alone",
+    KEPT_STATE: "pass stateful=False",
+    PICKED: "cut out a range, x[..., a:b], instead of single channels",
+    REDUCED: "reduce over positions, or read the channels with a Dense or 1x1 convolution",
+    ARRAY_CONSTANT: "use a scalar, or a layer with a weight per channel (BatchNormalization)",
+    UNTRACKED_OPERAND: "pass the other operand through a Dense or 1x1 convolution; if it is an "
+    "input, pass prune_inputs=True",
+    BROADCAST: "compute as many channels as the other tensor has",
+    MIXED_AXES: "reshape such that channels stay apart from positions",
+    NOT_A_CHANNEL_AXIS: "transpose such that channels are on the channel axis of the layer",
+    WEIGHTS_NOT_PLAIN: "prune before quantizing or adding LoRA",
+}
+
+
+def remedy(reason: str) -> str | None:
+    """What would unfreeze channels that are frozen for a reason, or None if nothing would."""
+    return _REMEDIES.get(reason)

@@ -21,6 +21,9 @@ from tf_kfacprune.validation import require
 
 __all__ = ["GateGroups"]
 
+# Attention heads are no channels of their own: heads times dimensions are, and dimensions round.
+_NOT_ROUNDED = ":heads"
+
 
 class GateGroups:
     """The gates of a network, group by group, and how many of each group may stay open.
@@ -109,6 +112,8 @@ def _multiplicities(gated: GatedNetwork, group: NeuronGroup) -> list[int]:
     """How many channels one neuron of a group has in each layer that creates it."""
     found = []
     for producer in gated.channels.flow.producers:
+        if producer.name.endswith(_NOT_ROUNDED):
+            continue
         neurons = gated.channels.neurons(producer.labels)
         channels = int(((neurons >= group.start) & (neurons < group.start + group.size)).sum())
         if channels:
@@ -120,6 +125,8 @@ def _allowed(
     group: NeuronGroup, channels_each: list[int], round_to: int | None, min_channels: int | None
 ) -> OpenCounts | None:
     """What is allowed, or None if the group is too small for it."""
+    if not channels_each:
+        return OpenCounts(group.size)
     step = math.lcm(*((round_to or 1) // math.gcd(round_to or 1, m) for m in channels_each))
     least = max(-(-(min_channels or 1) // m) for m in channels_each)
     least = -(-max(least, 1) // step) * step

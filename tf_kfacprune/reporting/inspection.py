@@ -11,7 +11,7 @@ import numpy as np
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.export.serving import layers_within
 from tf_kfacprune.gates import GatedNetwork, GateSource
-from tf_kfacprune.graph import ChannelGraph, CostModel, analyze
+from tf_kfacprune.graph import ChannelGraph, CostModel, analyze, reasons
 from tf_kfacprune.reporting.rendering import Rendered
 
 if TYPE_CHECKING:
@@ -32,8 +32,11 @@ class GroupSummary:
         size: number of neurons.
         producers: layers or inputs that create the neurons; a neuron goes in all of them at once.
         consumers: layers that read them.
-        macs_saved: fraction of the model's MACs saved if one neuron stays, in [0, 1].
+        macs_saved: fraction of the model's MACs saved if one neuron stays (or none, if the group
+            is removable), in [0, 1].
         params_saved: the same for parameters.
+        removable: whether the group may close completely, because it decides about a residual
+            branch, which then goes as a whole.
     """
 
     name: str
@@ -42,6 +45,7 @@ class GroupSummary:
     consumers: tuple[str, ...]
     macs_saved: float
     params_saved: float
+    removable: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,14 @@ class FrozenChannels:
         channels: how many.
         reason: why, one of the constants in `tf_kfacprune.graph.reasons`.
         where: layer or operation that froze them.
+        remedy: what would unfreeze them, None if nothing would.
     """
 
     layer: str
     channels: int
     reason: str
     where: str
+    remedy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ class Inspection(Rendered):
         params: number of weights, biases and normalization statistics included.
         groups: groups of prunable neurons, in the order of the model.
         frozen: channels that cannot be removed, with reasons.
-        least_macs: the least fraction of MACs that pruning can reach, one neuron left per group.
+        least_macs: the least fraction of MACs that pruning can reach, one neuron left per group
+            and none of those that are removable.
         least_params: the same for parameters.
     """
 
@@ -101,30 +108,34 @@ class Inspection(Rendered):
             parts.append(self._group_table())
         if self.frozen:
             parts.append(self._frozen_table())
+            parts += self._remedies()
         return Group(*parts)
 
     def _group_table(self) -> RenderableType:
         from rich.table import Table
 
+        caption = "saved: when one neuron of the group stays"
+        if any(group.removable for group in self.groups):
+            caption += "; *: when none stays and its residual branch goes as a whole"
         table = Table(
             title="Neurons that can be pruned",
-            caption="saved: when one neuron of the group stays",
+            caption=caption,
             title_justify="left",
+            caption_justify="left",
         )
-        table.add_column("group", overflow="fold")
-        table.add_column("neurons", justify="right")
         table.add_column("created by", overflow="fold")
+        table.add_column("neurons", justify="right")
         table.add_column("read by", overflow="fold")
-        table.add_column("MACs saved", justify="right")
-        table.add_column("parameters saved", justify="right")
+        table.add_column("MACs\nsaved", justify="right", no_wrap=True)
+        table.add_column("params\nsaved", justify="right", no_wrap=True)
         for group in self.groups:
+            mark = " *" if group.removable else ""
             table.add_row(
-                group.name,
+                _shown((group.name, *group.producers[1:])),
                 f"{group.size:,}",
-                _shown(group.producers),
                 _shown(group.consumers),
-                _percent(group.macs_saved),
-                _percent(group.params_saved),
+                _percent(group.macs_saved) + mark,
+                _percent(group.params_saved) + mark,
             )
         return table
 
@@ -139,6 +150,12 @@ class Inspection(Rendered):
         for frozen in self.frozen:
             table.add_row(frozen.layer, f"{frozen.channels:,}", frozen.reason, frozen.where)
         return table
+
+    def _remedies(self) -> list[RenderableType]:
+        """One line per reason that something can be done about."""
+        known = {f.reason: f.remedy for f in self.frozen if f.remedy is not None}
+        lines = [f"  {reason}: {remedy}" for reason, remedy in known.items()]
+        return ["What would unfreeze them:", *lines] if lines else []
 
 
 def inspect(
@@ -182,7 +199,8 @@ def inspect(
         params=cost.params_dense,
         groups=tuple(_summaries(channels, cost)),
         frozen=tuple(
-            FrozenChannels(f.layer, f.channels, f.reason, f.where) for f in channels.frozen
+            FrozenChannels(f.layer, f.channels, f.reason, f.where, reasons.remedy(f.reason))
+            for f in channels.frozen
         ),
         least_macs=cost.least("macs"),
         least_params=cost.least("params"),
@@ -207,9 +225,10 @@ def _analysis(
 
 def _summaries(channels: ChannelGraph, cost: CostModel) -> list[GroupSummary]:
     summaries = []
-    for group in channels.groups:
+    for number, group in enumerate(channels.groups):
+        removable = number in cost.branches.removable
         openness = np.ones(channels.num_neurons)
-        openness[group.start + 1 : group.start + group.size] = 0.0
+        openness[group.start + (not removable) : group.neurons.stop] = 0.0
         saved = {
             measure: 1.0 - cost.count(measure, openness) / max(cost.dense(measure), 1)
             for measure in cost.measures
@@ -222,6 +241,7 @@ def _summaries(channels: ChannelGraph, cost: CostModel) -> list[GroupSummary]:
                 consumers=group.consumers,
                 macs_saved=saved["macs"],
                 params_saved=saved["params"],
+                removable=removable,
             )
         )
     return summaries
@@ -234,4 +254,5 @@ def _shown(names: tuple[str, ...]) -> str:
 
 
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
+    percent = 100 * fraction
+    return f"{percent:.1f} %" if percent >= 0.1 or percent == 0 else f"{percent:.1g} %"

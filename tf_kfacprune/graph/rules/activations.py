@@ -76,20 +76,8 @@ class ActivationRule(ChannelRule):
 
 @register_channel_rule(layers.ELU)
 @register_internal_rule(
-    *(
-        "Abs",
-        "Absolute",
-        "Arcsinh",
-        "Arctan",
-        "Cast",
-        "Cbrt",
-        "Ceil",
-        "Celu",
-        "Copy",
-        "Cos",
-        "Cosh",
-    ),
-    *("Elu", "Erf", "Erfc", "Exp", "Exp2", "Expm1", "Isfinite", "Isnan", "Log10", "Log2"),
+    *("Abs", "Absolute", "Arcsinh", "Arctan", "Cast", "Cbrt", "Ceil", "Celu", "Copy", "Cos"),
+    *("Cosh", "Elu", "Erf", "Erfc", "Exp", "Exp2", "Expm1", "Isfinite", "Isnan", "Log10", "Log2"),
     *("LogicalNot", "NanToNum", "Sinc", "Sinh", "Tan", "Trunc"),
     *("Floor", "Gelu", "HardShrink", "HardSigmoid", "HardSilu", "HardTanh", "Log", "Log1p"),
     *("LogSigmoid", "Negative", "Reciprocal", "Relu6", "Round", "Rsqrt", "Selu", "Sigmoid"),
