@@ -13,7 +13,7 @@ from tf_kfacprune.validation import require
 
 __all__ = ["Hyperparameter", "LevenbergMarquardt", "check_hyperparameter", "value_at"]
 
-Schedule = keras.optimizers.schedules.LearningRateSchedule
+Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
 Hyperparameter: TypeAlias = float | Schedule
 
 

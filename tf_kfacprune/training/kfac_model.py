@@ -109,7 +109,11 @@ class KFACModel(keras.Model):
         return self._found.content
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        return self.net(inputs, training=training, mask=mask)
+        # Subclassed models may know neither of the two.
+        given = {"training": training} if self.net._call_has_training_arg else {}
+        if mask is not None:
+            given["mask"] = mask
+        return self.net(inputs, **given)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return self.net.compute_output_shape(input_shape)
@@ -331,6 +335,21 @@ class KFACModel(keras.Model):
         return figures
 
     # ---- saving
+
+    def _noise_states(self) -> list[keras.Variable]:
+        """States of all seed generators. Keras does not count them among the weights."""
+        weights = {id(variable) for variable in self.weights}
+        return [v for v in self.non_trainable_variables if id(v) not in weights]
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves what no layer saves: the states of noise, so that a resumed run repeats it."""
+        for k, state in enumerate(self._noise_states()):
+            store[f"noise_{k}"] = keras.ops.convert_to_numpy(state)
+
+    def load_own_variables(self, store: Any) -> None:
+        for k, state in enumerate(self._noise_states()):
+            if f"noise_{k}" in store.keys():  # noqa: SIM118 (a store is no mapping)
+                state.assign(store[f"noise_{k}"])
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -28,9 +28,10 @@ def check_labels(y: Any, loss: Any, net: keras.Model) -> None:
         DataError: If a label is negative, too large or not a whole number.
     """
     name = getattr(loss, "name", loss) if not callable(loss) else getattr(loss, "name", None)
-    if name != _SPARSE or not isinstance(y, np.ndarray) or len(net.outputs) != 1 or not y.size:
+    outputs = getattr(net, "outputs", None) or ()  # a subclassed model has no list of them
+    if name != _SPARSE or not isinstance(y, np.ndarray) or len(outputs) != 1 or not y.size:
         return
-    classes = net.outputs[0].shape[-1]
+    classes = outputs[0].shape[-1]
     lowest, highest = y.min(), y.max()
     if not (lowest >= 0 and highest < classes) or not np.all(y == np.floor(y)):
         raise DataError(
