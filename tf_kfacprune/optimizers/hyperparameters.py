@@ -13,8 +13,8 @@ from tf_kfacprune.validation import require
 
 __all__ = ["Hyperparameter", "LevenbergMarquardt", "check_hyperparameter", "value_at"]
 
-Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
-Hyperparameter: TypeAlias = float | Schedule
+Hyperparameter: TypeAlias = "float | keras.optimizers.schedules.LearningRateSchedule"
+Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 
 def check_hyperparameter(

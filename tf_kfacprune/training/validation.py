@@ -28,7 +28,7 @@ def check_labels(y: Any, loss: Any, net: keras.Model) -> None:
         DataError: If a label is negative, too large or not a whole number.
     """
     name = getattr(loss, "name", loss) if not callable(loss) else getattr(loss, "name", None)
-    outputs = getattr(net, "outputs", None) or ()  # a subclassed model has no list of them
+    outputs = list(getattr(net, "outputs", None) or [])  # a subclassed model has no list of them
     if name != _SPARSE or not isinstance(y, np.ndarray) or len(outputs) != 1 or not y.size:
         return
     classes = outputs[0].shape[-1]
