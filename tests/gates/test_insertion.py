@@ -81,6 +81,11 @@ def test_a_model_in_which_nothing_can_be_pruned_is_refused_with_the_reasons():
         insert_gates(single)
 
 
+def test_a_gated_model_is_refused():
+    with pytest.raises(UnsupportedModelError, match="has gates already"):
+        insert_gates(insert_gates(chain()))
+
+
 def test_gated_models_can_be_saved_and_analyzed_after_loading(tmp_path):
     gated = insert_gates(chain(), prune_inputs=True)
     gated.save(tmp_path / "model.keras")

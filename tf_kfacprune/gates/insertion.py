@@ -53,11 +53,15 @@ def insert_gates(
         later one is renamed, with a warning.
 
     Raises:
-        UnsupportedModelError: If the model is not built, is subclassed, or nothing in it can be
-            pruned.
+        UnsupportedModelError: If the model is not built, is subclassed, has gates already, or
+            nothing in it can be pruned.
         InvalidArgumentError: If `include`, `exclude` or `kind` is wrong.
     """
     channels = analyze(model, prune_inputs=prune_inputs, include=include, exclude=exclude)
+    if channels.flow.slot_sources:
+        raise UnsupportedModelError(
+            f"Model {model.name!r} has gates already. Insert them into the model without gates."
+        )
     if not channels.num_neurons:
         raise UnsupportedModelError(
             f"Nothing can be pruned in model {model.name!r}. {describe_frozen(channels)}"
