@@ -125,7 +125,7 @@ class LabelFlow:
             known = [*self.graph.inputs, *(v for call in self.graph.calls for v in call.outputs)]
             sized = [*graph.inputs, *(v for call in graph.calls for v in call.outputs)]
             self._sizes = {a: b.shape for a, b in zip(known, sized, strict=True)}
-        return self._sizes[value]
+        return self._sizes.get(value, value.shape)
 
     # ---- making labels
 
@@ -293,6 +293,10 @@ class LabelFlow:
         if labels is None:
             labels = roles[name] = self.fresh(size, call.path, call.operation, part)
         return labels
+
+    def share_roles(self, layer: Any, inner: Any) -> None:
+        """Makes the named labels of a layer those of the layer inside it."""
+        self._roles[layer] = self._roles.setdefault(inner, {})
 
     def roles(self, layer: Any) -> dict[str, Labels | None]:
         """All named labels of a layer."""

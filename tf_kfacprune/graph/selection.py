@@ -84,6 +84,6 @@ def _matches(entries: Sequence[Selector], path: str, layer: Any) -> bool:
     return any(
         any(re.fullmatch(entry, name) for name in _names(path))
         if isinstance(entry, (str, re.Pattern))
-        else entry is layer
+        else layer in (entry, getattr(entry, "layer", entry))
         for entry in entries
     )

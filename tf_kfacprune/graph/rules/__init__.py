@@ -12,6 +12,7 @@ from tf_kfacprune.graph.rules import (
     reshaping,
     sequences,
     slicing,
+    wrappers,
 )
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
@@ -19,6 +20,7 @@ from tf_kfacprune.graph.rules.base import (
     InnerGates,
     register_channel_rule,
     register_internal_rule,
+    registered_rules,
     rule_for,
     weight_extents,
     weight_of,
@@ -40,10 +42,12 @@ __all__ = [
     "recurrent",
     "register_channel_rule",
     "register_internal_rule",
+    "registered_rules",
     "reshaping",
     "rule_for",
     "sequences",
     "slicing",
     "weight_extents",
     "weight_of",
+    "wrappers",
 ]

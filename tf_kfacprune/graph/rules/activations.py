@@ -85,7 +85,7 @@ class ActivationRule(ChannelRule):
     *("SparseSigmoid", "Sqrt", "Square", "Squareplus", "Tanh", "TanhShrink", "Threshold"),
 )
 class ElementwiseRule(ChannelRule):
-    """Functions of each element alone."""
+    """Functions of each element alone: channels pass."""
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         return [flow.of(call.inputs[0])]
@@ -105,7 +105,7 @@ class ClipRule(ElementwiseRule):
 @register_channel_rule(layers.LeakyReLU, layers.Identity)
 @register_internal_rule("Relu", "LeakyRelu", "StopGradient")
 class HomogeneousRule(ElementwiseRule):
-    """Functions of each element alone with f(z x) = z f(x)."""
+    """Functions of each element alone with f(z x) = z f(x): channels pass, gates too."""
 
     def is_homogeneous(self, call: Call) -> bool:
         return True
@@ -152,7 +152,7 @@ class SoftmaxRule(ChannelRule):
 
 @register_internal_rule("Softmax", "LogSoftmax", "Sparsemax", "Glu")
 class CrossChannelOperatorRule(ChannelRule):
-    """Operators that mix the entries of an axis."""
+    """Operators that mix the entries of an axis: all channels are frozen."""
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         return self.freeze_all(call, flow, reasons.CROSS_CHANNEL_ACTIVATION)

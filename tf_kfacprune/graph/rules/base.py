@@ -31,6 +31,7 @@ __all__ = [
     "freeze_by_constant",
     "register_channel_rule",
     "register_internal_rule",
+    "registered_rules",
     "rule_for",
     "weight_extents",
     "weight_of",
@@ -302,6 +303,17 @@ def register_internal_rule(*names: str) -> Callable[[RuleClass], RuleClass]:
         return rule_class
 
     return register
+
+
+def registered_rules() -> list[tuple[str, bool, ChannelRule]]:
+    """All rules, for documentation: `(name, whether it is a public layer's, rule)`.
+
+    Layers of this package and of users are left out.
+    """
+    public = {kind: name for name, kind in vars(keras.layers).items() if inspect.isclass(kind)}
+    public |= {kind: kind.__name__ for kind in public if hasattr(keras.layers, kind.__name__)}
+    exported = [(public[kind], True, rule) for kind, rule in _LAYER_RULES.items() if kind in public]
+    return exported + [(name, False, rule) for name, rule in _INTERNAL_RULES.items()]
 
 
 def rule_for(operation: Any) -> ChannelRule:

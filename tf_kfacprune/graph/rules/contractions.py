@@ -97,7 +97,7 @@ class DenseRule(ContractionRule):
 
 @register_channel_rule(layers.Conv1D, layers.Conv2D, layers.Conv3D)
 class ConvRule(ContractionRule):
-    """Convolutions, grouped ones included.
+    """Convolutions read channels and create new ones; groups of a grouped one stay equally large.
 
     With one input channel per group (depthwise), inputs and outputs are tied and whole groups go.
     Else the same slot is tied across all groups, so that groups stay equally large.

@@ -68,7 +68,7 @@ class MergeRule(ChannelRule):
 @register_channel_rule(layers.Add, layers.Subtract, layers.Average, layers.Maximum, layers.Minimum)
 @register_internal_rule("CustomScaleLayer")
 class HomogeneousMergeRule(MergeRule):
-    """Merges with f(z x, z y) = z f(x, y)."""
+    """Sums and their like, f(z x, z y) = z f(x, y): coupled channels live and die together."""
 
     def is_homogeneous(self, call: Call) -> bool:
         return True
@@ -116,7 +116,7 @@ class ConcatenateRule(ChannelRule):
 
 @register_internal_rule("Concatenate")
 class ConcatenateOperatorRule(ConcatenateRule):
-    """`keras.ops.concatenate`."""
+    """`keras.ops.concatenate`: as the layer; array constants among the operands freeze."""
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         constants = [x for x in tree.flatten(call.args) if not isinstance(x, Value)]

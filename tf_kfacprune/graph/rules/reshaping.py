@@ -30,7 +30,7 @@ _STAND_IN = 2  # size of an axis of unknown size while labels are being moved
 @register_channel_rule(layers.Flatten, layers.Permute)
 @register_internal_rule("ExpandDims", "Flip", "Moveaxis", "Squeeze", "Swapaxes", "Transpose")
 class IndexRule(ChannelRule):
-    """Operations that only move elements."""
+    """Operations that only move elements: labels move along, split channels go as a whole."""
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         value = call.inputs[0]
@@ -98,7 +98,7 @@ class ReshapeRule(IndexRule):
 
 @register_internal_rule("Reshape")
 class ReshapeOperatorRule(IndexRule):
-    """`keras.ops.reshape`."""
+    """`keras.ops.reshape`: as the layer."""
 
     def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
         return ops.reshape(args[0], _target(removal.shape(call.outputs[0])))

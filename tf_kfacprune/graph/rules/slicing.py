@@ -21,7 +21,7 @@ __all__: list[str] = []
 
 @register_internal_rule("Split")
 class SplitRule(ChannelRule):
-    """`keras.ops.split`."""
+    """`keras.ops.split`: each part of the channels forms a group of its own."""
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         value = call.inputs[0]
@@ -48,7 +48,7 @@ class SplitRule(ChannelRule):
 
 @register_internal_rule("GetItem")
 class GetItemRule(ChannelRule):
-    """`x[..., a:b]` and its like, with slices, integers and an ellipsis."""
+    """`x[..., a:b]` and its like: a range of channels forms a group, single ones are frozen."""
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         value = call.inputs[0]

@@ -1,0 +1,104 @@
+"""Channel rule for `TimeDistributed`, which applies a layer to every step of a sequence.
+
+The wrapped layer's own rule does the work, on a call without the time axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+from keras import layers
+
+from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph.calls import Call, Value
+from tf_kfacprune.graph.labels import Axes, LabelFlow
+from tf_kfacprune.graph.rules.base import (
+    ChannelRule,
+    Extent,
+    extents,
+    register_channel_rule,
+    rule_for,
+)
+from tf_kfacprune.graph.rules.contractions import ContractionRule
+
+__all__: list[str] = []
+
+_PREFIX = "layer."  # where the weights of the wrapped layer are
+
+
+@register_channel_rule(layers.TimeDistributed)
+class TimeDistributedRule(ContractionRule):
+    """`TimeDistributed`: as the wrapped layer; frozen if that reads channels inside."""
+
+    folded: ClassVar = {f"{_PREFIX}kernel": "in", f"{_PREFIX}depthwise_kernel": "in"}
+
+    def channel_axis(self, call: Call) -> int:
+        inner = rule_for(call.operation.layer)
+        if not isinstance(inner, ContractionRule) or not inner.folded:
+            return 0  # contracts nothing
+        step = _without_time(call.inputs[0], call.inputs[0].shape)
+        inner_call = Call(call.operation.layer, (step,), {}, (), call.path)
+        return inner.channel_axis(inner_call) % len(step.shape) + 1
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        layer, value = call.operation, call.inputs[0]
+        rule = rule_for(layer.layer)
+        if type(rule).call_gated is not ChannelRule.call_gated:
+            return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
+        step, made = (_without_time(v, v.shape) for v in (value, call.outputs[0]))
+        flow.axes[step] = _without_time_axis(flow.of(value))
+        first = len(flow.readings)
+        (axes,) = rule.propagate(Call(layer.layer, (step,), {}, (made,), call.path), flow)
+        flow.readings[first:] = [
+            replace(reading, call=call, value=value, axis=reading.axis % len(step.shape) + 1)
+            for reading in flow.readings[first:]
+        ]
+        flow.share_roles(layer, layer.layer)
+        return [[axes[0], flow.of(value)[1], *axes[1:]]]
+
+    def weight_roles(self, layer: Any) -> Mapping[str, Sequence[str | None]]:
+        roles = rule_for(layer.layer).weight_roles(layer.layer)
+        return {_PREFIX + name: axes for name, axes in roles.items()}
+
+    def is_homogeneous(self, call: Call) -> bool:
+        step, made = (_without_time(v, v.shape) for v in (call.inputs[0], call.outputs[0]))
+        inner = Call(call.operation.layer, (step,), {}, (made,), call.path)
+        return rule_for(inner.operation).is_homogeneous(inner)
+
+    def edit_config(
+        self,
+        layer: Any,
+        config: dict[str, Any],
+        count: Callable[[str], int | None],
+        shape: tuple[int | None, ...],
+    ) -> None:
+        inner = config["layer"]
+        inner.pop("build_config", None)
+        step = (shape[0], *shape[2:])
+        rule_for(layer.layer).edit_config(layer.layer, inner["config"], count, step)
+
+    def fold(
+        self, layer: Any, name: str, role: str, kernel: np.ndarray, scale: np.ndarray
+    ) -> np.ndarray:
+        name = name.removeprefix(_PREFIX)
+        return rule_for(layer.layer).fold(layer.layer, name, role, kernel, scale)
+
+    def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
+        values = (call.inputs[0], call.outputs[0])
+        step, made = (_without_time(v, flow.sizes(v)) for v in values)
+        for short, value in ((step, values[0]), (made, values[1])):
+            flow.axes[short] = _without_time_axis(flow.of(value))
+        inner = Call(call.operation.layer, (step,), {}, (made,), call.path)
+        time = extents(call.inputs[0], flow, [1])
+        return [[*time, *product] for product in rule_for(inner.operation).macs(inner, flow)]
+
+
+def _without_time(value: Value, shape: Sequence[int | None]) -> Value:
+    return Value((shape[0], *shape[2:]), value.dtype)
+
+
+def _without_time_axis(axes: Axes) -> Axes:
+    return [axes[0], *axes[2:]]
