@@ -2,15 +2,19 @@
 
     python examples/benchmarks/applications.py [--models=ResNet50,VGG16]
 
-Every model gets random BatchNormalization statistics, biases and layer scales, then random gates,
-hard and soft. Recorded per model: the share of channels outside the classifier that can be pruned,
-what freezes the rest, the relative error between gated and compact model, and how much closing the
-gates changes the output at all, next to which the error is to be judged.
+Every model gets random BatchNormalization statistics, biases and layer scales, then random gates:
+hard ones, soft ones, and soft ones that close every second residual branch completely. Recorded per
+model: the share of channels outside the classifier that can be pruned, what freezes the rest, the
+relative error between gated and compact model, how much closing the gates changes the output at
+all, next to which the error is to be judged, and whether the compact model becomes a `.tflite` file
+that runs and agrees. Models that are recorded already for the size are skipped. One line per model
+is appended to results/applications.jsonl; `python docs/generate.py` makes a table of it.
 """
 
 import gc
 import inspect
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,13 +22,16 @@ import keras
 import numpy as np
 from absl import app, flags
 
+import tf_kfacprune as kp
 from tf_kfacprune.compaction import compact, parity_error, random_inputs
+from tf_kfacprune.errors import ExportError
 from tf_kfacprune.gates import GatedNetwork, insert_gates
 from tf_kfacprune.graph import CostModel, analyze
 
 MODELS = flags.DEFINE_list("models", None, "Constructor names; default: all of them.")
 SIZE = flags.DEFINE_integer("size", 96, "Height and width of the input images.")
-OUTPUT = flags.DEFINE_string("output", None, "JSON file; default: results/ beside this script.")
+TFLITE = flags.DEFINE_bool("tflite", True, "Whether to convert and run the compact model, too.")
+OUTPUT = flags.DEFINE_string("output", None, "JSON lines; default: results/ beside this script.")
 
 
 def constructors():
@@ -76,6 +83,16 @@ def timed(function, *args, **kwargs):
     return result, round(time.perf_counter() - start, 3)
 
 
+def convert(model):
+    """Size of the model as `.tflite` file, which was run and compared, or why there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = kp.export.tflite(model, Path(folder) / "model.tflite", batch_size=1)
+        except ExportError as error:
+            return {"error": str(error)}
+        return {"bytes": path.stat().st_size}
+
+
 def examine(name, constructor, size):
     """Gates, compacts and compares one model."""
     rng = np.random.default_rng(0)
@@ -84,7 +101,8 @@ def examine(name, constructor, size):
     )
     randomize(model, rng)
     channels, analyze_s = timed(analyze, model)
-    cost, cost_s = timed(CostModel, channels)
+    _, inspect_s = timed(kp.inspect, model)
+    cost = CostModel(channels)
     contractions = [edge.layer for edge in channels.edges]
     share, causes = channel_share(channels, contractions[-1].name)
     gated, insert_s = timed(insert_gates, model)
@@ -92,17 +110,23 @@ def examine(name, constructor, size):
     dense = model(x, training=False)
     record = {
         "model": name,
+        "size": size,
+        "params": model.count_params(),
         "neurons": channels.num_neurons,
         "groups": len(channels.groups),
+        "num_branches": len(cost.branches.removable),
         "prunable_share": round(share, 4),
         "frozen": causes,
         "counts_all_parameters": cost.params_dense == model.count_params(),
         "open_gates_change": parity_error(dense, gated(x, training=False)),
-        "seconds": {"analyze": analyze_s, "cost": cost_s, "insert": insert_s},
+        "seconds": {"analyze": analyze_s, "inspect": inspect_s, "insert": insert_s},
     }
     (bank,) = GatedNetwork(gated).sources
-    for kind in ("hard", "soft"):
+    branches = [channels.groups[g] for g in sorted(cost.branches.removable)][::2]
+    for kind in ("branches", "soft", "hard") if branches else ("soft", "hard"):
         values = rng.uniform(0.3, 1.0, bank.size) * (rng.uniform(size=bank.size) < 0.7)
+        for group in branches if kind == "branches" else ():
+            values[group.neurons] = 0.0
         bank.set_values((values > 0).astype("float32") if kind == "hard" else values)
         small, record["seconds"][f"compact_{kind}"] = timed(compact, gated, verify=False)
         expected = gated(x, training=False)
@@ -112,22 +136,26 @@ def examine(name, constructor, size):
             "effect": effect,
             "params": small.count_params() / model.count_params(),
         }
-        del small
+    if TFLITE.value:
+        record["tflite"], record["seconds"]["tflite"] = timed(convert, small)
     return record
 
 
 def main(argv):
-    """Examines the models and writes the records."""
+    """Examines the models that are not recorded yet, and appends the records."""
     del argv
-    output = Path(OUTPUT.value or Path(__file__).parent / "results" / "applications.json")
+    output = Path(OUTPUT.value or Path(__file__).parent / "results" / "applications.jsonl")
     output.parent.mkdir(parents=True, exist_ok=True)
+    lines = output.read_text().splitlines() if output.exists() else []
+    done = {(record["model"], record["size"]) for record in map(json.loads, lines)}
     every = constructors()
-    records = {r["model"]: r for r in json.loads(output.read_text())} if output.exists() else {}
     for name in MODELS.value or every:
-        records[name] = examine(name, every[name], SIZE.value)
-        print(json.dumps(records[name]), flush=True)
-        ordered = [records[key] for key in sorted(records)]
-        output.write_text(json.dumps(ordered, indent=1) + "\n")
+        if (name, SIZE.value) in done:
+            continue
+        record = examine(name, every[name], SIZE.value)
+        print(json.dumps(record), flush=True)
+        with output.open("a") as file:
+            file.write(json.dumps(record) + "\n")
         keras.backend.clear_session()
         gc.collect()
 
