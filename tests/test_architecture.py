@@ -53,6 +53,7 @@ PRIVATE_KERAS_NAMES = {
 }
 HEAVY_MODULES = (
     "ai_edge_litert",
+    "ai_edge_quantizer",
     "matplotlib",
     "pandas",
     "scipy",

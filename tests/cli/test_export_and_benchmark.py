@@ -68,7 +68,7 @@ def test_head_and_c_header(files, tmp_path):
     header = tmp_path / "net.h"
     arguments = ["--format=c_array", "--quantization=int8", f"--output={header}"]
     assert run("export", *options, *arguments) == 0
-    assert "model_activation_bytes" in header.read_text()
+    assert "model_arena_bytes" in header.read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tflite", "net.h"]
 
 
@@ -100,13 +100,13 @@ def test_benchmark_prints_and_writes_its_figures(files, tmp_path, capsys):
     ("arguments", "said"),
     [
         (["export", "--quantization=int8"], "needs representative_data"),
-        (["export", "--quantization=int4"], "quantization must be one of"),
+        (["export", "--quantization=int3"], "quantization must be one of"),
         (["export", "--format=saved_model", "--quantization=int8"], "for --format=tflite"),
         (["export", "--format=saved_model", "--labels=a,b"], "for --format=tflite"),
         (["export", "--record=missing.json"], "--record=missing.json"),
         (["export", "--scale=0"], "scale must be a finite number"),
         (["export", "--max_accuracy_drop=3"], "max_accuracy_drop must be"),
-        (["benchmark", "--formats=int4"], "--formats=int4"),
+        (["benchmark", "--formats=int3"], "--formats=int3"),
         (["benchmark", "--threads=0"], "--threads must be positive"),
         (["benchmark", "--plot=a.bmp", "--blocks=1"], "a.bmp"),
     ],

@@ -17,9 +17,11 @@ def test_native_and_python_output_is_collected(capfd):
     with captured_console() as log:
         os.write(1, b"native out\n")
         os.write(2, b"native err\n")
+        print("python out")
     os.write(1, b"after\n")
     assert "native out" in log.text
     assert "native err" in log.text
+    assert "python out" in log.text
     assert capfd.readouterr() == ("after\n", "")
 
 

@@ -269,7 +269,7 @@ def test_operation_without_a_builtin_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"quantization": "int4"}, r"one of \(None, 'float16'.*'int4'"),
+        ({"quantization": "int3"}, r"one of \(None, 'float16'.*'int3'"),
         ({"quantization": "int8"}, "needs representative_data"),
         ({"quantization": "dynamic", "representative_data": X}, "Leave it out"),
         ({"io_dtype": "int8"}, r"io_dtype must be one of \('float32',\)"),

@@ -20,7 +20,7 @@ from tf_kfacprune.reporting import plot_benchmark, versions, write_json_atomic
 __all__ = ["command"]
 
 _FLOAT32 = "float32"
-_FORMATS = (_FLOAT32, "float16", "dynamic", "int8", "int16x8")
+_FORMATS = (_FLOAT32, "float16", "dynamic", "weight_only", "int4", "int8", "int16x8")
 
 
 def command() -> Command:

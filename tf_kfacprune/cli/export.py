@@ -54,7 +54,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "quantization",
         None,
-        "For tflite and c_array: float16, dynamic, or int8 or int16x8 (which need --data).",
+        "For tflite and c_array: float16, dynamic, weight_only, int4, or int8 or int16x8 (which "
+        "need --data).",
         flag_values=values,
     )
     flags.DEFINE_string(

@@ -1,7 +1,7 @@
 """From the Keras model to the device: SavedModel and TFLite files, each verified."""
 
 from tf_kfacprune.export.benchmarking import Benchmark, BenchmarkRow, benchmark
-from tf_kfacprune.export.c_arrays import activation_bytes, c_array
+from tf_kfacprune.export.c_arrays import activation_bytes, arena_bytes, c_array
 from tf_kfacprune.export.file_sizes import FileSize, file_size
 from tf_kfacprune.export.heads import with_head
 from tf_kfacprune.export.keras_files import keras_file, load_keras
@@ -17,6 +17,7 @@ __all__ = [
     "Latency",
     "Metadata",
     "activation_bytes",
+    "arena_bytes",
     "benchmark",
     "c_array",
     "file_size",

@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,13 @@ def captured_console(log: ConsoleLog | None = None) -> Iterator[ConsoleLog]:
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
             try:
-                yield log
+                # In a notebook, sys.stdout does not end at a file descriptor.
+                with (
+                    os.fdopen(os.dup(sink.fileno()), "w", encoding="utf-8") as text,
+                    redirect_stdout(text),
+                    redirect_stderr(text),
+                ):
+                    yield log
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

@@ -13,6 +13,7 @@ import keras
 from tf_kfacprune.errors import ExportError
 from tf_kfacprune.export.console import ConsoleLog, captured_console
 from tf_kfacprune.export.options import FULL_INTEGER, IO_TYPES
+from tf_kfacprune.export.requantizing import RECIPES, requantized
 from tf_kfacprune.export.samples import Named
 from tf_kfacprune.export.saved_models import write_served
 from tf_kfacprune.export.serving import SIGNATURE, Signature
@@ -50,6 +51,10 @@ def convert(
                 converter = tf.lite.TFLiteConverter.from_saved_model(temporary)
                 _configure(converter, quantization, representative, io_dtype)
                 content = converter.convert()
+                if quantization is not None and quantization in RECIPES:
+                    content = requantized(content, quantization)
+        except ExportError:
+            raise
         # The converter raises its own class, plain Exception and others for one kind of trouble.
         except Exception as error:
             raise ExportError(
@@ -65,7 +70,7 @@ def _configure(
 ) -> None:
     import tensorflow as tf
 
-    if quantization is None:
+    if quantization is None or quantization in RECIPES:
         return
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if quantization == "float16":

@@ -119,7 +119,11 @@ def _block(interpreter: Interpreter, runs: int) -> float:
 
 
 def plan(folder: Path, job: dict[str, Any]) -> None:
-    """Plans the memory of the activations, largest first, and stores the bytes it takes."""
+    """Plans the memory of the activations, largest first, and stores the bytes it takes.
+
+    Stored too: the numbers of tensors, operations and quantized channels, for which a runtime keeps
+    records beside the activations.
+    """
     interpreter = Interpreter(
         model_path=job["file"],
         # A delegate would replace the operations whose order is looked at here.
@@ -158,7 +162,17 @@ def plan(folder: Path, job: dict[str, Any]) -> None:
             if together and offset + sizes[index] > begin:
                 offset = max(offset, end)
         placed.append((offset, offset + sizes[index], index))
-    store(folder, {"bytes": np.array(max((end for _, end, _ in placed), default=0))})
+    scales = [
+        len(details["quantization_parameters"]["scales"])
+        for details in interpreter.get_tensor_details()
+    ]
+    counts = {
+        "bytes": max((end for _, end, _ in placed), default=0),
+        "tensors": len(scales),
+        "operations": len(operations),
+        "channels": sum(count for count in scales if count > 1),
+    }
+    store(folder, {name: np.array(count) for name, count in counts.items()})
 
 
 def weigh(folder: Path, job: dict[str, Any]) -> None:

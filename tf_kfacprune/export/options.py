@@ -18,7 +18,7 @@ __all__ = [
     "refuse_rolled_recurrence",
 ]
 
-QUANTIZATIONS = (None, "float16", "dynamic", "int8", "int16x8", "qat")
+QUANTIZATIONS = (None, "float16", "dynamic", "weight_only", "int4", "int8", "int16x8", "qat")
 FULL_INTEGER = ("int8", "int16x8")
 IO_TYPES = {
     "int8": ("int8", "uint8", "float32"),

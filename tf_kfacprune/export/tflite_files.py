@@ -54,9 +54,11 @@ def tflite(
         model: a built Sequential or Functional model without gates (see `compact`).
         path: the file to write. It appears whole or not at all.
         quantization: None (float32), ``"float16"`` (weights), ``"dynamic"`` (int8 weights, float
-            activations; tensors under 1,024 elements stay float), ``"int8"`` (int8 weights and
-            activations), ``"int16x8"`` (int8 weights, int16 activations) or ``"qat"`` (int8, of
-            the trained result of `tf_kfacprune.tfmot.quantize_aware`, which learned the ranges).
+            activations; tensors under 1,024 elements stay float), ``"weight_only"`` (int8 weights,
+            float arithmetic), ``"int4"`` (int4 weights, float activations), ``"int8"`` (int8
+            weights and activations), ``"int16x8"`` (int8 weights, int16 activations) or ``"qat"``
+            (int8, of the trained result of `tf_kfacprune.tfmot.quantize_aware`, which learned the
+            ranges). ``"weight_only"`` and ``"int4"`` need the extra ``[quantizer]``.
         representative_data: real inputs, for ``"int8"`` and ``"int16x8"`` only: the range of every
             activation is measured on them (the first 256 examples). An array, a list or
             dictionary of arrays, an iterable of batches such as a ``tf.data.Dataset``, or a

@@ -36,7 +36,8 @@ __all__ = [
     "verify_outputs",
 ]
 
-# Rounding units: float32 2^-24, float16 2^-11, int8 2^-8 of the largest weight of a channel.
+# Rounding units: float32 2^-24, float16 2^-11; int8 2^-8 and int4 2^-4 of the largest weight of a
+# channel.
 TOLERANCES: dict[str | None, float] = {
     None: 1e-4,
     "float16": 1e-2,
@@ -44,8 +45,10 @@ TOLERANCES: dict[str | None, float] = {
     "int8": 0.2,
     "int16x8": 0.1,
     "qat": 0.2,
+    "weight_only": 0.1,
+    "int4": 0.5,
 }
-_INTEGER = {"dynamic", "int8", "int16x8", "qat"}
+_INTEGER = {"dynamic", "weight_only", "int4", "int8", "int16x8", "qat"}
 _HALF_PRECISION_TOLERANCE = 5e-2
 _LEAST_AGREEMENT = 0.95
 
