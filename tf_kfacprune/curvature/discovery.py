@@ -14,6 +14,7 @@ __all__ = ["NetworkBlocks", "find_blocks"]
 
 READS_GATES = "its channels are gated inside the layer"
 NO_RULE = "this layer type has no Kronecker block"
+_ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,13 @@ def _search(layer: keras.layers.Layer, found: NetworkBlocks, seen: set[int]) -> 
         return
     seen.add(id(layer))
     if isinstance(layer, GateAware):
-        _leave_out(layer, READS_GATES, found)
+        # Attention is gated around its projections, which do what they do without gates; in other
+        # layers the gates change what the weights are multiplied by.
+        inner = layer.gate_aware_of
+        if isinstance(inner, _ATTENTION):
+            _search(inner, found, seen)
+        else:
+            _leave_out(layer, READS_GATES, found)
         return
     parts = _parts(layer)
     of_layer = blocks_of(layer)
