@@ -20,14 +20,14 @@ RANGES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "branches"),
     [
-        ("MobileNet", {"alpha": 0.25}),
-        ("MobileNetV2", {"alpha": 0.35}),
-        ("MobileNetV3Small", {}),
+        ("MobileNet", {"alpha": 0.25}, 0),
+        ("MobileNetV2", {"alpha": 0.35}, 10),
+        ("MobileNetV3Small", {}, 6),
     ],
 )
-def test_compact_equals_gated(name, options):
+def test_compact_equals_gated(name, options, branches):
     rng = np.random.default_rng(0)
     model = getattr(keras.applications, name)(
         weights=None, input_shape=(32, 32, 3), classes=4, classifier_activation=None, **options
@@ -48,3 +48,17 @@ def test_compact_equals_gated(name, options):
     assert parity_error(dense, expected) > 1e-2
     assert parity_error(expected, small(x, training=False)) <= 5e-6
     assert small.count_params() < 0.7 * model.count_params()
+    network = GatedNetwork(gated)
+    removable = [network.channels.groups[g] for g in sorted(network.cost.branches.removable)]
+    assert len(removable) == branches
+    if removable:
+        values = np.array(bank.deterministic_values())
+        for group in removable[::2]:
+            values[network.neuron_gates[group.neurons, 0]] = 0.0
+        bank.set_values(values)
+        expected, small = gated(x, training=False), compact(gated, verify=False)
+        assert parity_error(expected, small(x, training=False)) <= 5e-6
+        kept = network.kept_neurons()
+        assert small.count_params() == network.cost.count("params", kept)
+        adders = [sum(isinstance(x, keras.layers.Add) for x in m.layers) for m in (model, small)]
+        assert adders[1] == adders[0] - len(removable[::2])

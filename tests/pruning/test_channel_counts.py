@@ -144,6 +144,21 @@ def test_both_survive_saving(tmp_path):
     assert loaded.gated.kept_neurons().sum() in (8, 12)
 
 
+def test_gates_that_can_remove_nothing_are_not_closed():
+    inputs = keras.Input((20,))
+    x = NeuronGate(name="idle")(layers.Softmax()(layers.Dense(6, name="mixed")(inputs)))
+    x = NeuronGate(name="useful")(layers.Dense(12, activation="relu", name="fc")(x))
+    net = keras.Model(inputs, layers.Dense(2)(x))
+    pm = PrunableModel(net, Budget(params=0.8))
+    rng = np.random.default_rng(0)
+    for logits in pm.controller.logits:
+        logits.assign(rng.normal(size=logits.shape))
+    pm.controller.land()
+    idle, useful = (np.array(source.keep) for source in pm.gated.sources)
+    assert idle.all()
+    assert not useful.all()
+
+
 def test_models_with_several_gates_per_neuron_cannot_be_rounded():
     inputs = keras.Input((20,))
     x = layers.Dense(12, name="fc")(inputs)

@@ -78,7 +78,7 @@ class _Replay:
                 self._compact[call.operation] = keras.layers.Add(name=self._free_name(call))
             result = self._compact[call.operation](tensors)
         total = sum_of(constants, lambda axis: self._plan.kept(call.outputs[0], axis))
-        if not total.any():
+        if not total.any() and result.dtype == call.outputs[0].dtype:
             return result
         policy = call.operation.dtype_policy if call.is_layer else None
         return keras.layers.Rescaling(

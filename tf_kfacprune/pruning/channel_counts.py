@@ -86,9 +86,9 @@ class GateGroups:
                 counts = OpenCounts(group.size, 0, counts.step if counts else group.size)
             self.counts.append(counts or OpenCounts(group.size, least=group.size))
         self.least = [counts.least for counts in self.counts]
-        # Gates on channels that cannot be removed come last and are free.
+        # Gates on channels that cannot be removed come last: closing them would save nothing.
         idle = np.bincount(of_gate, minlength=len(self.counts))[len(self.counts) :]
-        self.counts += [OpenCounts(int(size), least=min(1, int(size))) for size in idle]
+        self.counts += [OpenCounts(int(size), least=int(size)) for size in idle]
         if whole:
             warnings.warn(
                 f"round_to={round_to}, min_channels={min_channels}: these groups have too few "
