@@ -70,7 +70,7 @@ class AcrossChannelsRule(ChannelRule):
 
 @register_channel_rule(layers.LayerNormalization)
 class LayerNormalizationRule(AcrossChannelsRule):
-    """`LayerNormalization` over one axis, with or without centering, shift and scale."""
+    """`LayerNormalization` over one axis: statistics are of the channels that stay."""
 
     weights: ClassVar = {"gamma": (CHANNELS,), "beta": (CHANNELS,)}
 
@@ -99,7 +99,7 @@ def _per_channel(present: Any) -> Any:
 
 @register_channel_rule(layers.RMSNormalization)
 class RMSNormalizationRule(AcrossChannelsRule):
-    """`RMSNormalization` over one axis: as above, with closed channels at 0."""
+    """`RMSNormalization` over one axis: the mean square is of the channels that stay."""
 
     weights: ClassVar = {"scale": (CHANNELS,)}
 
@@ -136,7 +136,7 @@ class UnitNormalizationRule(AcrossChannelsRule):
 
 @register_channel_rule(layers.GroupNormalization)
 class GroupNormalizationRule(ChannelRule):
-    """`GroupNormalization`: its groups go as a whole, one group is a layer normalization.
+    """`GroupNormalization`: its groups go as a whole; if there is only one, channel by channel.
 
     Statistics of different groups do not mix, so a group of channels is one neuron.
     """

@@ -174,7 +174,7 @@ def _shrink(config: dict[str, Any], units: int | None) -> None:
 
 @register_channel_rule(layers.SimpleRNN, layers.GRU, layers.LSTM, layers.RNN)
 class RecurrentLayerRule(RecurrentRule):
-    """`SimpleRNN`, `GRU`, `LSTM`, and `RNN` around one of their cells."""
+    """`SimpleRNN`, `GRU`, `LSTM`, and `RNN` around one of their cells: unit by unit."""
 
     def is_known(self, layer: Any) -> bool:
         return type(layer.cell) in _CELLS
@@ -182,7 +182,7 @@ class RecurrentLayerRule(RecurrentRule):
 
 @register_channel_rule(layers.ConvLSTM1D, layers.ConvLSTM2D, layers.ConvLSTM3D)
 class ConvLSTMRule(RecurrentRule):
-    """Convolutional LSTM layers: as above, with kernels that slide over the positions."""
+    """Convolutional LSTM layers: filter by filter."""
 
     def positions(self, call: Call, flow: LabelFlow) -> list[Extent]:
         value = call.outputs[0]
