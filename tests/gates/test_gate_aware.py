@@ -146,6 +146,18 @@ def test_masks_pass_the_wrapper():
     assert parity_error(gated(data), compact(gated)(data)) <= 1e-5
 
 
+def test_the_input_may_be_given_by_keyword():
+    inputs = keras.Input((5,))
+    x = layers.LayerNormalization()(inputs=layers.Dense(8)(inputs))
+    x = layers.LSTM(4)(sequences=layers.RepeatVector(3)(x))
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    gated, data = insert_gates(model), random_inputs(model)
+    assert len(aware(gated)) == 2
+    assert parity_error(model(data), gated(data)) == 0
+    half_closed(gated)
+    assert parity_error(gated(data), compact(gated, verify=False)(data)) <= 1e-5
+
+
 def test_a_frozen_wrapped_layer_stays_frozen():
     model = network(layers.LayerNormalization(name="norm"))
     model.get_layer("norm").trainable = False

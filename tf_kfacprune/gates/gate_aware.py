@@ -66,17 +66,21 @@ class GateAware(keras.layers.Layer):
 
     def _call_like(self, layer: keras.layers.Layer) -> Any:
         """A `call` with the signature of the layer's own and the argument `gates`."""
+        signature = inspect.signature(layer.call)
+        parameters = list(signature.parameters.values())
 
         def call(*args: Any, gates: Any, **kwargs: Any) -> Any:
+            if not args:  # rules find the data that is read in the first position
+                args = (kwargs.pop(parameters[0].name),)
             by_role = {role: self._pick(gates, index) for role, index in self.indices.items()}
             return rule_for(layer).call_gated(layer, by_role, args, kwargs)
 
-        signature = inspect.signature(layer.call)
-        parameters = list(signature.parameters.values())
-        ends_open = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
-        gates = inspect.Parameter(GATES, inspect.Parameter.KEYWORD_ONLY)
-        parameters.insert(len(parameters) - ends_open, gates)
-        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        ends_open = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+        extended = list(parameters)
+        extended.insert(
+            len(parameters) - ends_open, inspect.Parameter(GATES, inspect.Parameter.KEYWORD_ONLY)
+        )
+        call.__signature__ = signature.replace(parameters=extended)  # type: ignore[attr-defined]
         return call
 
     def _pick(self, gates: Sequence[Any], indices: np.ndarray) -> InnerGates:
