@@ -16,6 +16,8 @@ __all__ = ["Hyperparameter", "LevenbergMarquardt", "check_hyperparameter", "valu
 Hyperparameter: TypeAlias = "float | keras.optimizers.schedules.LearningRateSchedule"
 Schedule = keras.optimizers.schedules.LearningRateSchedule
 
+_GOOD = 0.25  # share of the predicted decrease on new examples above which damping falls
+
 
 def check_hyperparameter(
     owner: str, name: str, value: Any, is_valid: Callable[[Any], bool], expected: str
@@ -38,12 +40,16 @@ def value_at(value: Hyperparameter, step: Any) -> Any:
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
 class LevenbergMarquardt:
-    """Damping that follows how well the quadratic model predicts the loss.
+    """Damping that follows what steps do to examples they were not computed from.
 
-    Every `every` steps the change of the loss on the batch is compared with the change that the
-    damped quadratic model of the step predicted. Where the loss fell by more than 3/4 of the
-    prediction the damping is multiplied by `decay ** every`, where it fell by less than 1/4 it is
-    divided by it.
+    Every `every` steps the change of the loss that a step made on the *next* batch is compared
+    with the change that its damped quadratic model predicted on its own. Where the loss fell by
+    more than a quarter of the prediction the damping is multiplied by `decay ** every`, where it
+    rose it is divided by it.
+
+    Levenberg and Marquardt judge a step on the batch it was computed from. There, a step that fits
+    the noise of the batch looks perfect, and the damping vanishes until training diverges; on new
+    examples even a good step keeps only part of what it promised, hence the lower thresholds.
 
     Args:
         initial: Damping to begin with, > 0, in units of the curvature of the compiled loss.
@@ -59,12 +65,12 @@ class LevenbergMarquardt:
         >>> optimizer = kp.KFAC("auto", damping=kp.LevenbergMarquardt(initial=0.1))
 
     References:
-        Martens & Grosse 2015, section 6.5 (with decay 19/20, every 5 steps).
+        Martens & Grosse 2015, section 6.5 (decay 19/20, every 5 steps; on one batch).
     """
 
     def __init__(
         self,
-        initial: float = 0.1,
+        initial: float = 1e-2,
         decay: float = 0.95,
         every: int = 5,
         minimum: float = 1e-8,
@@ -99,7 +105,7 @@ class LevenbergMarquardt:
         ratio = ops.where(ops.isfinite(ratio), ratio, -ops.ones_like(ratio))
         factor = self.decay**self.every
         lower, higher = damping * factor, damping / factor
-        moved = ops.where(ratio > 0.75, lower, ops.where(ratio < 0.25, higher, damping))
+        moved = ops.where(ratio > _GOOD, lower, ops.where(ratio < 0.0, higher, damping))
         return ops.clip(ops.where(known, moved, damping), self.minimum, self.maximum)
 
     def get_config(self) -> dict[str, Any]:
