@@ -1,0 +1,346 @@
+"""K-FAC against the optimizers of Keras: loss over steps and over seconds, cost of a step.
+
+    python examples/benchmarks/optimizer.py curves --data_dir=DIR [--tasks=autoencoder,lenet5]
+    python examples/benchmarks/optimizer.py step_cost
+    python examples/benchmarks/optimizer.py plot
+
+`curves` first tunes the learning rate of every optimizer on the same small grid (training loss
+after the task's seconds, seed 100), then trains with three other seeds. Losses are measured on
+10,000 training examples, off the clock. `step_cost` times all optimizers in one process, in turns.
+Each finished run appends one line to `results/optimizer.jsonl`; what is in there is not run again.
+`plot` draws the curves and prints the tables of the documentation.
+"""
+
+import gc
+import json
+import platform
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+
+import tf_kfacprune as kp
+
+TASKS = flags.DEFINE_list("tasks", None, "Names of tasks; default: all of them.")
+OPTIMIZERS = flags.DEFINE_list("optimizers", None, "Names of optimizers; default: all of them.")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the final runs.")
+SECONDS = flags.DEFINE_float("seconds", None, "Seconds of training per run; default: the task's.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where mnist.npz and cifar10 lie.")
+OUTPUT = flags.DEFINE_string("output", None, "JSONL file; default: results/ beside this script.")
+
+TUNING_SEED = 100
+NUM_EVALUATED = 10_000
+SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def autoencoder(sizes):
+    """A symmetric autoencoder, ReLU but for the code and the output."""
+    inputs = keras.Input((sizes[0],))
+    x = inputs
+    widths = [*sizes[1:], *sizes[-2::-1]]
+    for k, width in enumerate(widths):
+        is_linear = k in (len(sizes) - 2, len(widths) - 1)
+        x = keras.layers.Dense(width, activation=None if is_linear else "relu")(x)
+    return keras.Model(inputs, x)
+
+
+def mnist_images():
+    """Flat MNIST images, as inputs and as targets."""
+    data = kp.data.load("mnist", data_dir=DATA_DIR.value)
+    flat = data.x_train.reshape(len(data.x_train), -1)
+    return flat, flat
+
+
+def mnist_digits():
+    """MNIST images and digits."""
+    data = kp.data.load("mnist", data_dir=DATA_DIR.value)
+    return data.x_train, data.y_train
+
+
+def cifar_images():
+    """CIFAR-10 images and classes."""
+    data = kp.data.load("cifar10", data_dir=DATA_DIR.value)
+    return data.x_train, data.y_train
+
+
+def manual_text(window=32):
+    """Windows of characters of Python's own manual, and the character that follows each."""
+    import pydoc_data.topics
+
+    text = "".join(pydoc_data.topics.topics.values()).encode("ascii", "ignore")
+    tokens = np.frombuffer(text, np.uint8).astype("int32")
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, window + 1)[::7]
+    return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+
+
+def text_network():
+    """A small causal transformer over 128 characters."""
+    inputs = keras.Input((32,), dtype="int32")
+    x = keras.layers.Embedding(128, 64)(inputs)
+    places = keras.layers.Embedding(32, 64)
+    x = x + places(keras.ops.arange(32))
+    for _ in range(2):
+        y = keras.layers.LayerNormalization()(x)
+        x = x + keras.layers.MultiHeadAttention(4, 16)(y, y, use_causal_mask=True)
+        y = keras.layers.LayerNormalization()(x)
+        y = keras.layers.Dense(128, activation="gelu")(y)
+        x = x + keras.layers.Dense(64)(y)
+    return keras.Model(inputs, keras.layers.Dense(128)(keras.layers.LayerNormalization()(x)))
+
+
+BERNOULLI = keras.losses.BinaryCrossentropy(from_logits=True)
+# name -> network, data, loss, factor on the shown loss, batch size, seconds, SGD learning rates
+BENCHMARKS = {
+    "autoencoder_small": (
+        lambda: autoencoder((784, 250, 100, 30)),
+        mnist_images,
+        BERNOULLI,
+        784.0,
+        512,
+        40.0,
+        (3.0, 10.0, 30.0, 100.0),
+    ),
+    "autoencoder": (
+        lambda: autoencoder((784, 1000, 500, 250, 30)),
+        mnist_images,
+        BERNOULLI,
+        784.0,
+        1024,
+        80.0,
+        (3.0, 10.0, 30.0, 100.0),
+    ),
+    "lenet5": (kp.zoo.lenet5, mnist_digits, SPARSE, 1.0, 256, 60.0, (0.01, 0.03, 0.1, 0.3)),
+    "resnet20": (
+        lambda: kp.zoo.resnet20((32, 32, 3), 10),
+        cifar_images,
+        SPARSE,
+        1.0,
+        128,
+        300.0,
+        (0.01, 0.03, 0.1, 0.3),
+    ),
+    "text": (text_network, manual_text, SPARSE, 1.0, 256, 60.0, (0.03, 0.1, 0.3, 1.0)),
+}
+ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+KFAC_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+OPTIMIZER_NAMES = ("sgd", "adam", "adamw", "kfac", "kfac_auto")
+
+
+def make_optimizer(name, rate):
+    """An optimizer by name, with a learning rate."""
+    if name == "sgd":
+        return keras.optimizers.SGD(rate, momentum=0.9)
+    if name == "adam":
+        return keras.optimizers.Adam(rate)
+    if name == "adamw":
+        return keras.optimizers.AdamW(rate, weight_decay=1e-2)
+    return kp.KFAC("auto" if name == "kfac_auto" else rate)
+
+
+def rates_of(task, name):
+    """The grid of learning rates of an optimizer on a task."""
+    if name == "kfac_auto":
+        return (None,)
+    return {"sgd": BENCHMARKS[task][-1], "kfac": KFAC_RATES}.get(name, ADAM_RATES)
+
+
+def compiled(task, name, rate, seed):
+    """A fresh model with its optimizer, ready to train."""
+    keras.utils.set_random_seed(seed)
+    network, _, loss, *_ = BENCHMARKS[task]
+    model = network()
+    if name.startswith("kfac"):
+        model = kp.KFACModel(model, seed=seed)
+    model.compile(make_optimizer(name, rate), loss)
+    model.make_train_function()
+    return model
+
+
+def train(task, name, rate, seed, seconds):
+    """One run: `[step, seconds, loss]` at growing intervals."""
+    _, data, loss, factor, batch, *_ = BENCHMARKS[task]
+    x, y = data()
+    model = compiled(task, name, rate, seed)
+    examples = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed=seed).repeat()
+    iterator = iter(examples.batch(batch, drop_remainder=True).prefetch(2))
+    evaluated = tf.data.Dataset.from_tensor_slices((x[:NUM_EVALUATED], y[:NUM_EVALUATED]))
+    evaluated = evaluated.batch(1000)
+
+    @tf.function
+    def batch_loss(images, labels):
+        return loss(labels, model(images, training=False))
+
+    def measured():
+        return factor * float(np.mean([batch_loss(a, b) for a, b in evaluated]))
+
+    curve = [[0, 0.0, measured()]]
+    model.train_function(iterator)  # compiled off the clock
+    step, clock, interval = 1, 0.0, 1
+    while clock < seconds:
+        start = time.perf_counter()
+        for _ in range(interval):
+            model.train_function(iterator)
+        keras.ops.convert_to_numpy(model.trainable_variables[0])  # waits for the last step
+        clock += time.perf_counter() - start
+        step += interval
+        curve.append([step, round(clock, 3), measured()])
+        if not np.isfinite(curve[-1][-1]):
+            break
+        interval = max(1, step // 10)
+    return curve
+
+
+def results_path():
+    """Where the lines go."""
+    if OUTPUT.value:
+        return Path(OUTPUT.value)
+    return Path(__file__).parent / "results" / "optimizer.jsonl"
+
+
+def lines():
+    """All finished runs."""
+    path = results_path()
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def append(entry):
+    """Writes one finished run."""
+    path = results_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def curve_of(task, name, rate, seed):
+    """The curve of a run, from the file if it is there."""
+    seconds = SECONDS.value or BENCHMARKS[task][5]
+    key = {"task": task, "optimizer": name, "rate": rate, "seed": seed, "seconds": seconds}
+    for line in lines():
+        if all(line.get(k) == v for k, v in key.items()):
+            return line["curve"]
+    curve = train(task, name, rate, seed, seconds)
+    append({**key, "curve": curve, "machine": platform.processor() or platform.machine()})
+    steps, clock, loss = curve[-1]
+    print(
+        f"{task:<18} {name:<10} rate {rate} seed {seed}: {steps} steps, {clock:.0f} s, {loss:.4g}"
+    )
+    return curve
+
+
+def final_loss(curve):
+    """What learning rates are chosen by."""
+    return curve[-1][-1] if np.isfinite(curve[-1][-1]) else np.inf
+
+
+def run_curves():
+    """Tunes and trains whatever is not in the file yet."""
+    for task in TASKS.value or BENCHMARKS:
+        for name in OPTIMIZERS.value or OPTIMIZER_NAMES:
+            rates = rates_of(task, name)
+            best = rates[0]
+            if len(rates) > 1:
+                losses = [final_loss(curve_of(task, name, r, TUNING_SEED)) for r in rates]
+                best = rates[int(np.argmin(losses))]
+            for seed in map(int, SEEDS.value):
+                curve_of(task, name, best, seed)
+
+
+def run_step_cost(block=50, rounds=7):
+    """Median over rounds of the time of a block of steps, relative to Adam's in the same round."""
+    for task in TASKS.value or ("autoencoder_small", "autoencoder", "lenet5", "resnet20"):
+        _, data, *_ = BENCHMARKS[task]
+        batch = BENCHMARKS[task][4]
+        x, y = (part[:batch] for part in data())
+        iterator = iter(tf.data.Dataset.from_tensors((x, y)).repeat())
+        models = {
+            name: compiled(task, name, 1e-3, 0)
+            for name in OPTIMIZERS.value or ("adam", "kfac", "kfac_auto")
+        }
+        for model in models.values():
+            for _ in range(3):
+                model.train_function(iterator)
+        count = block if task != "resnet20" else 20
+        times = {name: [] for name in models}
+        gc.disable()
+        for _ in range(rounds):
+            for name, model in models.items():
+                start = time.perf_counter()
+                for _ in range(count):
+                    model.train_function(iterator)
+                keras.ops.convert_to_numpy(model.trainable_variables[0])
+                times[name].append((time.perf_counter() - start) / count)
+        gc.enable()
+        reference = np.array(times["adam"])
+        ratios = {n: round(float(np.median(np.array(t) / reference)), 3) for n, t in times.items()}
+        floor = arithmetic_floor(models["adam"], batch)
+        print(f"{task:<18} batch {batch}: {ratios}, arithmetic floor {floor:.2f}")
+        milliseconds = {n: round(1e3 * float(np.median(t)), 2) for n, t in times.items()}
+        append(
+            {"step_cost": task, "batch": batch, "ratios": ratios, "floor": round(floor, 3)}
+            | {"milliseconds": milliseconds}
+        )
+
+
+def arithmetic_floor(model, batch):
+    """1 + sum n_in n_out (n_in + n_out) / (3 B sum n_in n_out), for Dense networks."""
+    shapes = [tuple(v.shape) for v in model.trainable_variables if len(v.shape) == 2]
+    if not shapes:
+        return float("nan")
+    work = sum(a * b * (a + b) for a, b in shapes)
+    return 1.0 + work / (3.0 * batch * sum(a * b for a, b in shapes))
+
+
+def run_plot():
+    """Draws the mean curves of the final runs and prints a table per task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = {}
+    for line in lines():
+        if "curve" in line and line["seed"] != TUNING_SEED:
+            curves.setdefault((line["task"], line["optimizer"]), []).append(line["curve"])
+    tasks = [task for task in BENCHMARKS if any(t == task for t, _ in curves)]
+    figure, axes = pyplot.subplots(
+        len(tasks), 2, figsize=(10, 3.2 * len(tasks)), squeeze=False, layout="constrained"
+    )
+    for row, task in zip(axes, tasks, strict=True):
+        print(f"\n{task}\n\n| optimizer | steps in the time | final loss, mean (min - max) |")
+        print("| --- | --- | --- |")
+        for name in OPTIMIZER_NAMES:
+            runs = [np.array(c) for c in curves.get((task, name), [])]
+            if not runs:
+                continue
+            length = min(map(len, runs))
+            mean = np.mean([run[:length] for run in runs], axis=0)
+            row[0].plot(mean[1:, 0], mean[1:, 2], label=name)
+            row[1].plot(mean[1:, 1], mean[1:, 2], label=name)
+            finals = [run[-1, 2] for run in runs]
+            steps = np.mean([run[-1, 0] for run in runs])
+            span = f"{min(finals):.4g} - {max(finals):.4g}"
+            print(f"| {name} | {steps:.0f} | {np.mean(finals):.4g} ({span}) |")
+        for axis, label in zip(row, ("steps", "seconds"), strict=True):
+            axis.set(title=task, xlabel=label, ylabel="training loss", yscale="log")
+            axis.set(xscale="log")
+            axis.legend(frameon=False)
+    path = results_path().with_suffix(".png")
+    figure.savefig(path, dpi=120)
+    print(f"\nWritten: {path}")
+
+
+def main(argv):
+    """Runs one of the commands."""
+    commands = {"curves": run_curves, "step_cost": run_step_cost, "plot": run_plot}
+    if len(argv) != 2 or argv[1] not in commands:
+        raise app.UsageError(f"Give one command: {', '.join(commands)}.")
+    commands[argv[1]]()
+
+
+if __name__ == "__main__":
+    app.run(main)
