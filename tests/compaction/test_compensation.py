@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import layers
 
 from tf_kfacprune.compaction import compact, compensate, parity_error
-from tf_kfacprune.compaction.compensation import (
+from tf_kfacprune.compaction.readers import (
     CHANNELS_FIRST,
     GROUPED,
     SHARED,
@@ -213,7 +213,7 @@ def unsupported():
 
 
 def test_layers_that_cannot_be_compensated_are_named_with_the_reason(monkeypatch):
-    monkeypatch.setattr("tf_kfacprune.compaction.compensation._LARGEST_INPUT", 60)
+    monkeypatch.setattr("tf_kfacprune.compaction.readers._LARGEST_INPUT", 60)
     model = randomize(unsupported())
     network = GatedNetwork(net := insert_gates(model))
     values = np.ones(network.num_gates)

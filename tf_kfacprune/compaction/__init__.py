@@ -1,7 +1,8 @@
 """Compaction: from a gated network to a small, equal, ordinary Keras model."""
 
 from tf_kfacprune.compaction.compact import compact, compaction_report
-from tf_kfacprune.compaction.compensation import Compensation, LayerCompensation, compensate
+from tf_kfacprune.compaction.compensation import Compensation, compensate
+from tf_kfacprune.compaction.readers import LayerCompensation
 from tf_kfacprune.compaction.verification import parity_error, random_inputs, verify_parity
 
 __all__ = [
