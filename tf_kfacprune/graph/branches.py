@@ -27,8 +27,8 @@ from tf_kfacprune.graph.rules.activations import (
     PReLURule,
     activation_reason,
 )
-from tf_kfacprune.graph.rules.base import rule_for
 from tf_kfacprune.graph.rules.channelwise import BatchNormalizationRule, LayerScaleRule, NoiseRule
+from tf_kfacprune.graph.rules.registry import rule_for
 
 __all__ = ["Branches"]
 

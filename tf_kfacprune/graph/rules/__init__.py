@@ -14,18 +14,14 @@ from tf_kfacprune.graph.rules import (
     slicing,
     wrappers,
 )
-from tf_kfacprune.graph.rules.base import (
-    ChannelRule,
-    Extent,
-    InnerGates,
+from tf_kfacprune.graph.rules.base import ChannelRule, Extent, InnerGates, weight_extents, weight_of
+from tf_kfacprune.graph.rules.contractions import ContractionRule
+from tf_kfacprune.graph.rules.registry import (
     register_channel_rule,
     register_internal_rule,
     registered_rules,
     rule_for,
-    weight_extents,
-    weight_of,
 )
-from tf_kfacprune.graph.rules.contractions import ContractionRule
 
 __all__ = [
     "ChannelRule",

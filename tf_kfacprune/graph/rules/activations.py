@@ -15,12 +15,8 @@ from keras import layers
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import (
-    ChannelRule,
-    freeze_by_constant,
-    register_channel_rule,
-    register_internal_rule,
-)
+from tf_kfacprune.graph.rules.base import ChannelRule, freeze_by_constant
+from tf_kfacprune.graph.rules.registry import register_channel_rule, register_internal_rule
 
 __all__ = ["activation_reason", "freeze_by_activation"]
 

@@ -19,14 +19,9 @@ from keras import layers, ops
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import (
-    ChannelRule,
-    Extent,
-    InnerGates,
-    extents,
-    register_channel_rule,
-)
+from tf_kfacprune.graph.rules.base import ChannelRule, Extent, InnerGates, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
+from tf_kfacprune.graph.rules.registry import register_channel_rule
 from tf_kfacprune.graph.rules.substitution import substituted
 
 __all__: list[str] = []

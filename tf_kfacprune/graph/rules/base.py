@@ -1,4 +1,4 @@
-"""Channel rules: what each layer type does to channels, and the registry of rules.
+"""Channel rules: what each layer type does to channels.
 
 A rule answers a few questions about one layer type: how labels propagate through a call, which
 weight axes hold which channels, how the layer's configuration changes when channels go, how many
@@ -8,15 +8,12 @@ of them are closed. What has no rule is frozen with a reason, never guessed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
-import keras
 import numpy as np
 
-from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
@@ -29,17 +26,12 @@ __all__ = [
     "channel_axis",
     "extents",
     "freeze_by_constant",
-    "register_channel_rule",
-    "register_internal_rule",
-    "registered_rules",
-    "rule_for",
     "weight_extents",
     "weight_of",
 ]
 
 # One factor of a cost: a fixed number, or labels of which only the open ones count.
 Extent = int | np.ndarray
-RuleClass = TypeVar("RuleClass", bound="type[ChannelRule]")
 
 
 class Removal(Protocol):
@@ -245,87 +237,6 @@ class ChannelRule:
         for value in call.inputs:
             flow.freeze_value(value, reason, call.path)
         return [[None] * len(value.shape) for value in call.outputs]
-
-
-_LAYER_RULES: dict[type, ChannelRule] = {}
-_INTERNAL_RULES: dict[str, ChannelRule] = {}
-_UNKNOWN = ChannelRule()
-
-
-def register_channel_rule(*layer_classes: type) -> Callable[[RuleClass], RuleClass]:
-    """Class decorator: registers a `ChannelRule` for layer types.
-
-    A rule holds for exactly the classes it is registered for. Subclasses may do anything in
-    their `call`, so they need a registration of their own.
-
-    Args:
-        *layer_classes: Layer (or `keras.Operation`) classes.
-
-    Returns:
-        The decorator.
-
-    Raises:
-        InvalidArgumentError: If something else than an operation class or a rule is given.
-
-    Example:
-        >>> @kp.register_channel_rule(MyActivation)
-        ... class MyActivationRule(kp.ChannelRule):
-        ...     def propagate(self, call, flow):
-        ...         return [flow.of(call.inputs[0])]
-    """
-    for layer_class in layer_classes:
-        if not (inspect.isclass(layer_class) and issubclass(layer_class, keras.Operation)):
-            raise InvalidArgumentError(
-                "register_channel_rule takes Keras layer classes. "
-                f"Received: {layer_class!r} (of type {type(layer_class).__name__})"
-            )
-
-    def register(rule_class: RuleClass) -> RuleClass:
-        if not (inspect.isclass(rule_class) and issubclass(rule_class, ChannelRule)):
-            raise InvalidArgumentError(
-                f"A channel rule must be a subclass of ChannelRule. Received: {rule_class!r}"
-            )
-        _LAYER_RULES.update(dict.fromkeys(layer_classes, rule_class()))
-        return rule_class
-
-    return register
-
-
-def register_internal_rule(*names: str) -> Callable[[RuleClass], RuleClass]:
-    """Class decorator: registers a rule for classes that Keras does not export, by name.
-
-    These are the operations behind `x + y` and `keras.ops.*`, and a few layers of
-    `keras.applications`. Only classes that are part of Keras match.
-    """
-
-    def register(rule_class: RuleClass) -> RuleClass:
-        _INTERNAL_RULES.update(dict.fromkeys(names, rule_class()))
-        return rule_class
-
-    return register
-
-
-def registered_rules() -> list[tuple[str, bool, ChannelRule]]:
-    """All rules, for documentation: `(name, whether it is a public layer's, rule)`.
-
-    Layers of this package and of users are left out.
-    """
-    public = {kind: name for name, kind in vars(keras.layers).items() if inspect.isclass(kind)}
-    public |= {kind: kind.__name__ for kind in public if hasattr(keras.layers, kind.__name__)}
-    exported = [(public[kind], True, rule) for kind, rule in _LAYER_RULES.items() if kind in public]
-    return exported + [(name, False, rule) for name, rule in _INTERNAL_RULES.items()]
-
-
-def rule_for(operation: Any) -> ChannelRule:
-    """The rule of a layer or operation; the all-freezing one if there is none."""
-    kind = type(operation)
-    if kind in _LAYER_RULES:
-        return _LAYER_RULES[kind]
-    is_internal = kind.__module__.startswith("keras.src.")
-    exported = isinstance(operation, keras.Layer) and hasattr(keras.layers, kind.__name__)
-    if not is_internal or exported:
-        return _UNKNOWN
-    return _INTERNAL_RULES.get(kind.__name__, _UNKNOWN)
 
 
 def channel_axis(layer: Any, rank: int) -> int:

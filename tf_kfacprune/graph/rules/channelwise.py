@@ -10,13 +10,8 @@ from keras import layers
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import (
-    ChannelRule,
-    channel_axis,
-    freeze_by_constant,
-    register_channel_rule,
-    register_internal_rule,
-)
+from tf_kfacprune.graph.rules.base import ChannelRule, channel_axis, freeze_by_constant
+from tf_kfacprune.graph.rules.registry import register_channel_rule, register_internal_rule
 
 __all__: list[str] = []
 

@@ -17,10 +17,10 @@ from tf_kfacprune.graph.rules.base import (
     Extent,
     channel_axis,
     extents,
-    register_channel_rule,
     weight_extents,
     weight_of,
 )
+from tf_kfacprune.graph.rules.registry import register_channel_rule
 
 __all__ = ["ContractionRule"]
 

@@ -12,12 +12,9 @@ from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.activations import freeze_by_activation
-from tf_kfacprune.graph.rules.base import (
-    Extent,
-    extents,
-    register_channel_rule,
-)
+from tf_kfacprune.graph.rules.base import Extent, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
+from tf_kfacprune.graph.rules.registry import register_channel_rule
 
 __all__: list[str] = []
 

@@ -10,12 +10,8 @@ from keras import layers, tree
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import CONSTANT, Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import (
-    ChannelRule,
-    freeze_by_constant,
-    register_channel_rule,
-    register_internal_rule,
-)
+from tf_kfacprune.graph.rules.base import ChannelRule, freeze_by_constant
+from tf_kfacprune.graph.rules.registry import register_channel_rule, register_internal_rule
 
 __all__: list[str] = []
 

@@ -22,7 +22,8 @@ from keras import layers, ops
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, InnerGates, register_channel_rule
+from tf_kfacprune.graph.rules.base import ChannelRule, InnerGates
+from tf_kfacprune.graph.rules.registry import register_channel_rule
 from tf_kfacprune.graph.rules.substitution import substituted
 
 __all__: list[str] = []

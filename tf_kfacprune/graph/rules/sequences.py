@@ -10,8 +10,9 @@ from keras import layers
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, Extent, register_channel_rule
+from tf_kfacprune.graph.rules.base import ChannelRule, Extent
 from tf_kfacprune.graph.rules.contractions import ContractionRule
+from tf_kfacprune.graph.rules.registry import register_channel_rule
 
 __all__: list[str] = []
 

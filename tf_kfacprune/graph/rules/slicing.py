@@ -14,7 +14,8 @@ from keras import ops
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, Removal, register_internal_rule
+from tf_kfacprune.graph.rules.base import ChannelRule, Removal
+from tf_kfacprune.graph.rules.registry import register_internal_rule
 
 __all__: list[str] = []
 

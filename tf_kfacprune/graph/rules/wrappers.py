@@ -15,14 +15,9 @@ from keras import layers
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import (
-    ChannelRule,
-    Extent,
-    extents,
-    register_channel_rule,
-    rule_for,
-)
+from tf_kfacprune.graph.rules.base import ChannelRule, Extent, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
+from tf_kfacprune.graph.rules.registry import register_channel_rule, rule_for
 
 __all__: list[str] = []
 
