@@ -88,6 +88,27 @@ def test_model_that_returns_nan_is_not_verifiable(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_labels_let_the_accuracy_decide_and_the_log_is_named(model, tmp_path, monkeypatch):
+    x = np.random.default_rng(2).normal(size=(50, 6, 6, 1)).astype("float32")
+    labels = model.predict(x, verbose=0).argmax(axis=1)
+    saved_model(model, tmp_path / "net", verify_data=(x, labels), max_accuracy_drop=0.0)
+
+    def one_class_only(folder, inputs, what):
+        return {"output": 1e6 * np.eye(3, dtype="float32")[np.zeros(len(inputs["image"]), int)]}
+
+    monkeypatch.setattr(saved_models, "run_saved_model", one_class_only)
+    monkeypatch.setattr(saved_models, "compute_tolerance", lambda model: 1e9)
+    with pytest.raises(ExportError, match=r"loses too much accuracy.*log is kept in \S+\.log"):
+        saved_model(model, tmp_path / "bad", verify_data=(x, labels))
+    assert os.listdir(tmp_path) == ["net"]
+
+
+def test_unwritable_folder_is_named(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"file/net cannot be written"):
+        saved_model(model, tmp_path / "file" / "net")
+
+
 def test_subclassed_model_is_refused(tmp_path):
     class Subclassed(keras.Model):
         pass
