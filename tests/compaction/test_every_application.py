@@ -1,0 +1,54 @@
+"""Every constructor of keras.applications: `pytest -m slow` runs them all, records are checked."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+from pathlib import Path
+
+import keras
+import pytest
+from absl import flags
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "applications.py"
+RECORDS = SCRIPT.parent / "results" / "applications.jsonl"
+CONSTRUCTORS = dict(inspect.getmembers(keras.applications, inspect.isfunction))
+
+
+def _check(record):
+    assert record["open_gates_change"] == 0.0
+    assert record["counts_all_parameters"]
+    assert record["prunable_share"] == 1.0, record["frozen"]
+    for kind in ("hard", "soft", "branches"):
+        if kind in record:
+            assert record[kind]["error"] <= 1e-5
+            assert record[kind]["effect"] > 1e-2
+            assert record[kind]["params"] < 0.9
+    assert record["tflite"]["bytes"] > 0
+
+
+@pytest.fixture(scope="module")
+def benchmark_script():
+    specification = importlib.util.spec_from_file_location("applications_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", sorted(CONSTRUCTORS))
+def test_the_compact_model_equals_the_gated_one(name, benchmark_script):
+    size = 96
+    _check(benchmark_script.examine(name, CONSTRUCTORS[name], size))
+
+
+def test_the_recorded_models_pass():
+    records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    assert records
+    for record in records:
+        assert record["model"] in CONSTRUCTORS
+        _check(record)
