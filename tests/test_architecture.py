@@ -24,6 +24,7 @@ RANKS = {
     "errors": -1,
     "validation": 0,
     "linalg": 1,
+    "distribution": 1,
     "graph": 2,
     "gates": 3,
     "curvature": 4,

@@ -15,6 +15,7 @@ __all__ = [
     "NonFiniteError",
     "ParityError",
     "UnsupportedModelError",
+    "WorkerLostError",
 ]
 
 
@@ -48,3 +49,7 @@ class ParityError(KFACPruneError, RuntimeError):
 
 class ExportError(KFACPruneError, RuntimeError):
     """A model could not be written, converted or verified."""
+
+
+class WorkerLostError(KFACPruneError, ConnectionError):
+    """Another worker of a distributed training has died or cannot be reached."""

@@ -96,8 +96,13 @@ class BlockState:
             g = summed(block.factor_g, probes[0]) / len(records)
         return [self.a.statistic(a), self.g.statistic(g)]
 
-    def refresh(self, debias: Any, damping: Any) -> None:
-        """Updates what inverts the block.
+    @property
+    def inverting(self) -> list[keras.Variable]:
+        """The variables that invert the block."""
+        return [*self.a.inverting, *self.g.inverting]
+
+    def refreshed(self, debias: Any, damping: Any) -> list[Any]:
+        """New values for `inverting`.
 
         Args:
             debias: Factor that makes the averages unbiased.
@@ -116,7 +121,7 @@ class BlockState:
 
 
 class CholeskyState(BlockState):
-    """`P = (A + pi sqrt(d) I)^-1 V (G + sqrt(d)/pi I)^-1`, d as of the last `refresh`.
+    """`P = (A + pi sqrt(d) I)^-1 V (G + sqrt(d)/pi I)^-1`, d as of the last refresh.
 
     References:
         Martens & Grosse 2015, section 6.3.
@@ -124,13 +129,12 @@ class CholeskyState(BlockState):
 
     factor_class = InvertedFactor
 
-    def refresh(self, debias: Any, damping: Any) -> None:
+    def refreshed(self, debias: Any, damping: Any) -> list[Any]:
         a = tf.convert_to_tensor(self.a.average) * debias
         g = tf.convert_to_tensor(self.g.average) * debias
         means = self.a.mean_eigenvalue(a), self.g.mean_eigenvalue(g)
         damping_a, damping_g = factored_damping(*means, damping)
-        self.a.invert(a, damping_a)
-        self.g.invert(g, damping_g)
+        return [*self.a.inverted(a, damping_a), *self.g.inverted(g, damping_g)]
 
     def precondition(self, matrix: Any, damping: Any) -> Any:
         return self.g.solve_right(self.a.solve_left(matrix))
@@ -141,9 +145,10 @@ class EigenState(BlockState):
 
     factor_class = DiagonalizedFactor
 
-    def refresh(self, debias: Any, damping: Any) -> None:
-        self.a.diagonalize(tf.convert_to_tensor(self.a.average) * debias)
-        self.g.diagonalize(tf.convert_to_tensor(self.g.average) * debias)
+    def refreshed(self, debias: Any, damping: Any) -> list[Any]:
+        a = tf.convert_to_tensor(self.a.average) * debias
+        g = tf.convert_to_tensor(self.g.average) * debias
+        return [*self.a.diagonalized(a), *self.g.diagonalized(g)]
 
     def precondition(self, matrix: Any, damping: Any) -> Any:
         rotated = self.g.rotate_right(self.a.rotate_left(matrix))
@@ -152,7 +157,7 @@ class EigenState(BlockState):
 
     def curvature(self) -> Any:
         """The block's diagonal in the eigenbasis, shape `(*k, n_a, n_out)`."""
-        return self.a.eigenvalues[..., :, None] * self.g.eigenvalues[..., None, :]
+        return _outer(self.a.eigenvalues, self.g.eigenvalues)
 
 
 class EKFACState(EigenState):
@@ -195,16 +200,25 @@ class EKFACState(EigenState):
             rotated += tf.matmul(rows_a, rows_g, transpose_a=True)
         return tf.reduce_mean(tf.square(rotated), axis=-3)
 
-    def refresh(self, debias: Any, damping: Any) -> None:
-        super().refresh(debias, damping)
-        for moments in self.averages[2:]:
+    @property
+    def inverting(self) -> list[keras.Variable]:
+        return [*super().inverting, *self.averages[2:]]
+
+    def refreshed(self, debias: Any, damping: Any) -> list[Any]:
+        found = super().refreshed(debias, damping)
+        if self.block.is_contraction:
             # In a new basis the old moments mean nothing; K-FAC's own are the best guess.
-            moments.assign(super().curvature())
+            found.append(_outer(found[0], found[len(self.a.inverting)]))
+        return found
 
     def curvature(self) -> Any:
         if not self.block.is_contraction:
             return super().curvature()
         return tf.convert_to_tensor(self.averages[2])
+
+
+def _outer(left: Any, right: Any) -> Any:
+    return left[..., :, None] * right[..., None, :]
 
 
 STATES: dict[str, type[BlockState]] = {

@@ -40,6 +40,7 @@ class Factor:
 
     Attributes:
         variables: All variables.
+        inverting: Those of them that invert the factor.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Factor:
         self.n = n
         self.is_diagonal = is_diagonal
         self.variables: list[keras.Variable] = []
+        self.inverting: list[keras.Variable] = []
         self._name = name
         self._add_variable = add_variable
         self._vector, self._square = (*group_shape, n), (*group_shape, n, n)
@@ -78,6 +80,7 @@ class InvertedFactor(Factor):
         super().__init__(*args, **kwargs)
         initializer = "ones" if self.is_diagonal else _identities
         self._inverse = self._variable("inverse", self._shape, initializer)
+        self.inverting = [self._inverse]
 
     def mean_eigenvalue(self, factor: Any) -> Any:
         """`tr M / n`, shape `k`.
@@ -89,8 +92,8 @@ class InvertedFactor(Factor):
             return ops.mean(factor, axis=-1)
         return ops.trace(factor, axis1=-2, axis2=-1) / float(self.n)
 
-    def invert(self, factor: Any, damping: Any) -> None:
-        """Stores the damped inverse.
+    def inverted(self, factor: Any, damping: Any) -> list[Any]:
+        """The damped inverse, the value for `inverting`.
 
         Args:
             factor: The debiased average.
@@ -98,9 +101,8 @@ class InvertedFactor(Factor):
         """
         if self.is_diagonal:
             # Zero damping on a zero entry gives a zero inverse, as `damped_inverse` does.
-            self._inverse.assign(tf.math.divide_no_nan(1.0, factor + damping[..., None]))
-        else:
-            self._inverse.assign(damped_inverse(factor, damping))
+            return [tf.math.divide_no_nan(1.0, factor + damping[..., None])]
+        return [damped_inverse(factor, damping)]
 
     def solve_left(self, matrix: Any) -> Any:
         """`(M + damping I)^-1 V`."""
@@ -124,21 +126,20 @@ class DiagonalizedFactor(Factor):
         self._values = self._variable("eigenvalues", self._vector, "ones")
         if not self.is_diagonal:
             self._basis = self._variable("eigenvectors", self._square, _identities)
+        self.inverting = self.variables[1:]
 
     @property
     def eigenvalues(self) -> Any:
         """s, shape `(*k, n)`."""
         return tf.convert_to_tensor(self._values)
 
-    def diagonalize(self, factor: Any) -> None:
-        """Stores eigenvectors and eigenvalues of the debiased average."""
+    def diagonalized(self, factor: Any) -> list[Any]:
+        """Eigenvalues and eigenvectors of the debiased average, the values for `inverting`."""
         if self.is_diagonal:
-            self._values.assign(ops.maximum(factor, 0.0))
-            return
+            return [ops.maximum(factor, 0.0)]
         symmetric = 0.5 * (factor + ops.swapaxes(factor, -1, -2))
         values, vectors = tf.linalg.eigh(symmetric)
-        self._values.assign(ops.maximum(values, 0.0))
-        self._basis.assign(vectors)
+        return [ops.maximum(values, 0.0), vectors]
 
     def rotate_rows(self, rows: Any) -> Any:
         """`r^T Q` of rows `(*k, batch, T, n)`."""

@@ -37,6 +37,14 @@ import tensorflow as tf
 from keras import ops
 
 from tf_kfacprune.curvature import KroneckerBlock, Record
+from tf_kfacprune.distribution import (
+    ReplicaLocal,
+    cond,
+    num_replicas,
+    replica_id,
+    sum_over_replicas,
+    weighted_mean,
+)
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.optimizers.block_states import STATES
 from tf_kfacprune.optimizers.hyperparameters import (
@@ -96,6 +104,8 @@ class KFAC(keras.optimizers.Optimizer):
         max_factor_dim: Dimension above which only the diagonal of a factor is kept, or None.
         adam_ratio: Learning rate of the Adam steps as a multiple of `learning_rate` (of 0.01 with
             `"auto"`).
+        shard_inverses: Under `tf.distribute`, whether each replica computes the inverses of some
+            blocks only and they are exchanged, instead of each computing all.
         weight_decay: Decoupled weight decay, or None.
         name: Name of the optimizer.
         **kwargs: Further arguments of `keras.optimizers.Optimizer`: clipping, EMA, loss scale.
@@ -131,6 +141,7 @@ class KFAC(keras.optimizers.Optimizer):
         weight_sharing: str = "expand",
         max_factor_dim: int | None = 4096,
         adam_ratio: Hyperparameter = 0.1,
+        shard_inverses: bool = False,
         weight_decay: float | None = None,
         name: str = "kfac",
         **kwargs: Any,
@@ -167,6 +178,7 @@ class KFAC(keras.optimizers.Optimizer):
             "an integer >= 1 or None",
             max_factor_dim,
         )
+        check(isinstance(shard_inverses, bool), "shard_inverses", "True or False", shard_inverses)
         accumulation = kwargs.get("gradient_accumulation_steps")
         check(
             accumulation is None,
@@ -193,9 +205,10 @@ class KFAC(keras.optimizers.Optimizer):
         self.weight_sharing = weight_sharing
         self.max_factor_dim = max_factor_dim
         self.adam_ratio = adam_ratio
+        self.shard_inverses = shard_inverses
         self._layout = Layout([], 0)
         self._bound = Binding(None, {})
-        self._quadratic_form: QuadraticForm | None = None
+        self._quadratic_form = ReplicaLocal()
 
     # ---- building
 
@@ -224,12 +237,6 @@ class KFAC(keras.optimizers.Optimizer):
     def build(self, variables: Sequence[keras.Variable]) -> None:
         if self.built:
             return
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        if replicas > 1:
-            raise InvalidArgumentError(
-                f"KFAC does not support tf.distribute yet. Received: a strategy with {replicas} "
-                "replicas. Train on one device, or use an optimizer of Keras."
-            )
         super().build(variables)
         index_of = {id(v): i for i, v in enumerate(variables)}
         states = [
@@ -302,22 +309,24 @@ class KFAC(keras.optimizers.Optimizer):
             )
         return found
 
-    def update_factors(self, statistics: Sequence[Sequence[Any]]) -> None:
+    def update_factors(self, statistics: Sequence[Sequence[Any]], examples: Any = 1) -> None:
         """Averages in the statistics of a batch, and updates the inverses when they are due.
 
         Statistics with NaN or infinite entries are left out.
 
         Args:
             statistics: For each block `[A, G]`, as returned by `statistics`.
+            examples: Number of examples that they are means over, a scalar tensor; under
+                `tf.distribute`, those of this replica.
         """
-        flat = [moment for block in statistics for moment in block]
+        flat = weighted_mean([moment for block in statistics for moment in block], examples)
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(f)) for f in flat])
         tf.cond(finite, lambda: self._average_in(flat), lambda: None)
         step = tf.convert_to_tensor(self.iterations)
         due = tf.logical_or(
             step < self.inverse_every, step % self.inverse_every < self.factor_every
         )
-        tf.cond(tf.logical_and(due, finite), self._update_inverses, lambda: None)
+        cond(tf.logical_and(due, finite), self._update_inverses, lambda: None)
 
     def _average_in(self, flat: Sequence[Any]) -> None:
         decay = value_at(self.factor_decay, self.iterations)
@@ -331,8 +340,31 @@ class KFAC(keras.optimizers.Optimizer):
 
     def _update_inverses(self) -> None:
         debias = 1.0 / tf.convert_to_tensor(self._average_weight)
+        damping = self.current_damping
+        if self.shard_inverses and num_replicas() > 1:
+            self._assign_inverses(self._sharded_inverses(debias, damping))
+            return
         for state in self._layout.states:
-            state.refresh(debias, self.current_damping)
+            for variable, new in zip(
+                state.inverting, state.refreshed(debias, damping), strict=True
+            ):
+                variable.assign(new)
+
+    def _sharded_inverses(self, debias: Any, damping: Any) -> list[Any]:
+        """New values of what inverts all blocks; block j is computed by replica `j % n` alone."""
+        found: list[Any] = []
+        for j, state in enumerate(self._layout.states):
+            found += tf.cond(
+                tf.equal(replica_id(), j % num_replicas()),
+                functools.partial(state.refreshed, debias, damping),
+                functools.partial(_zeros, state.inverting),
+            )
+        return sum_over_replicas(found)
+
+    def _assign_inverses(self, values: Sequence[Any]) -> None:
+        variables = [v for state in self._layout.states for v in state.inverting]
+        for variable, new in zip(variables, values, strict=True):
+            variable.assign(new)
 
     # ---- the quadratic model and damping
 
@@ -350,23 +382,37 @@ class KFAC(keras.optimizers.Optimizer):
         Args:
             quadratic_form: As `QuadraticForm`, or None.
         """
-        self._quadratic_form = quadratic_form
+        self._quadratic_form.value = quadratic_form
         try:
             yield
         finally:
-            self._quadratic_form = None
+            self._quadratic_form.value = None
 
     def damping_due(self) -> Any:
-        """Boolean scalar tensor: whether damping is adapted after the step to come."""
+        """Boolean scalar tensor: whether the last step is to be judged now, before the next."""
         if not isinstance(self.damping, LevenbergMarquardt) or not self._layout.states:
             return tf.constant(False)
-        return tf.equal((tf.convert_to_tensor(self.iterations) + 1) % self.damping.every, 0)
+        step = tf.convert_to_tensor(self.iterations)
+        return tf.logical_and(step > 0, tf.equal(step % self.damping.every, 0))
+
+    @contextmanager
+    def last_step_undone(self) -> Iterator[None]:
+        """Within this context the variables in blocks are where they were before the last step."""
+        variables = self.block_variables
+        values = [tf.convert_to_tensor(v) for v in variables]
+        for variable, value, index in zip(variables, values, self._layout.in_blocks, strict=True):
+            last = tf.convert_to_tensor(self._momentums[index])
+            variable.assign(value + tf.cast(last, value.dtype))
+        yield
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
 
     def adapt_damping(self, loss_change: Any) -> None:
-        """Moves the damping after a step, by how well the change of the loss was predicted.
+        """Moves the damping by how well the change that the last step made was predicted.
 
         Args:
-            loss_change: Loss after the step minus loss before it, on the batch of the step.
+            loss_change: Loss after the last step minus loss before it, on the same batch. On a
+                batch that the step was not computed from, steps that fit noise count as bad.
         """
         if isinstance(self.damping, LevenbergMarquardt) and self._damping_value is not None:
             predicted = tf.convert_to_tensor(self._predicted_change)
@@ -377,13 +423,14 @@ class KFAC(keras.optimizers.Optimizer):
         self, gradients: Sequence[Any], directions: Sequence[Sequence[Any]]
     ) -> tuple[Any, Any]:
         """K and b of the quadratic model along the given directions."""
-        if self._quadratic_form is None:
+        quadratic_form = self._quadratic_form.value
+        if quadratic_form is None:
             raise InvalidArgumentError(
                 f"Optimizer {self.name!r} needs the quadratic model of the loss "
                 "(learning_rate='auto' or damping=LevenbergMarquardt(...)), and the model does not "
                 "provide it. Train with kp.KFACModel or kp.PrunableModel."
             )
-        k = self._quadratic_form(directions)
+        k = quadratic_form(directions)
         gram = tf.stack([tf.stack([_dot(p, q) for q in directions]) for p in directions])
         b = tf.stack([_dot(p, gradients) for p in directions])
         return k + self.current_damping * gram, b
@@ -460,7 +507,19 @@ class KFAC(keras.optimizers.Optimizer):
             k, b = self._quadratic_model(gradients, [step])
             self._predicted_change.assign(model_change(k, b, tf.ones((1,))))
 
-        tf.cond(self.damping_due(), predict, lambda: None)
+        # Fixed steps need their prediction only if the next step begins with judging them.
+        following = tf.convert_to_tensor(self.iterations) + 1
+        is_judged = isinstance(self.damping, LevenbergMarquardt) and tf.equal(
+            following % self.damping.every, 0
+        )
+        cond(is_judged, predict, lambda: None)
+
+    def apply(
+        self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None
+    ) -> None:
+        # The base class would sum gradients last of all, after clipping them part by part; clipping
+        # and preconditioning are about the gradient of the whole batch.
+        super().apply(sum_over_replicas(grads), trainable_variables)
 
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
@@ -482,6 +541,11 @@ class KFAC(keras.optimizers.Optimizer):
         else:
             steps = self._bounded(steps, gradients, learning_rate)
             steps = self._fixed_steps(steps, gradients, learning_rate)
+        if num_replicas() > 1:
+            # They are the same on all replicas, and each has variables of its own.
+            for place, variable in zip(places, trainable_variables, strict=True):
+                self.update_step(steps[place], variable, learning_rate)
+            return
         # In a branch of tf.cond the all-reduce of the base class wants its arguments from that
         # branch, not some of them from outside.
         applied = [tf.identity(steps[place]) for place in places]
@@ -567,7 +631,12 @@ _PLAIN = (
     "inverse",
     "weight_sharing",
     "max_factor_dim",
+    "shard_inverses",
 )
+
+
+def _zeros(variables: Sequence[keras.Variable]) -> list[Any]:
+    return [tf.zeros(variable.shape, variable.dtype) for variable in variables]
 
 
 def _dot(left: Sequence[Any], right: Sequence[Any]) -> Any:

@@ -7,7 +7,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-__all__ = ["head_of_batch"]
+__all__ = ["head_of_batch", "num_examples"]
+
+
+def num_examples(x: Any) -> Any:
+    """Number of examples in a batch of inputs, a scalar int32 tensor."""
+    return tf.shape(keras.tree.flatten(x)[0])[0]
 
 
 def head_of_batch(data: Any, fraction: float) -> Any:

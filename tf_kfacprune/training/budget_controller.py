@@ -33,6 +33,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from tf_kfacprune.distribution import num_replicas, sum_over_replicas
 from tf_kfacprune.gates import GatedNetwork, GatePhase
 from tf_kfacprune.pruning import Budget, GateGroups, Phases, land_on_budget, target_fraction
 
@@ -169,7 +170,8 @@ class BudgetController(keras.layers.Layer):
         """One step of the gates on `loss + price * cost`, and one of the prices.
 
         Args:
-            loss_gradients: Gradients of the loss with respect to each of `logits`.
+            loss_gradients: Gradients of the loss with respect to each of `logits`; under
+                `tf.distribute`, this replica's part of them.
         """
         gated = self._plan.gated
         with tf.GradientTape() as tape:
@@ -178,7 +180,10 @@ class BudgetController(keras.layers.Layer):
             costs = {m: gated.cost.fraction(m, openness) for m in self.prices}
             priced = tf.add_n([self._price(m, cost) * cost for m, cost in costs.items()])
         cost_gradients = tape.gradient(priced, [v.value for v in self.logits])
-        gradients = [g + c for g, c in zip(loss_gradients, cost_gradients, strict=True)]
+        loss_gradients = sum_over_replicas(loss_gradients)
+        # The optimizer of Keras sums over the replicas once more.
+        share = 1.0 / num_replicas()
+        gradients = [share * (g + c) for g, c in zip(loss_gradients, cost_gradients, strict=True)]
         self.gate_optimizer.apply(gradients, self.logits)
 
     def _price(self, measure: str, expected: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +17,23 @@ from tf_kfacprune.curvature import (
     gauss_newton_form,
     probe_gradients,
 )
-from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
+from tf_kfacprune.distribution import (
+    ReplicaSeedGenerator,
+    cond,
+    num_replicas,
+    sum_over_replicas,
+    weighted_mean,
+)
+from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.training.batches import head_of_batch
+from tf_kfacprune.training.batches import head_of_batch, num_examples
 from tf_kfacprune.training.compiled import Compiled, inner_optimizer
+from tf_kfacprune.training.distributed import (
+    check_distributed,
+    is_multi_worker,
+    one_per_worker,
+    raise_lost_worker,
+)
 from tf_kfacprune.training.forward_state import ForwardState
 from tf_kfacprune.training.guard_callback import GuardCallback
 from tf_kfacprune.training.step_guard import StepGuard
@@ -89,7 +103,7 @@ class KFACModel(keras.Model):
         self.net = model
         self.max_skipped_steps = max_skipped_steps
         self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed_generator = ReplicaSeedGenerator(seed)
         self.guard = StepGuard(max_skipped_steps, name="guard")
         self._found = Untracked(find_blocks(model))
         self.built = True
@@ -123,17 +137,16 @@ class KFACModel(keras.Model):
     def compile(
         self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise InvalidArgumentError(
-                f"{type(self).__name__} does not support tf.distribute strategies with several "
-                f"replicas yet. Received: {tf.distribute.get_strategy()!r}. Train on one device."
-            )
-        super().compile(optimizer, loss, *args, **kwargs)
-        kfac = self._kfac
-        if kfac is not None:
-            kfac.bind(self.blocks, self._network_blocks.reasons)
-        # Before weights are loaded: an optimizer without variables would lose its state silently.
-        self.optimizer.build(self.network_variables)
+        with self.distribute_strategy.scope():
+            super().compile(optimizer, loss, *args, **kwargs)
+            kfac = self._kfac
+            if self.distribute_strategy.num_replicas_in_sync > 1:
+                check_distributed(self, kwargs.get("jit_compile", "auto"))
+                self.jit_compile = False
+            if kfac is not None:
+                kfac.bind(self.blocks, self._network_blocks.reasons)
+            # Before weights are loaded: an optimizer without variables would lose its state.
+            self.optimizer.build(self.network_variables)
         self._compiled = Compiled(loss, inner_optimizer(self.optimizer))
         if kfac is not None and kfac.needs_quadratic_form:
             self._compiled.objective()
@@ -177,7 +190,24 @@ class KFACModel(keras.Model):
                 callbacks.append(callback)
         else:
             callbacks = [*self._run_callbacks(), *callbacks]
-        return super().fit(x, y, *args, **{**kwargs, "callbacks": callbacks})
+        with raise_lost_worker(self.distribute_strategy):
+            return super().fit(x, y, *args, **{**kwargs, "callbacks": callbacks})
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        # Keras averages the first batch over the replicas to learn its shape. That fails for parts
+        # of different size, and with several workers for any; the part of one replica will do.
+        # Metrics have to be built here: a step that creates variables cannot all-reduce.
+        strategy = self.distribute_strategy
+        if strategy.num_replicas_in_sync == 1:
+            super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+            return
+        for _, _, batches in iterator or ():
+            data_batch = keras.tree.map_structure(
+                lambda v: strategy.experimental_local_results(v)[0], next(batches)
+            )
+            break
+        with strategy.scope():
+            self._symbolic_build(data_batch=data_batch)
 
     def _run_callbacks(self) -> list[keras.callbacks.Callback]:
         """Callbacks that every `fit` needs."""
@@ -191,32 +221,67 @@ class KFACModel(keras.Model):
         self._begin_step()
         before = self._forward_state()
         variables = [*self.network_variables, *self._extra_variables()]
+        examples = num_examples(x)
         with tf.GradientTape() as tape:
             y_pred = self(x, training=True)
-            loss = self.compute_loss(
+            loss = self._loss_of_replica(
                 x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
             )
             scaled_loss = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled_loss, [v.value for v in variables])
         gradients = self._regularized(gradients, variables, x, y)
         finite = self._is_finite(loss, gradients)
+        if num_replicas() > 1:
+            gradients, finite = self._agreed(gradients, finite, examples, before)
 
         def apply() -> None:
+            self._judge_last_step(before, loss, x, y, sample_weight)
             self._update_factors(x, y)
-            adapts = tf.constant(False) if self._kfac is None else self._kfac.damping_due()
             self._apply(gradients, variables, x, y)
-            if self._kfac is not None and self._kfac.needs_quadratic_form:
-                tf.cond(
-                    adapts,
-                    lambda: self._adapt_damping(before, loss, x, y, sample_weight),
-                    lambda: None,
-                )
             self._update_metrics(x, y, y_pred, sample_weight, loss)
 
-        tf.cond(finite, apply, before.restore)
+        cond(finite, apply, before.restore)
         self.guard.count(finite)
         self._end_step()
-        return {**self.get_metrics_result(), **self._figures()}
+        return self._results({**self.get_metrics_result(), **self._figures()})
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        return self._results(super().test_step(data))
+
+    def _results(self, results: dict[str, Any]) -> dict[str, Any]:
+        return one_per_worker(results) if is_multi_worker(self.distribute_strategy) else results
+
+    def _loss_of_replica(self, **arguments: Any) -> Any:
+        """Mean loss over this replica's examples; Keras' own is divided by the replicas."""
+        loss = self.compute_loss(**arguments)
+        return loss if num_replicas() == 1 else loss * tf.cast(num_replicas(), loss.dtype)
+
+    def _agreed(
+        self, gradients: Sequence[Any], finite: Any, examples: Any, before: ForwardState
+    ) -> tuple[list[Any], Any]:
+        """This replica's part of the gradient of the whole batch; whether all parts are finite.
+
+        A replica without examples (in a small last batch) contributes nothing, and its pass leaves
+        no trace: means over no examples are NaN. Where a loss scale is too high for one replica,
+        all see it.
+        """
+        idle = tf.equal(examples, 0)
+        fine = _all_finite(gradients)
+        finite = tf.logical_or(finite, idle)
+        tf.cond(idle, before.restore, lambda: None)
+        weight = tf.cast(examples, "float32")
+        flags = [tf.cast(flag, "float32") for flag in (finite, tf.logical_or(fine, idle))]
+        total, *agreeing = sum_over_replicas([weight, *flags])
+        finite, fine = (tf.equal(count, float(num_replicas())) for count in agreeing)
+        share = weight / tf.maximum(total, 1.0)
+        poison = tf.where(fine, 0.0, math.nan)
+        parts = [
+            None
+            if g is None
+            else tf.math.multiply_no_nan(g, tf.cast(share, g.dtype)) + tf.cast(poison, g.dtype)
+            for g in (None if g is None else tf.convert_to_tensor(g) for g in gradients)
+        ]
+        return parts, finite
 
     def _begin_step(self) -> None:
         """What happens before the forward pass."""
@@ -242,8 +307,7 @@ class KFACModel(keras.Model):
         finite = tf.math.is_finite(tf.cast(loss, "float32"))
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             return finite  # overflowing gradients are its signal to lower the scale
-        sums = [tf.reduce_sum(tf.abs(tf.cast(g, "float32"))) for g in gradients if g is not None]
-        return tf.logical_and(finite, tf.math.is_finite(tf.add_n(sums)))
+        return tf.logical_and(finite, _all_finite(gradients))
 
     def _mean_loss(self, labels: str) -> Any:
         """`(outputs, y) -> scalars`: likelihoods of the model's own labels, or the compiled loss.
@@ -258,7 +322,7 @@ class KFACModel(keras.Model):
         if labels == "exact" and compiled.exact is not None:
             exact = compiled.exact
             return lambda outputs, y: exact(outputs)
-        return lambda outputs, y: [self.compute_loss(y=y, y_pred=outputs, training=False)]
+        return lambda outputs, y: [self._loss_of_replica(y=y, y_pred=outputs, training=False)]
 
     def _update_factors(self, x: Any, y: Any) -> None:
         kfac = self._kfac
@@ -274,9 +338,9 @@ class KFACModel(keras.Model):
                 self.net, x, kfac.blocks, lambda outputs: mean_loss(outputs, y), training=True
             )
             state.restore()
-            kfac.update_factors(kfac.statistics(records, probes))
+            kfac.update_factors(kfac.statistics(records, probes), num_examples(x))
 
-        tf.cond(kfac.factors_due(), update, lambda: None)
+        cond(kfac.factors_due(), update, lambda: None)
 
     def _apply(
         self, gradients: Sequence[Any], variables: Sequence[keras.Variable], x: Any, y: Any
@@ -292,9 +356,10 @@ class KFACModel(keras.Model):
 
     def _quadratic_form(self, kfac: KFAC, x: Any, y: Any, directions: Any) -> Any:
         state = self._forward_state()
+        x = head_of_batch(x, kfac.batch_fraction)
         products = gauss_newton_form(
             self.net,
-            head_of_batch(x, kfac.batch_fraction),
+            x,
             head_of_batch(y, kfac.batch_fraction),
             self._compiled.objective(),
             kfac.block_variables,
@@ -302,23 +367,40 @@ class KFACModel(keras.Model):
             training=True,
         )
         state.restore()
-        return products
+        return weighted_mean([products], num_examples(x))[0]
 
-    def _adapt_damping(
+    def _judge_last_step(
         self, before: ForwardState, loss: Any, x: Any, y: Any, sample_weight: Any
     ) -> None:
-        after = self._forward_state()
-        before.restore()  # the same noise as in the pass that gave `loss`
-        y_pred = self(x, training=True)
-        new_loss = self.compute_loss(
-            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-        )
-        after.restore()
-        if self._kfac is not None:
-            self._kfac.adapt_damping(tf.cast(new_loss - loss, "float32"))
+        """Adapts the damping by what the last step did to the loss on this batch, new to it.
+
+        Args:
+            before: State in which the pass on this batch began that gave `loss`.
+            loss: Loss of the present weights on this batch.
+            x: Inputs.
+            y: Labels.
+            sample_weight: Weights of the examples, or None.
+        """
+        kfac = self._kfac
+        if kfac is None or not kfac.needs_quadratic_form:
+            return
+
+        def judge() -> None:
+            after = self._forward_state()
+            before.restore()  # the same noise as in the pass that gave `loss`
+            with kfac.last_step_undone():
+                y_pred = self(x, training=True)
+                old_loss = self._loss_of_replica(
+                    x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+                )
+            after.restore()
+            (change,) = weighted_mean([tf.cast(loss - old_loss, "float32")], num_examples(x))
+            kfac.adapt_damping(change)
+
+        cond(kfac.damping_due(), judge, lambda: None)
 
     def _update_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, loss: Any) -> None:
-        batch = tf.shape(keras.tree.flatten(x)[0])[0]
+        batch = num_examples(x)
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(loss, sample_weight=batch)
@@ -368,3 +450,8 @@ class KFACModel(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
+
+
+def _all_finite(gradients: Sequence[Any]) -> Any:
+    sums = [tf.reduce_sum(tf.abs(tf.cast(g, "float32"))) for g in gradients if g is not None]
+    return tf.math.is_finite(tf.add_n(sums))

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from tf_kfacprune.curvature import SpectralRadius, check_second_derivatives
+from tf_kfacprune.distribution import cond
 from tf_kfacprune.errors import BudgetError, InvalidArgumentError
 from tf_kfacprune.gates import GatedNetwork, GateSource, insert_gates
 from tf_kfacprune.graph import trace
@@ -146,6 +147,16 @@ class PrunableModel(KFACModel):
     def _gate_sources(self) -> Sequence[GateSource]:
         return self.gated.sources if self.gated is not None else ()
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        replicas = self.distribute_strategy.num_replicas_in_sync
+        if replicas > 1 and self.curvature is not None:
+            raise InvalidArgumentError(
+                f"PrunableModel {self.name!r} on {replicas} replicas of tf.distribute does not "
+                f"support curvature={self.curvature!r}: every replica would flatten along "
+                "directions of its own. Leave the penalty out, or train on one device."
+            )
+        super().compile(*args, **kwargs)
+
     def _label_users(self) -> list[Any]:
         return [*super()._label_users(), *([] if self.curvature is None else [self.curvature])]
 
@@ -188,11 +199,11 @@ class PrunableModel(KFACModel):
         if controller is None:
             super()._apply(gradients, variables, x, y)
             return
-        tf.cond(controller.decays_now(), self._decay_learning_rate, lambda: None)
+        cond(controller.decays_now(), self._decay_learning_rate, lambda: None)
         super()._apply(gradients, variables, x, y)
         scale = self.optimizer.scale_loss(tf.constant(1.0))
         unscaled = [g / scale for g in gradients[len(self.network_variables) :]]
-        tf.cond(controller.is_pruning(), lambda: controller.move_gates(unscaled), lambda: None)
+        cond(controller.is_pruning(), lambda: controller.move_gates(unscaled), lambda: None)
 
     def _decay_learning_rate(self) -> None:
         if self.controller is not None and self._compiled.constant_learning_rate:

@@ -53,7 +53,7 @@ class StepGuard(keras.layers.Layer):
         Raises:
             NonFiniteError: If so.
         """
-        longest = int(self.longest)
+        longest = int(tf.convert_to_tensor(self.longest))
         self.longest.assign(0)
         if longest >= self.limit:
             raise NonFiniteError(

@@ -1,0 +1,168 @@
+"""Training on several replicas takes the steps of one device with the whole batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+JOB = Path(__file__).with_name("training_job.py")
+EXACT = {"batch_fraction": 1.0, "labels": "exact"}
+# 21 examples in batches of 5: parts of 3 and 2, and at last a batch that leaves a replica idle.
+CASES = {
+    "cholesky": {"kfac": EXACT, "epochs": 3},
+    "inverses sharded": {"kfac": {**EXACT, "shard_inverses": True}, "epochs": 3},
+    "ekfac": {"kfac": {**EXACT, "labels": "data", "inverse": "ekfac"}},
+    "eigen, sharded": {"kfac": {**EXACT, "inverse": "eigen", "shard_inverses": True}},
+    "clipped": {
+        "kfac": {
+            **EXACT,
+            "clipnorm": 0.05,
+            "weight_decay": 1e-3,
+            "factor_every": 2,
+            "use_ema": True,
+        }
+    },
+    "adaptive": {"kfac": {**EXACT, "learning_rate": "auto"}, "adapt_every": 2},
+    "poisoned": {"kfac": EXACT, "poison": 4},
+    "sampled": {"kfac": {"batch_fraction": 0.5}},
+}
+AS_ONE_DEVICE = [name for name in CASES if name != "sampled"]
+TIMEOUT = 240
+
+
+def _start(job, **environment):
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "PYTHONPATH": str(JOB.parents[2]),
+        **environment,
+    }
+    return subprocess.Popen(
+        [sys.executable, str(JOB), json.dumps(job)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _end(process):
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def _results(path):
+    """case -> variable -> its copies on the replicas."""
+    found = defaultdict(lambda: defaultdict(list))
+    for key, value in np.load(path).items():
+        case, variable, _ = key.split("|")
+        found[case][variable].append(value)
+    return found
+
+
+def _run(strategy, cases, folder):
+    path = folder / f"{strategy}.npz"
+    code, output = _end(_start({"strategy": strategy, "results": str(path), "cases": cases}))
+    assert code == 0, output
+    return _results(path)
+
+
+def _ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    except OSError as error:
+        pytest.skip(f"no ports on 127.0.0.1 can be opened: {error}")
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _run_workers(cases_of_workers, folder, tag=""):
+    """Runs one process per worker; returns exit codes, outputs and where results would be."""
+    hosts = [f"127.0.0.1:{port}" for port in _ports(len(cases_of_workers))]
+    processes, paths = [], []
+    for index, cases in enumerate(cases_of_workers):
+        paths.append(folder / f"worker{tag}{index}.npz")
+        task = {"cluster": {"worker": hosts}, "task": {"type": "worker", "index": index}}
+        job = {"strategy": "workers", "results": str(paths[-1]), "cases": cases}
+        processes.append(_start(job, TF_CONFIG=json.dumps(task)))
+    ended = [_end(process) for process in processes]
+    return [code for code, _ in ended], [output for _, output in ended], paths
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distribution")
+
+
+@pytest.fixture(scope="module")
+def one_device(folder):
+    return _run("none", {name: CASES[name] for name in AS_ONE_DEVICE}, folder)
+
+
+@pytest.fixture(scope="module")
+def mirrored(folder):
+    return _run("mirrored", CASES, folder)
+
+
+def _assert_same(found, expected):
+    assert list(found) == list(expected)
+    for name, (value, *_) in expected.items():
+        scale = max(1.0, np.abs(value).max())
+        np.testing.assert_allclose(
+            found[name][0], value, rtol=1e-4, atol=3e-5 * scale, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("case", AS_ONE_DEVICE)
+def test_two_replicas_train_as_one_device_does(case, one_device, mirrored):
+    _assert_same(mirrored[case], one_device[case])
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_replicas_stay_equal_to_the_bit(case, mirrored):
+    for name, (first, *others) in mirrored[case].items():
+        for other in others:
+            np.testing.assert_array_equal(first, other, err_msg=name)
+
+
+def test_a_step_is_skipped_everywhere_if_one_replica_meets_a_nan(mirrored):
+    assert mirrored["poisoned"]["skipped"][0] == 2  # one batch in each of two epochs
+
+
+def test_two_processes_train_as_one_device_does(one_device, folder):
+    cases = {name: CASES[name] for name in ("cholesky", "inverses sharded")}
+    codes, outputs, paths = _run_workers([cases, cases], folder)
+    assert codes == [0, 0], outputs
+    workers = [_results(path) for path in paths]
+    for case in cases:
+        _assert_same(workers[0][case], one_device[case])
+        for name, (value,) in workers[0][case].items():
+            np.testing.assert_array_equal(workers[1][case][name][0], value, err_msg=name)
+
+
+def test_a_lost_worker_ends_the_job_and_nothing_is_lost_when_it_resumes(one_device, folder):
+    case = CASES["cholesky"]
+    backups = [{**case, "backup": str(folder / f"backup{k}")} for k in range(2)]
+    dying = {**backups[1], "dies": 2}
+    codes, outputs, _ = _run_workers([{"case": backups[0]}, {"case": dying}], folder, "dying")
+    assert codes[0] not in (0, None)
+    assert codes[1] == -9
+    assert "WorkerLostError: Another worker of the training has died" in outputs[0]
+    codes, outputs, paths = _run_workers([{"case": each} for each in backups], folder, "resumed")
+    assert codes == [0, 0], outputs
+    _assert_same(_results(paths[0])["case"], one_device["cholesky"])
