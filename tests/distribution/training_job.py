@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_kfacprune as kp
+from tf_kfacprune.distribution import ReplicaSeedGenerator
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(21, 6)).astype("float32")
@@ -81,9 +82,52 @@ def train(strategy, case):
     return model
 
 
+def refusals(strategy):
+    """What `compile` says to what cannot work."""
+    with strategy.scope():
+        inside = network()
+        normalized = keras.Sequential(
+            [
+                keras.Input((6,)),
+                keras.layers.Dense(3),
+                keras.layers.BatchNormalization(synchronized=True),
+            ]
+        )
+        dense = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+        optimizer = kp.KFAC()
+    outside, attempts = network(), {}
+
+    def attempt(name, net=inside, model=kp.KFACModel, optimizer=optimizer, loss="mse", **arguments):
+        try:
+            with strategy.scope():
+                model(net).compile(optimizer or kp.KFAC(), loss, **arguments)
+        except kp.errors.InvalidArgumentError as error:
+            attempts[name] = str(error)
+
+    attempt("steps_per_execution=2", steps_per_execution=2)
+    attempt("jit_compile=True", jit_compile=True)
+    with strategy.scope():
+        attempt("ema", optimizer=kp.KFAC(use_ema=True, ema_overwrite_frequency=2))
+        attempt("accumulation", optimizer=keras.optimizers.SGD(gradient_accumulation_steps=2))
+    attempt("synchronized", net=normalized)
+    attempt("model outside", net=outside)
+    with tf.distribute.OneDeviceStrategy("CPU:0").scope():
+        other = keras.optimizers.SGD()
+    attempt("optimizer outside", optimizer=other)
+    penalty = kp.SpectralRadius(1e-3, batch_fraction=1.0)
+    attempt("curvature", net=dense, model=lambda net: kp.PrunableModel(net, curvature=penalty))
+    return attempts
+
+
 def main(job):
     strategy = strategy_of(job)
     found = {}
+    if job.get("refusals"):
+        found = {f"refused|{name}|0": text for name, text in refusals(strategy).items()}
+        with strategy.scope():
+            generator = ReplicaSeedGenerator(0)
+        seeds = strategy.experimental_local_results(strategy.run(generator.next))
+        found |= {f"seeds|seeds|{k}": np.asarray(seed) for k, seed in enumerate(seeds)}
     for name, case in job["cases"].items():
         model = train(strategy, case)
         values = [(v.path, v.value) for v in [*model.net.weights, *model.optimizer.variables]]
@@ -91,6 +135,11 @@ def main(job):
             copies = getattr(value, "values", [value])
             for replica, copy in enumerate(copies):
                 found[f"{name}|{k}:{path}|{replica}"] = np.asarray(tf.convert_to_tensor(copy))
+        if isinstance(model, kp.PrunableModel):
+            found[f"{name}|cost|0"] = np.asarray(
+                tf.convert_to_tensor(model.controller.fraction("macs"))
+            )
+            found[f"{name}|settled|0"] = np.asarray(model.controller.has_settled)
         found[f"{name}|skipped|0"] = np.asarray(tf.convert_to_tensor(model.guard.skipped))
     np.savez(job["results"], **found)
 

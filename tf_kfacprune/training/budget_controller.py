@@ -119,7 +119,7 @@ class BudgetController(keras.layers.Layer):
         self.prune_start.assign(start)
         self.prune_end.assign(end)
         self.total_steps.assign(total_steps)
-        if int(self.step) == 0:
+        if int(tf.convert_to_tensor(self.step)) == 0:
             decays = self._plan.phases.decay and learning_rate is not None
             self.base_learning_rate.assign(learning_rate if decays else 0.0)
             rate = _GATE_TRAVEL / (end - start)
