@@ -30,3 +30,9 @@ class ForwardState:
         """Brings the remembered values back."""
         for variable, value in zip(self._variables, self._values, strict=True):
             variable.assign(value)
+
+    def restore_statistics(self) -> None:
+        """Brings back all but seeds: noise goes on as if the pass had counted."""
+        for variable, value in zip(self._variables, self._values, strict=True):
+            if value.dtype.is_floating:
+                variable.assign(value)

@@ -268,7 +268,8 @@ class KFACModel(keras.Model):
         idle = tf.equal(examples, 0)
         fine = _all_finite(gradients)
         finite = tf.logical_or(finite, idle)
-        tf.cond(idle, before.restore, lambda: None)
+        # Not its seeds: all replicas have to draw the same gates in the next step.
+        tf.cond(idle, before.restore_statistics, lambda: None)
         weight = tf.cast(examples, "float32")
         flags = [tf.cast(flag, "float32") for flag in (finite, tf.logical_or(fine, idle))]
         total, *agreeing = sum_over_replicas([weight, *flags])
