@@ -26,8 +26,10 @@ Y = (X[:, :3].sum(axis=1) > 0).astype("int32") + (X[:, 3] > 1)
 def network():
     keras.utils.set_random_seed(3)
     inputs = keras.Input((6,))
-    x = keras.layers.Dense(8, activation="tanh")(inputs)
-    return keras.Model(inputs, keras.layers.Dense(3)(keras.layers.LayerNormalization()(x)))
+    # With names of their own: Keras numbers layers through, and paths are compared.
+    x = keras.layers.Dense(8, activation="tanh", name="hidden")(inputs)
+    x = keras.layers.LayerNormalization(name="norm")(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="logits")(x))
 
 
 class Dies(keras.callbacks.Callback):
