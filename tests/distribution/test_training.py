@@ -165,6 +165,8 @@ def test_what_cannot_work_is_refused_with_a_remedy(attempt, message, mirrored):
     assert "on one device" in str(said)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_train_as_one_device_does(one_device, folder):
     cases = {name: CASES[name] for name in ("ekfac, inverses sharded",)}
     codes, outputs, paths = _run_workers([cases, cases], folder)
@@ -176,6 +178,8 @@ def test_two_processes_train_as_one_device_does(one_device, folder):
             np.testing.assert_array_equal(workers[1][case][name][0], value, err_msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_lost_worker_ends_the_job_and_nothing_is_lost_when_it_resumes(one_device, folder):
     case = CASES["cholesky"]
     backups = [{**case, "backup": str(folder / f"backup{k}")} for k in range(2)]

@@ -17,6 +17,7 @@ DATA = Path(os.environ.get("KFACPRUNE_DATA", Path(__file__).parents[3] / "shared
 FORMATS = (None, "float16", "dynamic", "int8", "int16x8")
 POINTS = {None: 0.3, "float16": 0.3, "dynamic": 0.3, "int8": 0.5, "int16x8": 0.3}
 L = keras.layers
+SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @functools.cache
@@ -65,8 +66,8 @@ def inverted(shape):
     ("build", "name", "budget"),
     [
         (lambda shape: kp.zoo.lenet5(shape, seed=0), "mnist", 0.05),
-        (residual, "cifar10", 0.5),
-        (inverted, "cifar10", 0.5),
+        pytest.param(residual, "cifar10", 0.5, marks=SLOW),
+        pytest.param(inverted, "cifar10", 0.5, marks=SLOW),
     ],
     ids=["lenet5-mnist", "resnet-cifar10", "mobilenet-cifar10"],
 )
