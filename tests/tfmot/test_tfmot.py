@@ -128,6 +128,7 @@ def test_clusters_survive_quantization_aware_training(trained, digits, tmp_path)
         assert max(len(np.unique(channel)) for channel in weights) <= 8
 
 
+@pytest.mark.slow
 def test_zeros_survive_clusters_and_quantization_aware_training(trained, digits, tmp_path):
     steps = -(-len(digits.x_train) // 64)
     sparse = fit(

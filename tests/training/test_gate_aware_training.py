@@ -133,6 +133,7 @@ def test_attention_has_the_factors_it_has_without_gates():
     assert (np.diagonal(g[:, 1, :, 1]) > 0).all()
 
 
+@pytest.mark.slow
 def test_the_spectral_radius_is_penalized_through_wrapped_layers():
     model = kp.PrunableModel(
         vision_transformer(layers.RMSNormalization),
