@@ -25,6 +25,11 @@ def test_coefficients_minimize_the_model(seed):
     np.testing.assert_allclose(float(change), -0.5 * b @ np.linalg.solve(k, b), rtol=1e-4)
 
 
+def test_without_momentum_the_gradient_step_is_as_long_as_the_model_says():
+    np.testing.assert_allclose(np.array(_best([[4.0]], [2.0])), [0.5])
+    np.testing.assert_array_equal(np.array(_best([[-1.0]], [2.0])), [0.0])
+
+
 def test_without_a_previous_step_the_gradient_step_is_best_alone():
     np.testing.assert_allclose(np.array(_best([[4.0, 0.0], [0.0, 0.0]], [2.0, 0.0])), [0.5, 0.0])
 

@@ -473,22 +473,16 @@ class KFAC(keras.optimizers.Optimizer):
     def _adaptive_steps(self, steps: list[Any], gradients: Sequence[Any]) -> list[Any]:
         """`alpha P + mu m` of the variables in blocks."""
         members = self._layout.in_blocks
-        p = [steps[i] for i in members]
-        m = [tf.convert_to_tensor(self._momentums[i]) for i in members]
-        k, b = self._quadratic_model([gradients[i] for i in members], [p, m])
+        directions = [[steps[i] for i in members]]
+        if self.momentum != 0:
+            directions.append([tf.convert_to_tensor(self._momentums[i]) for i in members])
+        k, b = self._quadratic_model([gradients[i] for i in members], directions)
         coefficients = best_coefficients(k, b)
-        if self.momentum == 0:
-            k, b = k[:1, :1], b[:1]
-            positive = tf.where(k[0, 0] > 0, k[0, 0], 1.0)
-            alpha = tf.where(k[0, 0] > 0, b[0] / positive, 0.0)
-            coefficients = tf.stack([alpha])
         if isinstance(self.damping, LevenbergMarquardt):
             self._predicted_change.assign(model_change(k, b, coefficients))
         self._learning_rate.assign(coefficients[0])
-        for i, p_i, m_i in zip(members, p, m, strict=True):
-            steps[i] = coefficients[0] * p_i
-            if self.momentum != 0:
-                steps[i] += coefficients[1] * m_i
+        for i, *parts in zip(members, *directions, strict=True):
+            steps[i] = tf.add_n([coefficients[j] * part for j, part in enumerate(parts)])
         return steps
 
     def _fixed_steps(self, steps: list[Any], gradients: Sequence[Any], eta: Any) -> list[Any]:

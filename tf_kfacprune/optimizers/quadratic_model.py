@@ -31,22 +31,24 @@ def best_coefficients(k: Any, b: Any) -> Any:
     """Minimizes the quadratic model over the span of gradient step and previous step.
 
     Args:
-        k: K, shape (2, 2), positive semi-definite up to rounding.
-        b: b, shape (2,).
+        k: K, shape (2, 2), positive semi-definite up to rounding; (1, 1) without momentum.
+        b: b, shape (2,) or (1,).
 
     Returns:
-        c, shape (2,): the momentum is zero where the two directions are as good as parallel or
+        c, shaped like b: the momentum is zero where the two directions are as good as parallel or
         there is no previous step, all is zero where the model is not finite or not convex.
     """
-    kpp, kpm, kmm = k[0, 0], 0.5 * (k[0, 1] + k[1, 0]), k[1, 1]
-    determinant = kpp * kmm - kpm * kpm
-    is_plane = determinant > _SINGULAR * kpp * kmm
-    safe = ops.where(is_plane, determinant, ops.ones_like(determinant))
-    alpha = (kmm * b[0] - kpm * b[1]) / safe
-    mu = (kpp * b[1] - kpm * b[0]) / safe
+    kpp = k[0, 0]
     curved = ops.where(kpp > 0, kpp, ops.ones_like(kpp))
     alone = ops.where(kpp > 0, b[0] / curved, ops.zeros_like(kpp))
-    c = ops.stack([ops.where(is_plane, alpha, alone), ops.where(is_plane, mu, ops.zeros_like(mu))])
+    c = ops.stack([alone])
+    if b.shape[0] == 2:
+        kpm, kmm = 0.5 * (k[0, 1] + k[1, 0]), k[1, 1]
+        determinant = kpp * kmm - kpm * kpm
+        is_plane = determinant > _SINGULAR * kpp * kmm
+        safe = ops.where(is_plane, determinant, ops.ones_like(determinant))
+        both = ops.stack([kmm * b[0] - kpm * b[1], kpp * b[1] - kpm * b[0]]) / safe
+        c = ops.where(is_plane, both, ops.stack([alone, ops.zeros_like(alone)]))
     return ops.where(ops.all(ops.isfinite(c)), c, ops.zeros_like(c))
 
 
