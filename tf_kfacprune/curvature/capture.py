@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from tf_kfacprune.curvature.blocks import KroneckerBlock, Record
 from tf_kfacprune.errors import UnsupportedModelError
+from tf_kfacprune.graph.rules.substitution import substituted
 
 __all__ = ["capture", "kronecker_factors", "per_example_gradients", "probe_gradients"]
 
@@ -25,10 +26,7 @@ Network = Callable[..., Any]
 
 @contextmanager
 def _recording(layer: keras.layers.Layer, records: list[Record]) -> Iterator[None]:
-    """Appends a record of every call of a layer.
-
-    The attributes are set past Keras' tracking, which is locked once a layer is built.
-    """
+    """Appends a record of every call of a layer."""
     call: Any = layer.call
     activation: Any = getattr(layer, "activation", None)
     shown: list[Any] = []
@@ -43,15 +41,11 @@ def _recording(layer: keras.layers.Layer, records: list[Record]) -> Iterator[Non
         records.append(Record(layer, x, shown[-1] if shown else outputs))
         return outputs
 
-    layer.__dict__["call"] = recording_call
+    replaced: dict[str, Any] = {"call": recording_call}
     if activation is not None:
-        layer.__dict__["activation"] = recording_activation
-    try:
+        replaced["activation"] = recording_activation
+    with substituted(layer, **replaced):
         yield
-    finally:
-        del layer.__dict__["call"]
-        if activation is not None:
-            layer.__dict__["activation"] = activation
 
 
 def capture(
