@@ -244,7 +244,6 @@ class KFAC(keras.optimizers.Optimizer):
             for block in self._bound.blocks or ()
         ]
         self._layout = Layout(states, len(variables))
-        self._factor_updates = self.add_variable((), dtype="int32", name="factor_updates")
         # What makes the average unbiased: 1 - product of all decays so far.
         self._average_weight = self.add_variable((), dtype="float32", name="average_weight")
         self._damping_value: keras.Variable | None = None
@@ -336,19 +335,18 @@ class KFAC(keras.optimizers.Optimizer):
             self.assign(variable, decay * old + (1.0 - decay) * new)
         weight = tf.convert_to_tensor(self._average_weight)
         self._average_weight.assign(1.0 - decay * (1.0 - weight))
-        self._factor_updates.assign_add(1)
 
     def _update_inverses(self) -> None:
         debias = 1.0 / tf.convert_to_tensor(self._average_weight)
         damping = self.current_damping
         if self.shard_inverses and num_replicas() > 1:
-            self._assign_inverses(self._sharded_inverses(debias, damping))
-            return
-        for state in self._layout.states:
-            for variable, new in zip(
-                state.inverting, state.refreshed(debias, damping), strict=True
-            ):
-                variable.assign(new)
+            values = self._sharded_inverses(debias, damping)
+        else:
+            states = self._layout.states
+            values = [new for state in states for new in state.refreshed(debias, damping)]
+        variables = [v for state in self._layout.states for v in state.inverting]
+        for variable, new in zip(variables, values, strict=True):
+            variable.assign(new)
 
     def _sharded_inverses(self, debias: Any, damping: Any) -> list[Any]:
         """New values of what inverts all blocks; block j is computed by replica `j % n` alone."""
@@ -360,11 +358,6 @@ class KFAC(keras.optimizers.Optimizer):
                 functools.partial(_zeros, state.inverting),
             )
         return sum_over_replicas(found)
-
-    def _assign_inverses(self, values: Sequence[Any]) -> None:
-        variables = [v for state in self._layout.states for v in state.inverting]
-        for variable, new in zip(variables, values, strict=True):
-            variable.assign(new)
 
     # ---- the quadratic model and damping
 
