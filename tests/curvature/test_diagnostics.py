@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -87,6 +89,39 @@ def test_density_spans_the_dense_spectrum():
     assert density.nodes[-1] == pytest.approx(eigenvalues[-1], rel=1e-9)
     assert density.nodes[0] == pytest.approx(eigenvalues[0], rel=1e-9)
     assert density.weights.sum() == pytest.approx(1.0)
+
+
+class CountedArray:
+    """An array that knows how many examples of it are held by others."""
+
+    def __init__(self, array):
+        self.array = array
+        self.held = self.most_held = 0
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, part):
+        piece = self.array[part].copy()
+        self.held += len(piece)
+        self.most_held = max(self.most_held, self.held)
+        weakref.finalize(piece, self._let_go, len(piece))
+        return piece
+
+    def _let_go(self, count):
+        self.held -= count
+
+
+@pytest.mark.parametrize("count", [64, 256])
+def test_no_more_than_two_batches_are_in_memory_however_many_data_there_are(count):
+    model, _ = small_case()
+    rng = np.random.default_rng(0)
+    x = CountedArray(rng.normal(size=(count, 4)))
+    y = CountedArray(rng.integers(0, 3, count))
+    hessian_spectrum(model, (x, y), LOSS, batch_size=8, max_steps=3)
+    kp.diagnostics.spectral_radius(model, (x, y), LOSS, batch_size=8)
+    assert 8 <= x.most_held <= 16
+    assert 8 <= y.most_held <= 16
 
 
 def test_non_finite_parameters_are_an_error():

@@ -37,7 +37,7 @@ from tf_kfacprune.curvature.second_derivatives import (
 from tf_kfacprune.errors import DataError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import GateSource
 
-__all__ = ["CurvatureOperator"]
+__all__ = ["CurvatureOperator", "checked_network"]
 
 _CURVATURES = ("hessian", "ggn")
 _SCALINGS = (None, "norm")
@@ -88,7 +88,7 @@ class CurvatureOperator:
             raise InvalidArgumentError(
                 f"batch_size must be an integer >= 1. Received: batch_size={batch_size!r}"
             )
-        self._net = _checked_network(model)
+        self._net = checked_network(model)
         check_second_derivatives(self._net, jacobian_only=curvature == "ggn")
         self._objective = Objective(loss)
         self._batches = batches_of(data, batch_size)
@@ -240,7 +240,15 @@ def _check_option(name: str, value: Any, options: tuple[Any, ...]) -> None:
         raise InvalidArgumentError(f"{name} must be one of {options}. Received: {name}={value!r}")
 
 
-def _checked_network(model: Any) -> keras.Model:
+def checked_network(model: Any) -> keras.Model:
+    """The network that is measured.
+
+    Args:
+        model: A `keras.Model`, or an object that holds one as ``.net``.
+
+    Raises:
+        UnsupportedModelError: If it is unbuilt, has several outputs or reduced precision.
+    """
     net = getattr(model, "net", model)
     if not isinstance(net, keras.Model):
         raise UnsupportedModelError(
