@@ -1,101 +1,50 @@
-r"""Moves the price of cost so that the network arrives at its budget: dual ascent in a `fit`.
-
-=================  ==========================================================  ======
-symbol             meaning                                                     shape
-=================  ==========================================================  ======
-`p`                probability that each gate is open                          (n,)
-`C_m(p)`           expected cost by measure m (MACs, params), relative         scalar
-`c_m(t)`           cost the network should have at step t                      scalar
-`lambda_m`         price of cost, the Lagrange multiplier                      scalar
-=================  ==========================================================  ======
-
-While pruning, the gates minimize `loss + sum_m lambda_m C_m(p)`, and with the relative excess
-`e = log(C_m / c_m(t))`
-
-    log lambda_m <- log lambda_m + k_i e          (dual ascent)
-    price         = lambda_m exp(k_p e) / c_m(t)  (proportional term)
-
-so that the price rises while the network is too big and falls when it overshoots. Dividing by
-c_m(t) prices the *relative* cost: the last neurons of a tiny network are as closely fought over
-as the first ones of a big network.
-
-References:
-    Gallego-Posada et al. 2022, "Controlled Sparsity via Constrained Optimization" (dual ascent on
-    hard-concrete gates). Louizos et al. 2018 (expected cost).
-"""
+"""Leads a network through the phases of a `fit` and onto its budget."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras import ops
 
-from tf_kfacprune.distribution import num_replicas, sum_over_replicas
-from tf_kfacprune.gates import GatedNetwork, GatePhase
-from tf_kfacprune.pruning import Budget, GateGroups, Phases, land_on_budget, target_fraction
+from tf_kfacprune.gates import GatePhase
+from tf_kfacprune.training.policies import PolicyState
+from tf_kfacprune.training.pruning_plan import PruningPlan
 
 __all__ = ["BudgetController"]
-
-_INITIAL_PRICE = 1e-2
-_LOG_PRICE_RANGE = (math.log(1e-8), math.log(1e6))
-# A network 10 % too big for a quarter of the pruning phase raises the price e-fold,
-_INTEGRAL_GAIN = 40.0
-_LARGEST_GAIN_PER_STEP = 1.0
-_PROPORTIONAL_GAIN = 10.0
-# Gates can cross their whole range several times within the pruning phase.
-_GATE_TRAVEL = 60.0
-_GATE_RATE_RANGE = (1e-3, 0.3)
 
 
 class BudgetController(keras.layers.Layer):
     """State and rules of the three phases; a layer so that it is saved with the model.
 
     Args:
-        gated: The gated network.
-        budget: The budget.
-        phases: How the steps are divided.
-        groups: How many gates of each group may stay open; by default, at least one.
+        plan: What is to be pruned and how far.
+        policy: How gates are moved while pruning.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
-    def __init__(
-        self,
-        gated: GatedNetwork,
-        budget: Budget,
-        phases: Phases,
-        groups: GateGroups | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, plan: PruningPlan, policy: PolicyState, **kwargs: Any) -> None:
         super().__init__(dtype="float32", **kwargs)
-        self._plan = _Plan(gated, budget, phases, groups or GateGroups(gated))
-        self.gate_optimizer = keras.optimizers.Adam(_GATE_RATE_RANGE[0], name="gate_optimizer")
-        self.gate_optimizer.build([source.logits for source in gated.sources])
+        self._plan = plan
+        self.policy = policy
 
-        def state(name: str, dtype: str, value: float = 0.0) -> keras.Variable:
-            initializer = keras.initializers.Constant(value)
-            return self.add_weight(
-                shape=(), initializer=initializer, dtype=dtype, trainable=False, name=name
-            )
+        def state(name: str, dtype: str) -> keras.Variable:
+            return self.add_weight((), "zeros", dtype=dtype, trainable=False, name=name)
 
         self.step = state("step", "int64")
         self.prune_start = state("prune_start", "int64")
         self.prune_end = state("prune_end", "int64")
         self.total_steps = state("total_steps", "int64")
         self.base_learning_rate = state("base_learning_rate", "float32")
-        self.log_prices = {
-            measure: state(f"log_price_{measure}", "float32", math.log(_INITIAL_PRICE))
-            for measure in budget.targets
-        }
-        self.prices = {measure: state(f"price_{measure}", "float32") for measure in budget.targets}
         self.built = True
 
     @property
     def logits(self) -> list[keras.Variable]:
         """The trainable parameters of all gates."""
-        return [source.logits for source in self._plan.gated.sources]
+        return self._plan.logits
 
     def phase(self) -> Any:
         """The current `GatePhase`, a scalar tensor."""
@@ -122,9 +71,7 @@ class BudgetController(keras.layers.Layer):
         if int(tf.convert_to_tensor(self.step)) == 0:
             decays = self._plan.phases.decay and learning_rate is not None
             self.base_learning_rate.assign(learning_rate if decays else 0.0)
-            rate = _GATE_TRAVEL / (end - start)
-            low, high = _GATE_RATE_RANGE
-            self.gate_optimizer.learning_rate = min(max(rate, low), high)
+            self.policy.prepare(end - start)
 
     # ------------------------------------------------------------------ inside the training step
 
@@ -148,61 +95,25 @@ class BudgetController(keras.layers.Layer):
 
     def land(self) -> None:
         """Ends the pruning phase: closes what does not fit and settles every gate."""
-        gated = self._plan.gated
-        scores = ops.concatenate([tf.convert_to_tensor(s.logits) for s in gated.sources])
-        keep = land_on_budget(
-            scores,
-            self._plan.groups.of_gate,
-            self._plan.groups.counts,
-            lambda measure, gates: gated.cost.fraction(measure, gated.openness(gates)),
-            self._plan.budget.targets,
-        )
-        first = 0
-        for source in gated.sources:
-            source.settle(keep[first : first + source.size])
-            first += source.size
+        plan = self._plan
+        keep = plan.keep_within(plan.budget.targets, self.policy.scores())
+        for source, part in zip(plan.gated.sources, plan.split(keep), strict=True):
+            source.settle(part)
 
     def is_pruning(self) -> Any:
         """Boolean scalar tensor: whether gates are being moved."""
         return tf.equal(self.phase(), int(GatePhase.PRUNING))
 
-    def move_gates(self, loss_gradients: list[Any]) -> None:
-        """One step of the gates on `loss + price * cost`, and one of the prices.
+    def move_gates(self, loss_gradients: Sequence[Any]) -> None:
+        """One step of the gates, as the policy has it.
 
         Args:
             loss_gradients: Gradients of the loss with respect to each of `logits`; under
                 `tf.distribute`, this replica's part of them.
         """
-        gated = self._plan.gated
-        with tf.GradientTape() as tape:
-            probability = ops.concatenate([s.open_probability() for s in gated.sources])
-            openness = gated.openness(probability)
-            costs = {m: gated.cost.fraction(m, openness) for m in self.prices}
-            priced = tf.add_n([self._price(m, cost) * cost for m, cost in costs.items()])
-        cost_gradients = tape.gradient(priced, [v.value for v in self.logits])
-        loss_gradients = sum_over_replicas(loss_gradients)
-        # The optimizer of Keras sums over the replicas once more.
-        share = 1.0 / num_replicas()
-        gradients = [share * (g + c) for g, c in zip(loss_gradients, cost_gradients, strict=True)]
-        self.gate_optimizer.apply(gradients, self.logits)
-
-    def _price(self, measure: str, expected: Any) -> Any:
-        """Updates lambda of one measure and returns the price of its cost, a constant."""
-        steps = tf.cast(tf.convert_to_tensor(self.prune_end - self.prune_start), "float32")
         passed = tf.cast(tf.convert_to_tensor(self.step - self.prune_start), "float32")
-        wanted = target_fraction(self._plan.budget.targets[measure], passed / steps)
-        actual = self.fraction(measure)
-        # Probabilities react at once, the deterministic network is what has to arrive.
-        excess = 0.5 * (tf.math.log(tf.stop_gradient(expected)) + tf.math.log(actual))
-        excess -= tf.math.log(wanted)
-        log_price = tf.convert_to_tensor(self.log_prices[measure])
-        gain = tf.minimum(_INTEGRAL_GAIN / steps, _LARGEST_GAIN_PER_STEP)
-        log_price = tf.clip_by_value(log_price + gain * excess, *_LOG_PRICE_RANGE)
-        self.log_prices[measure].assign(log_price)
-        price = tf.exp(log_price + _PROPORTIONAL_GAIN * tf.clip_by_value(excess, -1.0, 1.0))
-        price = price / wanted
-        self.prices[measure].assign(price)
-        return price
+        steps = tf.cast(tf.convert_to_tensor(self.prune_end - self.prune_start), "float32")
+        self.policy.move(loss_gradients, passed, steps)
 
     def learning_rate(self) -> Any:
         """The decayed learning rate while settling, a scalar tensor."""
@@ -219,37 +130,16 @@ class BudgetController(keras.layers.Layer):
 
     # ------------------------------------------------------------------ figures
 
-    def _actual_openness(self) -> Any:
-        gated = self._plan.gated
-        values = ops.concatenate([source.deterministic_values() for source in gated.sources])
-        return gated.openness(ops.cast(values > 0, "float32"))
-
     def fraction(self, measure: str) -> Any:
         """Cost of the deterministic network relative to the dense one, a scalar tensor."""
-        return self._plan.gated.cost.fraction(measure, self._actual_openness())
+        return self._plan.fraction(measure)
 
     def figures(self) -> dict[str, Any]:
         """What the progress bar shows: expected and actual cost, neurons left, prices."""
-        gated = self._plan.gated
-        actual = self._actual_openness()
-        expected = gated.openness(ops.concatenate([s.open_probability() for s in gated.sources]))
+        cost = self._plan.gated.cost
+        actual, expected = self._plan.actual_openness(), self._plan.expected_openness()
         result = {"neurons": ops.sum(actual)}
-        for measure in gated.cost.measures:
-            result[measure] = gated.cost.fraction(measure, actual)
-            result[f"expected_{measure}"] = gated.cost.fraction(measure, expected)
-        single = len(self.prices) == 1
-        for measure, price in self.prices.items():
-            result["lambda" if single else f"lambda_{measure}"] = tf.convert_to_tensor(price)
-        return result
-
-
-class _Plan:
-    """What the controller works on; plain, so that Keras does not track the network twice."""
-
-    def __init__(
-        self, gated: GatedNetwork, budget: Budget, phases: Phases, groups: GateGroups
-    ) -> None:
-        self.gated = gated
-        self.budget = budget
-        self.phases = phases
-        self.groups = groups
+        for measure in cost.measures:
+            result[measure] = cost.fraction(measure, actual)
+            result[f"expected_{measure}"] = cost.fraction(measure, expected)
+        return {**result, **self.policy.figures()}

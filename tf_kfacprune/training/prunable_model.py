@@ -19,6 +19,8 @@ from tf_kfacprune.training.curvature_penalty import CurvaturePenalty
 from tf_kfacprune.training.forward_state import ForwardState
 from tf_kfacprune.training.kfac_model import KFACModel
 from tf_kfacprune.training.phases_callback import PhasesCallback
+from tf_kfacprune.training.policies import PricedGates
+from tf_kfacprune.training.pruning_plan import PruningPlan
 from tf_kfacprune.training.untracked import Untracked
 from tf_kfacprune.validation import require
 
@@ -126,7 +128,8 @@ class PrunableModel(KFACModel):
         self._gating = Untracked(gated)
         self.controller = None
         if budget is not None and gated is not None:
-            self.controller = BudgetController(gated, budget, self.phases, groups, name="budget")
+            plan = PruningPlan(gated, budget, self.phases, groups or GateGroups(gated))
+            self.controller = BudgetController(plan, PricedGates(plan), name="budget")
         self.curvature_penalty = None
         if curvature is not None:
             self.curvature_penalty = CurvaturePenalty(

@@ -1,0 +1,6 @@
+"""Closing policies: what happens to the gates in a step of the prune phase."""
+
+from tf_kfacprune.training.policies.base import PolicyState
+from tf_kfacprune.training.policies.priced import PricedGates
+
+__all__ = ["PolicyState", "PricedGates"]

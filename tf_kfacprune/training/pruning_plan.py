@@ -1,0 +1,78 @@
+"""What is to be pruned and how far: the common ground of the controller and the policies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from tf_kfacprune.gates import GatedNetwork
+from tf_kfacprune.pruning import Budget, GateGroups, Phases, land_on_budget
+
+__all__ = ["PruningPlan"]
+
+
+class PruningPlan:
+    """Network, budget and phases; plain, so that Keras does not track the network twice.
+
+    Args:
+        gated: The gated network.
+        budget: The budget.
+        phases: How the steps are divided.
+        groups: How many gates of each group may stay open.
+    """
+
+    def __init__(
+        self, gated: GatedNetwork, budget: Budget, phases: Phases, groups: GateGroups
+    ) -> None:
+        self.gated = gated
+        self.budget = budget
+        self.phases = phases
+        self.groups = groups
+
+    @property
+    def logits(self) -> list[keras.Variable]:
+        """The trainable parameters of all gates, one variable per source."""
+        return [source.logits for source in self.gated.sources]
+
+    def parameters(self) -> Any:
+        """`logits` as one tensor of shape `(num_gates,)`."""
+        return ops.concatenate([tf.convert_to_tensor(logits) for logits in self.logits])
+
+    def split(self, per_gate: Any) -> list[Any]:
+        """A tensor of shape `(num_gates,)` as one tensor per source."""
+        return tf.split(per_gate, [source.size for source in self.gated.sources])
+
+    def actual_openness(self) -> Any:
+        """1 for each neuron of the deterministic network that is open now, else 0."""
+        values = ops.concatenate([s.deterministic_values() for s in self.gated.sources])
+        return self.gated.openness(ops.cast(values > 0, "float32"))
+
+    def expected_openness(self) -> Any:
+        """Probability that each neuron is open, differentiable."""
+        return self.gated.openness(
+            ops.concatenate([source.open_probability() for source in self.gated.sources])
+        )
+
+    def fraction(self, measure: str) -> Any:
+        """Cost of the deterministic network relative to the dense one, a scalar tensor."""
+        return self.gated.cost.fraction(measure, self.actual_openness())
+
+    def keep_within(self, targets: Mapping[str, Any], scores: Any) -> Any:
+        """Which gates stay open on a budget: 1 or 0, shape `(num_gates,)`.
+
+        Args:
+            targets: Largest fraction by measure.
+            scores: How much each gate deserves to stay open, shape `(num_gates,)`.
+        """
+        gated = self.gated
+        return land_on_budget(
+            scores,
+            self.groups.of_gate,
+            self.groups.counts,
+            lambda measure, gates: gated.cost.fraction(measure, gated.openness(gates)),
+            targets,
+        )
