@@ -9,7 +9,7 @@ dimensions stay, a layer divides by sqrt(D'), so its query projection is multipl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -19,14 +19,13 @@ from keras import layers, ops
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, Extent, InnerGates, extents
+from tf_kfacprune.graph.rules.base import ChannelRule, Count, Extent, Gates, Roles, Shape, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
 from tf_kfacprune.graph.rules.registry import register_channel_rule
 from tf_kfacprune.graph.rules.substitution import substituted
 
 __all__: list[str] = []
 
-Roles = Mapping[str, Sequence[str | None]]
 QUERY, KEY, VALUE = "_query_dense", "_key_dense", "_value_dense"
 GATE, OUTPUT = "_gate_dense", "_output_dense"
 
@@ -111,21 +110,13 @@ class HeadsRule(ContractionRule):
         found = (getattr(layer, name, None) for name in (QUERY, KEY, VALUE, GATE, OUTPUT))
         return [dense for dense in found if dense is not None]
 
-    def rescale(
-        self, layer: Any, name: str, weight: np.ndarray, count: Callable[[str], int | None]
-    ) -> np.ndarray:
+    def rescale(self, layer: Any, name: str, weight: np.ndarray, count: Count) -> np.ndarray:
         left, size = count("key_dim"), getattr(layer, QUERY).kernel.shape[-1]
         if left is None or left == size or not name.startswith(QUERY):
             return weight
         return weight * np.asarray(math.sqrt(left / size), weight.dtype)
 
-    def call_gated(
-        self,
-        layer: Any,
-        gates: Mapping[str, InnerGates],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
         query, output = getattr(layer, QUERY), getattr(layer, OUTPUT)
         project, merge = query.call, output.call
 
@@ -169,13 +160,7 @@ class MultiHeadAttentionRule(HeadsRule):
         for role, size in sizes.items():
             flow.read_inside(call, role, flow.created(call, role, size, part=role))
 
-    def edit_config(
-        self,
-        layer: Any,
-        config: dict[str, Any],
-        count: Callable[[str], int | None],
-        shape: tuple[int | None, ...],
-    ) -> None:
+    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
         super().edit_config(layer, config, count, shape)
         # Left to itself the layer makes as many outputs as the query has channels.
         if count("out") is not None:
@@ -248,13 +233,7 @@ class AttentionRule(ScoresRule):
     def reads_exactly(self, layer: Any) -> bool:
         return layer.score_mode == "dot"
 
-    def call_gated(
-        self,
-        layer: Any,
-        gates: Mapping[str, InnerGates],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
         compare = layer._calculate_scores
 
         def gated(query: Any, key: Any) -> Any:
@@ -274,13 +253,7 @@ class AdditiveAttentionRule(ScoresRule):
     def reads_exactly(self, layer: Any) -> bool:
         return layer.use_scale  # else all channels count alike, even if their sum is a constant
 
-    def call_gated(
-        self,
-        layer: Any,
-        gates: Mapping[str, InnerGates],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
         scale = ops.convert_to_tensor(layer.scale)
         scale = ops.cast(scale * ops.cast(gates["dim"].z, scale.dtype), layer.compute_dtype)
         with substituted(layer, scale=scale):

@@ -20,9 +20,13 @@ from tf_kfacprune.graph.labels import Axes, LabelFlow
 
 __all__ = [
     "ChannelRule",
+    "Count",
     "Extent",
+    "Gates",
     "InnerGates",
     "Removal",
+    "Roles",
+    "Shape",
     "channel_axis",
     "extents",
     "freeze_by_constant",
@@ -32,12 +36,17 @@ __all__ = [
 
 # One factor of a cost: a fixed number, or labels of which only the open ones count.
 Extent = int | np.ndarray
+# Of each weight attribute, the role of every axis; None for an axis without channels.
+Roles = Mapping[str, Sequence[str | None]]
+# Number of channels left in a role, or None if the role is not tracked.
+Count = Callable[[str], int | None]
+Shape = tuple[int | None, ...]
 
 
 class Removal(Protocol):
     """What remains of the tensors of a graph once channels are gone."""
 
-    def shape(self, value: Value) -> tuple[int | None, ...]:
+    def shape(self, value: Value) -> Shape:
         """The shape of a tensor."""
 
     def kept(self, value: Value, axis: int) -> np.ndarray | None:
@@ -57,6 +66,10 @@ class InnerGates:
 
     z: Any
     present: Any
+
+
+# The gates of each role that a layer reads inside.
+Gates = Mapping[str, InnerGates]
 
 
 class ChannelRule:
@@ -98,7 +111,7 @@ class ChannelRule:
         ...         return layer(ops.where(present > 0, args[0], mean))
     """
 
-    weights: ClassVar[Mapping[str, Sequence[str | None]]] = {}
+    weights: ClassVar[Roles] = {}
     sizes: ClassVar[Mapping[str, str]] = {}
     folded: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
 
@@ -114,7 +127,7 @@ class ChannelRule:
         """
         return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
 
-    def weight_roles(self, layer: Any) -> Mapping[str, Sequence[str | None]]:
+    def weight_roles(self, layer: Any) -> Roles:
         """The entries of `weights` that this layer has, each with a role for every axis."""
         found = {name: weight_of(layer, name) for name in self.weights}
         return {name: self.weights[name] for name, weight in found.items() if weight is not None}
@@ -127,13 +140,7 @@ class ChannelRule:
         del call
         return False
 
-    def edit_config(
-        self,
-        layer: Any,
-        config: dict[str, Any],
-        count: Callable[[str], int | None],
-        shape: tuple[int | None, ...],
-    ) -> None:
+    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
         """Changes a layer's configuration in place to fewer channels.
 
         Args:
@@ -171,9 +178,7 @@ class ChannelRule:
         axis = self.weight_roles(layer)[name].index(role)
         return kernel * scale.reshape([-1 if k == axis else 1 for k in range(kernel.ndim)])
 
-    def rescale(
-        self, layer: Any, name: str, weight: np.ndarray, count: Callable[[str], int | None]
-    ) -> np.ndarray:
+    def rescale(self, layer: Any, name: str, weight: np.ndarray, count: Count) -> np.ndarray:
         """Corrects a weight for what the number of channels means to the layer's formula.
 
         Args:
@@ -188,13 +193,7 @@ class ChannelRule:
         del layer, name, count
         return weight
 
-    def call_gated(
-        self,
-        layer: Any,
-        gates: Mapping[str, InnerGates],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
         """Calls a layer such that channels it reads inside have no effect if they are closed.
 
         Needed for layers whose rule uses `LabelFlow.read_inside`. With all gates at 1 the result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,10 @@ from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.activations import freeze_by_activation
 from tf_kfacprune.graph.rules.base import (
     ChannelRule,
+    Count,
     Extent,
+    Roles,
+    Shape,
     channel_axis,
     extents,
     weight_extents,
@@ -23,8 +26,6 @@ from tf_kfacprune.graph.rules.base import (
 from tf_kfacprune.graph.rules.registry import register_channel_rule
 
 __all__ = ["ContractionRule"]
-
-Roles = Mapping[str, Sequence[str | None]]
 
 
 class ContractionRule(ChannelRule):
@@ -143,13 +144,7 @@ class ConvRule(ContractionRule):
             for group in tied[1:]:
                 flow.unite(tied[0], group, call.path)
 
-    def edit_config(
-        self,
-        layer: Any,
-        config: dict[str, Any],
-        count: Callable[[str], int | None],
-        shape: tuple[int | None, ...],
-    ) -> None:
+    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
         super().edit_config(layer, config, count, shape)
         groups = count("in")
         if self._is_depthwise(layer) and groups is not None:

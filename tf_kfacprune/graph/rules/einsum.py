@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from keras import layers
@@ -12,13 +12,11 @@ from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.activations import freeze_by_activation
-from tf_kfacprune.graph.rules.base import Extent, extents
+from tf_kfacprune.graph.rules.base import Count, Extent, Roles, Shape, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
 from tf_kfacprune.graph.rules.registry import register_channel_rule
 
 __all__: list[str] = []
-
-Roles = Mapping[str, Sequence[str | None]]
 
 
 @register_channel_rule(layers.EinsumDense)
@@ -87,13 +85,7 @@ class EinsumDenseRule(ContractionRule):
             axes[:rest] = flow.of(value)[:rest]
         return [freeze_by_activation(call, flow, axes)]
 
-    def edit_config(
-        self,
-        layer: Any,
-        config: dict[str, Any],
-        count: Callable[[str], int | None],
-        shape: tuple[int | None, ...],
-    ) -> None:
+    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
         letters = self.letters(layer)
         if letters is None:
             return

@@ -13,7 +13,7 @@ channels present r is exactly 1 and nothing changes, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +22,7 @@ from keras import layers, ops
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, InnerGates
+from tf_kfacprune.graph.rules.base import ChannelRule, Count, Gates, Shape
 from tf_kfacprune.graph.rules.registry import register_channel_rule
 from tf_kfacprune.graph.rules.substitution import substituted
 
@@ -54,6 +54,39 @@ def _stretch(present: Any) -> tuple[Any, Any]:
     return ops.sqrt(size / left), ops.sqrt(left / size)
 
 
+def _call_filled(
+    layer: Any, present: Any, axis: int, positions: Sequence[int], x: Any, kwargs: dict[str, Any]
+) -> Any:
+    """Calls a layer that subtracts a mean with x~ for `x`, and with gamma / r.
+
+    Args:
+        layer: The layer, which has a `gamma` or multiplies by none.
+        present: 1 for the channels that stay, shape `(C,)`.
+        axis: The channel axis.
+        positions: The other axes over which the layer takes its statistics.
+        x: What the layer is called with.
+        kwargs: The other arguments of the call.
+
+    Returns:
+        The output of the layer.
+    """
+    x = _widened(x)
+    stretch, shrink = _stretch(present)
+    mask = _along(present, axis, x)
+    means = ops.mean(x, positions, keepdims=True) if positions else x
+    mean = ops.sum(means * mask, axis, keepdims=True) * ops.cast(_per_channel(present), x.dtype)
+    x = ops.where(mask > 0, x, mean) * ops.cast(stretch, x.dtype)
+    gamma = ops.ones_like(present) if layer.gamma is None else layer.gamma
+    gamma = ops.convert_to_tensor(gamma) * ops.cast(shrink, gamma.dtype)
+    with substituted(layer, scale=True, gamma=gamma):
+        return layer(x, **kwargs)
+
+
+def _per_channel(present: Any) -> Any:
+    """1 / C', C' being at least 1."""
+    return 1.0 / ops.maximum(ops.sum(present), 1.0)
+
+
 class AcrossChannelsRule(ChannelRule):
     """Base of the rules for normalization over one channel axis."""
 
@@ -75,27 +108,9 @@ class LayerNormalizationRule(AcrossChannelsRule):
 
     weights: ClassVar = {"gamma": (CHANNELS,), "beta": (CHANNELS,)}
 
-    def call_gated(
-        self,
-        layer: Any,
-        gates: Mapping[str, InnerGates],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
         present, (axis,) = gates[CHANNELS].present, _axes_of(layer.axis)
-        x = _widened(args[0])
-        stretch, shrink = _stretch(present)
-        mask = _along(present, axis, x)
-        mean = ops.sum(x * mask, axis, keepdims=True) * ops.cast(_per_channel(present), x.dtype)
-        x = ops.where(mask > 0, x, mean) * ops.cast(stretch, x.dtype)
-        gamma = ops.ones_like(present) if layer.gamma is None else layer.gamma
-        with substituted(layer, gamma=ops.convert_to_tensor(gamma) * ops.cast(shrink, gamma.dtype)):
-            return layer(x, **kwargs)
-
-
-def _per_channel(present: Any) -> Any:
-    """1 / C', C' being at least 1."""
-    return 1.0 / ops.maximum(ops.sum(present), 1.0)
+        return _call_filled(layer, present, axis, [], args[0], kwargs)
 
 
 @register_channel_rule(layers.RMSNormalization)
@@ -104,13 +119,7 @@ class RMSNormalizationRule(AcrossChannelsRule):
 
     weights: ClassVar = {"scale": (CHANNELS,)}
 
-    def call_gated(
-        self,
-        layer: Any,
-        gates: Mapping[str, InnerGates],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
         present, (axis,) = gates[CHANNELS].present, _axes_of(layer.axis)
         x = _widened(args[0])
         stretch, shrink = _stretch(present)
@@ -124,13 +133,7 @@ class RMSNormalizationRule(AcrossChannelsRule):
 class UnitNormalizationRule(AcrossChannelsRule):
     """`UnitNormalization` over one axis: closed channels add nothing to the norm."""
 
-    def call_gated(
-        self,
-        layer: Any,
-        gates: Mapping[str, InnerGates],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
         (axis,) = _axes_of(layer.axis)
         return layer(args[0] * _along(gates[CHANNELS].present, axis, args[0]), **kwargs)
 
@@ -159,32 +162,12 @@ class GroupNormalizationRule(ChannelRule):
             flow.role(layer, "groups", members[0], call.path)
         return [axes]
 
-    def edit_config(
-        self,
-        layer: Any,
-        config: dict[str, Any],
-        count: Callable[[str], int | None],
-        shape: tuple[int | None, ...],
-    ) -> None:
+    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
         groups = count("groups")
         config["groups"] = layer.groups if groups is None else groups
 
-    def call_gated(
-        self,
-        layer: Any,
-        gates: Mapping[str, InnerGates],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        present, x = gates[CHANNELS].present, _widened(args[0])
-        stretch, shrink = _stretch(present)
-        mask = _along(present, layer.axis, x)
-        positions = [k for k in range(1, len(x.shape)) if k != layer.axis % len(x.shape)]
-        means = ops.mean(x, positions, keepdims=True) if positions else x
-        mean = ops.sum(means * mask, layer.axis, keepdims=True)
-        mean = mean * ops.cast(_per_channel(present), x.dtype)
-        x = ops.where(mask > 0, x, mean) * ops.cast(stretch, x.dtype)
-        gamma = ops.ones_like(present) if layer.gamma is None else layer.gamma
-        gamma = ops.convert_to_tensor(gamma) * ops.cast(shrink, gamma.dtype)
-        with substituted(layer, scale=True, gamma=gamma):
-            return layer(x, **kwargs)
+    def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
+        rank = len(args[0].shape)
+        positions = [k for k in range(1, rank) if k != layer.axis % rank]
+        present = gates[CHANNELS].present
+        return _call_filled(layer, present, layer.axis, positions, args[0], kwargs)

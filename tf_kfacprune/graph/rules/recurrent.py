@@ -8,7 +8,7 @@ carry, GRU mixing) go with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.activations import activation_reason
-from tf_kfacprune.graph.rules.base import Extent, InnerGates, extents, weight_of
+from tf_kfacprune.graph.rules.base import Count, Extent, Gates, Roles, Shape, extents, weight_of
 from tf_kfacprune.graph.rules.contractions import ContractionRule
 from tf_kfacprune.graph.rules.registry import register_channel_rule
 from tf_kfacprune.graph.rules.substitution import substituted
@@ -45,7 +45,7 @@ class RecurrentRule(ContractionRule):
         for kernel, role in (("kernel", "in"), ("recurrent_kernel", UNITS))
     }
 
-    def weight_roles(self, layer: Any) -> Mapping[str, Sequence[str | None]]:
+    def weight_roles(self, layer: Any) -> Roles:
         roles: dict[str, Sequence[str | None]] = {}
         for name in self.cells if self.is_known(layer) else ():
             cell = weight_of(layer, name)
@@ -112,22 +112,10 @@ class RecurrentRule(ContractionRule):
         axes[axis] = np.tile(units, (value.shape[axis] or 0) // len(units))
         return axes
 
-    def edit_config(
-        self,
-        layer: Any,
-        config: dict[str, Any],
-        count: Callable[[str], int | None],
-        shape: tuple[int | None, ...],
-    ) -> None:
+    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
         _shrink(config, count(UNITS))
 
-    def call_gated(
-        self,
-        layer: Any,
-        gates: Mapping[str, InnerGates],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
         with ExitStack() as stack:
             for name in self.cells:
                 cell = weight_of(layer, name)
@@ -200,13 +188,7 @@ class BidirectionalRule(RecurrentRule):
         known = all(type(one) in _RECURRENT and type(one.cell) in _CELLS for one in both)
         return known and both[0].cell.units == both[1].cell.units
 
-    def edit_config(
-        self,
-        layer: Any,
-        config: dict[str, Any],
-        count: Callable[[str], int | None],
-        shape: tuple[int | None, ...],
-    ) -> None:
+    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
         for direction in ("layer", "backward_layer"):
             config[direction].pop("build_config", None)
             _shrink(config[direction]["config"], count(UNITS))

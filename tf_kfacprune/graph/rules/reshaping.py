@@ -6,7 +6,7 @@ and order of axes, and needs no formula of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from keras import layers, ops
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, Removal
+from tf_kfacprune.graph.rules.base import ChannelRule, Count, Removal, Shape
 from tf_kfacprune.graph.rules.registry import register_channel_rule, register_internal_rule
 
 __all__: list[str] = []
@@ -82,13 +82,7 @@ def _target(shape: Sequence[int | None]) -> tuple[int, ...]:
 class ReshapeRule(IndexRule):
     """`Reshape`: its target shape shrinks with the channels."""
 
-    def edit_config(
-        self,
-        layer: Any,
-        config: dict[str, Any],
-        count: Callable[[str], int | None],
-        shape: tuple[int | None, ...],
-    ) -> None:
+    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
         config["target_shape"] = _target(shape[1:])
 
 

@@ -5,7 +5,7 @@ The wrapped layer's own rule does the work, on a call without the time axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from keras import layers
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, Extent, extents
+from tf_kfacprune.graph.rules.base import ChannelRule, Count, Extent, Roles, Shape, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
 from tf_kfacprune.graph.rules.registry import register_channel_rule, rule_for
 
@@ -54,7 +54,7 @@ class TimeDistributedRule(ContractionRule):
         flow.share_roles(layer, layer.layer)
         return [[axes[0], flow.of(value)[1], *axes[1:]]]
 
-    def weight_roles(self, layer: Any) -> Mapping[str, Sequence[str | None]]:
+    def weight_roles(self, layer: Any) -> Roles:
         roles = rule_for(layer.layer).weight_roles(layer.layer)
         return {_PREFIX + name: axes for name, axes in roles.items()}
 
@@ -63,13 +63,7 @@ class TimeDistributedRule(ContractionRule):
         inner = Call(call.operation.layer, (step,), {}, (made,), call.path)
         return rule_for(inner.operation).is_homogeneous(inner)
 
-    def edit_config(
-        self,
-        layer: Any,
-        config: dict[str, Any],
-        count: Callable[[str], int | None],
-        shape: tuple[int | None, ...],
-    ) -> None:
+    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
         inner = config["layer"]
         inner.pop("build_config", None)
         step = (shape[0], *shape[2:])
