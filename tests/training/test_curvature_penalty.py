@@ -9,7 +9,6 @@ from tf_kfacprune.curvature import (
     SpectralRadius,
     block_for,
     capture,
-    kronecker_factors,
     per_example_gradients,
 )
 from tf_kfacprune.errors import InvalidArgumentError
@@ -62,7 +61,7 @@ def _dense_radii(model, x, y):
     """lambda_max(A) lambda_max(G) of each block from dense factors, eigenvalues in float64."""
     blocks = [block_for(layer) for layer in model.layers if hasattr(layer, "kernel")]
     records, g = per_example_gradients(model, x, blocks, lambda o: _mean_loss(o, y), training=False)
-    factors = kronecker_factors(blocks, records, g)
+    factors = [b.factors([r], [[d]]) for b, r, d in zip(blocks, records, g, strict=True)]
     top = [[np.linalg.eigvalsh(np.array(f, "float64"))[-1] for f in pair] for pair in factors]
     return [a * g for a, g in top]
 

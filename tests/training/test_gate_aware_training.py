@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 
 import tf_kfacprune as kp
-from tf_kfacprune.curvature import find_blocks, kronecker_factors, per_example_gradients
+from tf_kfacprune.curvature import find_blocks, per_example_gradients
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GateAware
 
@@ -113,10 +113,8 @@ def test_attention_has_the_factors_it_has_without_gates():
         records, g = per_example_gradients(
             net, x, blocks, lambda y: keras.ops.mean(keras.ops.sum(y**2, axis=-1)), training=False
         )
-        pairs = kronecker_factors(blocks, records, g)
-        return {
-            b.name: [np.asarray(f) for f in pair] for b, pair in zip(blocks, pairs, strict=True)
-        }
+        uses = zip(blocks, records, g, strict=True)
+        return {b.name: [np.asarray(f) for f in b.factors([r], [[d]])] for b, r, d in uses}
 
     expected, found = factors(plain), factors(gated)
     assert set(found) == {f"attention/{part}" for part in ("query", "key", "value", "output")}

@@ -9,7 +9,6 @@ from tf_kfacprune.curvature.blocks import (
 )
 from tf_kfacprune.curvature.capture import (
     capture,
-    kronecker_factors,
     per_example_gradients,
     probe_gradients,
 )
@@ -19,6 +18,7 @@ from tf_kfacprune.curvature.fisher import (
     exact_likelihoods,
     sampled_likelihood,
 )
+from tf_kfacprune.curvature.gate_curvature import find_gate_layers, gate_curvature
 from tf_kfacprune.curvature.gauss_newton import gauss_newton_form
 from tf_kfacprune.curvature.objective import Objective
 from tf_kfacprune.curvature.second_derivatives import check_second_derivatives
@@ -43,8 +43,9 @@ __all__ = [
     "check_second_derivatives",
     "exact_likelihoods",
     "find_blocks",
+    "find_gate_layers",
+    "gate_curvature",
     "gauss_newton_form",
-    "kronecker_factors",
     "layer_spectral_radius",
     "per_example_gradients",
     "probe_gradients",

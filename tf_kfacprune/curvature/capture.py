@@ -19,7 +19,7 @@ from tf_kfacprune.curvature.blocks import KroneckerBlock, Record
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph.rules.substitution import substituted
 
-__all__ = ["capture", "kronecker_factors", "per_example_gradients", "probe_gradients"]
+__all__ = ["capture", "per_example_gradients", "probe_gradients"]
 
 Network = Callable[..., Any]
 
@@ -131,31 +131,3 @@ def per_example_gradients(
         network, x, blocks, lambda outputs: [mean_loss(outputs)], training
     )
     return records, gradients
-
-
-def kronecker_factors(
-    blocks: Sequence[KroneckerBlock],
-    records: Sequence[Record],
-    gradients: Sequence[Any],
-    *,
-    reduce: bool = False,
-) -> list[tuple[Any, Any]]:
-    """Factors (A, G) of each block; uses of a shared layer count as locations.
-
-    Args:
-        blocks: The blocks, in the order of the result.
-        records: Uses of the blocks' layers in one forward pass.
-        gradients: Per-example gradients, one per record.
-        reduce: K-FAC reduce instead of expand for weights that are shared between locations.
-
-    Returns:
-        For each block `(A, G)` of shapes `(*k, n_a, n_a)` (or `(n_a,)` if A is diagonal) and
-        `(*k, n_out, n_out)`, float32.
-    """
-    factors = []
-    for block in blocks:
-        uses = [(r, g) for r, g in zip(records, gradients, strict=True) if r.layer is block.layer]
-        a = tf.add_n([tf.convert_to_tensor(block.factor_a(r, g, reduce=reduce)) for r, g in uses])
-        g = tf.add_n([tf.convert_to_tensor(block.factor_g(r, g, reduce=reduce)) for r, g in uses])
-        factors.append((a, g / len(uses)))
-    return factors

@@ -82,18 +82,7 @@ class BlockState:
         Returns:
             One tensor per variable in `averages`.
         """
-        block = self.block
-
-        def summed(factor: Any, gradients: Sequence[Any]) -> Any:
-            uses = zip(records, gradients, strict=True)
-            return tf.add_n([tf.convert_to_tensor(factor(r, g, reduce=reduce)) for r, g in uses])
-
-        if block.is_contraction or block.a_is_diagonal:
-            a = summed(block.factor_a, probes[0])
-            g = tf.add_n([summed(block.factor_g, probe) for probe in probes]) / len(records)
-        else:  # the whole block is in A, which depends on the gradients
-            a = tf.add_n([summed(block.factor_a, probe) for probe in probes])
-            g = summed(block.factor_g, probes[0]) / len(records)
+        a, g = self.block.factors(records, probes, reduce=reduce)
         return [self.a.statistic(a), self.g.statistic(g)]
 
     @property

@@ -32,7 +32,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +157,34 @@ class KroneckerBlock:
         flat = ops.reshape(rows, (*self.group_shape, -1, self.n_out))
         count = ops.cast(ops.shape(flat)[-2], "float32")
         return ops.matmul(ops.swapaxes(flat, -1, -2), flat) / count
+
+    def factors(
+        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], *, reduce: bool = False
+    ) -> tuple[Any, Any]:
+        """A and G of one batch; uses of a shared layer count as locations.
+
+        Args:
+            records: Uses of the block's layer in one forward pass.
+            probes: For each loss whose Fishers add up, per-example gradients, one per use.
+            reduce: K-FAC reduce instead of expand.
+
+        Returns:
+            `(A, G)` as from `factor_a` and `factor_g`.
+        """
+        a = self._over_uses(self.factor_a, records, probes[:1], reduce)
+        g = self._over_uses(self.factor_g, records, probes, reduce)
+        return a, g / len(records)
+
+    @staticmethod
+    def _over_uses(
+        factor: Callable[..., Any],
+        records: Sequence[Record],
+        probes: Sequence[Sequence[Any]],
+        reduce: bool,
+    ) -> Any:
+        """Sum of a factor over the uses of the layer and the losses."""
+        uses = [pair for gradients in probes for pair in zip(records, gradients, strict=True)]
+        return functools.reduce(ops.add, [factor(r, g, reduce=reduce) for r, g in uses])
 
     def kernel_to_matrix(self, kernel: Any) -> Any:
         """A kernel-shaped tensor as a matrix, shape `(*k, n_in, n_out)`."""

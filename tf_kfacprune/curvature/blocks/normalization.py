@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -56,6 +57,12 @@ class ScaleShiftBlock(KroneckerBlock):
     def factor_g(self, record: Record, g: Any, *, reduce: bool = False) -> Any:
         del record, g, reduce
         return ops.ones((*self.group_shape, 1, 1))
+
+    def factors(
+        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], *, reduce: bool = False
+    ) -> tuple[Any, Any]:
+        a = self._over_uses(self.factor_a, records, probes, reduce)
+        return a, self.factor_g(records[0], probes[0][0])
 
     def to_matrix(self, tensors: Any) -> Any:
         return ops.stack(list(tensors), axis=-1)[..., None]
