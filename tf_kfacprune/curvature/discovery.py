@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import keras
 
 from tf_kfacprune.curvature.blocks import KroneckerBlock, blocks_of
+from tf_kfacprune.curvature.blocks.registry import ATTENTION, no_rule
 from tf_kfacprune.gates import GateAware, GateSource
 
 __all__ = ["NetworkBlocks", "find_blocks"]
 
 READS_GATES = "its channels are gated inside the layer"
-NO_RULE = "this layer type has no Kronecker block"
-_ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def _search(layer: keras.layers.Layer, found: NetworkBlocks, seen: set[int]) -> 
         # Attention is gated around its projections, which do what they do without gates; in other
         # layers the gates change what the weights are multiplied by.
         inner = layer.gate_aware_of
-        if isinstance(inner, _ATTENTION):
+        if isinstance(inner, ATTENTION):
             _search(inner, found, seen)
         else:
             _leave_out(layer, READS_GATES, found)
@@ -69,7 +67,7 @@ def _search(layer: keras.layers.Layer, found: NetworkBlocks, seen: set[int]) -> 
             _add(layer, of_layer.blocks, of_layer.reasons, found)
         return
     inside = {id(v) for part in parts for v in part.weights}
-    found.reasons.update({v.path: _reason(layer) for v in layer.weights if id(v) not in inside})
+    found.reasons.update({v.path: no_rule(layer) for v in layer.weights if id(v) not in inside})
     for part in parts:
         _search(part, found, seen)
 
@@ -93,14 +91,10 @@ def _add(
     found.blocks.extend(blocks)
     found.reasons.update(reasons)
     if not blocks:
-        found.without_block[layer.name] = next(iter(reasons.values()), _reason(layer))
+        found.without_block[layer.name] = next(iter(reasons.values()), no_rule(layer))
 
 
 def _leave_out(layer: keras.layers.Layer, reason: str, found: NetworkBlocks) -> None:
     found.reasons.update({v.path: reason for v in layer.weights})
     if layer.weights:
         found.without_block[layer.name] = reason
-
-
-def _reason(layer: Any) -> str:
-    return f"{NO_RULE} ({type(layer).__name__})"

@@ -17,7 +17,7 @@ from tf_kfacprune.curvature.blocks.convolutions import (
 from tf_kfacprune.curvature.blocks.dense import DenseBlock, EinsumDenseBlock, EmbeddingBlock
 from tf_kfacprune.curvature.blocks.normalization import ScaleShiftBlock
 
-__all__ = ["LayerBlocks", "block_for", "blocks_of"]
+__all__ = ["ATTENTION", "LayerBlocks", "block_for", "blocks_of", "no_rule"]
 
 FROZEN = "the layer is not trainable"
 LORA = "the layer carries LoRA weights"
@@ -40,6 +40,11 @@ class LayerBlocks:
 
     blocks: list[KroneckerBlock] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+
+
+def no_rule(layer: keras.layers.Layer) -> str:
+    """Why a layer of a type without a block has none."""
+    return f"{NO_RULE} ({type(layer).__name__})"
 
 
 def _normalization_fault(layer: keras.layers.Layer) -> str | None:
@@ -96,7 +101,7 @@ _MAKERS: dict[type, _Maker] = {
     ),
     **dict.fromkeys(_NORMALIZATIONS, lambda layer: [ScaleShiftBlock(layer)]),
 }
-_ATTENTION = (_layers.MultiHeadAttention, _layers.GroupQueryAttention)
+ATTENTION = (_layers.MultiHeadAttention, _layers.GroupQueryAttention)
 _PROJECTIONS = ("query", "key", "value", "output", "gate")
 
 
@@ -111,10 +116,10 @@ def blocks_of(layer: keras.layers.Layer) -> LayerBlocks:
     Returns:
         A `LayerBlocks`.
     """
-    if type(layer) in _ATTENTION:
+    if type(layer) in ATTENTION:
         return _attention_blocks(layer)
     maker = _MAKERS.get(type(layer))
-    fault = _fault(layer) if maker else f"{NO_RULE} ({type(layer).__name__})"
+    fault = _fault(layer) if maker else no_rule(layer)
     blocks = maker(layer) if maker and fault is None and layer.trainable_weights else []
     covered = {id(v) for block in blocks for v in block.variables}
     rest = [v for v in layer.weights if id(v) not in covered and (fault or v.trainable)]
