@@ -1,0 +1,117 @@
+"""Sizes: how many open channels lie on an axis, as functions of how open neurons are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from tf_kfacprune.graph.branches import Branches
+from tf_kfacprune.graph.channel_graph import ChannelGraph
+from tf_kfacprune.graph.rules import Extent
+
+__all__ = ["Sizes", "Term"]
+
+# A coefficient and the numbers of the sizes it is multiplied by.
+Term = tuple[float, tuple[int, ...]]
+
+_ONE = 0  # the size that is always 1, for products of fewer sizes than others
+
+
+class Sizes:
+    """The sizes of a model, each stored once, and the presence of its residual branches.
+
+    Sizes are numbered from 0; the presence factors lie behind all of them and are numbered from
+    the end: -1, -2...
+
+    Attributes:
+        channels: The channel graph.
+        branches: Residual branches that may be removed as a whole.
+
+    Args:
+        channels: A channel graph.
+    """
+
+    def __init__(self, channels: ChannelGraph) -> None:
+        self.channels = channels
+        self.branches = Branches(channels)
+        self._deciding = sorted(self.branches.removable)
+        self._numbers: dict[bytes, int] = {b"": _ONE}
+        self._fixed: list[float] = [1.0]
+        self._members: list[np.ndarray] = [np.zeros(0, int)]
+        self._counts: list[np.ndarray] = [np.zeros(0)]
+
+    def presence(self, groups: Iterable[int]) -> list[int]:
+        """Numbers of the presence factors of groups that may close completely."""
+        return [-1 - self._deciding.index(group) for group in groups]
+
+    def term(self, product: Sequence[Extent], factors: Sequence[int] = ()) -> Term:
+        """A product of extents and of sizes that have a number already."""
+        coefficient, sizes = 1.0, [*factors]
+        for extent in product:
+            if isinstance(extent, np.ndarray):
+                sizes.append(self._number(self.channels.neurons(extent)))
+            else:
+                coefficient *= extent
+        return coefficient, tuple(sizes)
+
+    def complete(self) -> None:
+        """Prepares the evaluation; no term can be added afterwards."""
+        self._gather = np.concatenate(self._members).astype("int32")
+        owners = np.repeat(np.arange(len(self._members)), [len(m) for m in self._members])
+        self._owner = owners.astype("int32")
+        self._weight = np.concatenate(self._counts)
+        self._offset = np.array(self._fixed)
+        self._deciding_neurons = self._padded_members()
+
+    def stack(self, terms: Sequence[Term]) -> tuple[np.ndarray, np.ndarray]:
+        """Coefficients `(terms,)` and size numbers `(terms, factors)` of a sum of products."""
+        total = len(self._fixed) + len(self._deciding)
+        width = max([1, *(len(sizes) for _, sizes in terms)])
+        indices = np.full((len(terms), width), _ONE, "int32")
+        for row, (_, sizes) in enumerate(terms):
+            indices[row, : len(sizes)] = [size % total for size in sizes]
+        return np.array([coefficient for coefficient, _ in terms], float), indices
+
+    def tensor(self, openness: Any) -> Any:
+        """All sizes, differentiable, in the element type of `openness` (float32 or float64)."""
+        dtype = openness.dtype
+        open_counts = ops.take(openness, self._gather) * ops.cast(self._weight, dtype)
+        summed = ops.segment_sum(open_counts, self._owner, num_segments=len(self._fixed))
+        sizes = summed + ops.cast(self._offset, dtype)
+        if not self._deciding:
+            return sizes
+        members = ops.take(ops.append(openness, ops.zeros(1, dtype)), self._deciding_neurons)
+        return ops.concatenate([sizes, 1.0 - ops.prod(1.0 - members, axis=1)])
+
+    def exact(self, openness: np.ndarray) -> np.ndarray:
+        """All sizes in NumPy, float64."""
+        open_counts = openness[self._gather] * self._weight
+        sizes = self._offset + np.bincount(self._owner, open_counts, minlength=len(self._fixed))
+        members = np.append(openness, 0.0)[self._deciding_neurons]
+        return np.concatenate([sizes, 1.0 - np.prod(1.0 - members, axis=1)])
+
+    def _number(self, neurons: np.ndarray) -> int:
+        """The number of a size, equal for equal arrays of neurons."""
+        members, counts = np.unique(neurons, return_counts=True)
+        prunable = members < self.channels.num_neurons
+        fixed = float(counts[~prunable].sum())
+        members, counts = members[prunable], counts[prunable].astype(float)
+        key = members.tobytes() + counts.tobytes() + np.float64(fixed).tobytes()
+        if key not in self._numbers:
+            self._numbers[key] = len(self._fixed)
+            self._fixed.append(fixed)
+            self._members.append(members)
+            self._counts.append(counts)
+        return self._numbers[key]
+
+    def _padded_members(self) -> np.ndarray:
+        """The neurons of each deciding group, padded with the neuron that is never open."""
+        groups = [self.channels.groups[g] for g in self._deciding]
+        shape = (len(groups), max([1, *(group.size for group in groups)]))
+        members = np.full(shape, self.channels.num_neurons, "int32")
+        for row, group in zip(members, groups, strict=True):
+            row[: group.size] = group.neurons
+        return members[::-1]
