@@ -70,9 +70,6 @@ def run() -> None:
     kp.export.saved_model(
         small, out / "saved_model", overwrite=FLAGS.overwrite, verify_data=x_test[:256]
     )
-    kp.export.tflite(
-        small, out / "compact.tflite", overwrite=FLAGS.overwrite, verify_data=x_test[:256]
-    )
     comparison = reporting.report(pm, small, dense=dense, data=(x_test, data.y_test))
     record = reporting.record(
         comparison,
@@ -84,6 +81,13 @@ def run() -> None:
         batch_size=FLAGS.batch_size,
     )
     reporting.write_json_atomic(out / "record.json", record, overwrite=FLAGS.overwrite)
+    kp.export.tflite(
+        small,
+        out / "compact.tflite",
+        overwrite=FLAGS.overwrite,
+        verify_data=x_test[:256],
+        metadata=kp.export.Metadata.of_record(record, labels=data.labels, scale=data.scale),
+    )
     print(comparison)
     print(f"Wrote {out}")
 

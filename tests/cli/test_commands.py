@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tf_kfacprune.cli.main import main, run
+from tf_kfacprune.export import read_metadata
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,10 @@ def test_train_writes_everything_it_promises(trained):
     assert record["data"] == "bars"
     compact_model = keras.models.load_model(trained / "compact.keras")
     assert compact_model.count_params() == record["compact"]["params"]
+    pruning = read_metadata(trained / "compact.tflite").pruning
+    for key in ("budget", "kept_neurons", "versions"):
+        assert pruning[key] == record[key]
+    assert pruning["compact"]["params"] == record["compact"]["params"]
 
 
 def test_evaluate_agrees_between_formats_and_with_the_record(trained, small_data, capsys):

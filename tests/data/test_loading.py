@@ -42,6 +42,7 @@ def test_digits_are_stratified_scaled_and_the_same_every_time():
     assert first.x_train.dtype == np.float32
     assert first.x_train.min() == 0.0
     assert first.x_train.max() == 1.0
+    assert (first.scale, first.labels) == (1 / 16, tuple("0123456789"))
     assert np.bincount(first.y_test, minlength=10).min() >= 34
     np.testing.assert_array_equal(first.x_test, second.x_test)
     np.testing.assert_array_equal(first.y_train, second.y_train)
@@ -60,6 +61,7 @@ def test_own_uint8_images_are_scaled_and_get_a_channel_axis(save):
     assert data.input_shape == (4, 4, 1)
     expected = arrays()["x_train"][..., None].astype(np.float32) / 255.0
     np.testing.assert_array_equal(data.x_train, expected)
+    assert (data.scale, data.labels) == (1 / 255, ())
     assert data.y_train.dtype == np.int64
 
 
@@ -70,6 +72,7 @@ def test_own_float_inputs_are_taken_as_they_are(save):
     assert data.x_train.dtype == np.float32
     assert data.x_train[0, 0] == 7.5
     assert data.x_test[0, 0] == -2.0
+    assert data.scale == 1.0
 
 
 def test_labels_in_a_column_are_flattened(save):
@@ -149,7 +152,7 @@ def test_named_sets_are_read_from_the_folder_and_never_downloaded(tmp_path, monk
         np.savez(tmp_path / f"{name}.npz", **arrays())
         data = load(name, tmp_path)
         assert data.name == name
-        assert data.num_classes == 10
+        assert data.num_classes == len(data.labels) == 10
 
 
 def test_missing_data_dir_is_named(tmp_path):
@@ -261,6 +264,7 @@ def test_validation_split_holds_out_the_last_training_examples():
     np.testing.assert_array_equal(tuning.x_train, data.x_train[:-200])
     np.testing.assert_array_equal(tuning.y_test, data.y_train[-200:])
     assert "last 200" in tuning.name
+    assert tuning.labels == data.labels
 
 
 @pytest.mark.parametrize("count", [0, -1, 1437, 0.2, True])

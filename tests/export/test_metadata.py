@@ -91,9 +91,35 @@ def test_pruning_record_of_a_compact_model(tmp_path):
         keras.Model(x, keras.layers.Dense(2, name="fc2")(hidden)), budget=kp.Budget(macs=0.5)
     )
     metadata = Metadata.of(pm, kp.compact(pm), labels=["no", "yes"])
-    assert metadata.pruning["budget"] == {"macs": 0.5}
-    assert metadata.pruning["layers"]["fc1"] == {"channels": 8, "kept": list(range(8))}
-    assert metadata.pruning["macs"]["dense"] == 48
+    assert metadata.pruning == {
+        "budget": {"asked": {"macs": 0.5}, "achieved": {"params": 1.0, "macs": 1.0}},
+        "kept_neurons": {"x": list(range(4)), "fc1": list(range(8)), "fc2": [0, 1]},
+        "dense": {"neurons": {"x": 4, "fc1": 8, "fc2": 2}, "params": 58, "macs": 48},
+        "compact": {"neurons": {"x": 4, "fc1": 8, "fc2": 2}, "params": 58, "macs": 48},
+    }
+
+
+def test_record_of_a_run_is_cut_down_to_what_a_file_should_say():
+    record = {
+        "seed": 0,
+        "budget": {"asked": {"macs": 0.5}, "achieved": {"macs": 0.25}},
+        "dense": {"neurons": {"fc": 4}, "params": 20, "macs": 16, "accuracy": 0.5},
+        "compact": {"neurons": {"fc": 1}, "params": 5, "macs": 4, "latency_us": 3.0},
+        "kept_neurons": {"fc": [2]},
+        "versions": {"keras": "3"},
+    }
+    metadata = Metadata.of_record(record, labels=["no", "yes"], scale=0.5)
+    assert (metadata.labels, metadata.scale, metadata.offset) == (("no", "yes"), 0.5, 0.0)
+    assert metadata.pruning == {
+        "budget": record["budget"],
+        "kept_neurons": record["kept_neurons"],
+        "versions": record["versions"],
+        "dense": {"neurons": {"fc": 4}, "params": 20, "macs": 16},
+        "compact": {"neurons": {"fc": 1}, "params": 5, "macs": 4},
+    }
+    del record["kept_neurons"]
+    with pytest.raises(InvalidArgumentError, match="has no 'kept_neurons'"):
+        Metadata.of_record(record)
 
 
 @pytest.mark.parametrize(

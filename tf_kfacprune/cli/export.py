@@ -18,6 +18,7 @@ from tf_kfacprune.cli.shared import (
     load_data,
     model_of,
 )
+from tf_kfacprune.data import Dataset
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.export import Metadata, c_array, saved_model, tflite, with_head
 from tf_kfacprune.export.options import FULL_INTEGER
@@ -89,7 +90,10 @@ def _define_surroundings(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_float("offset", 0.0, "Add this after scaling.", flag_values=values)
     flags.DEFINE_list(
-        "labels", [], "Names of the classes, comma-separated, for the metadata.", flag_values=values
+        "labels",
+        [],
+        "Names of the classes, comma-separated, for the metadata; those of --data by default.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "record",
@@ -104,11 +108,11 @@ def _execute(values: flags.FlagValues) -> None:
     network = model_of(values.model, "export")
     head = None if values.head == "none" else values.head
     model = network
-    if head or (values.scale, values.offset) != (1.0, 0.0):
+    if head or _scales(values):
         model = with_head(network, head, scale=values.scale, offset=values.offset)
     examples = representative = None
-    if values.data:
-        dataset = load_data(values)
+    dataset = load_data(values) if values.data else None
+    if dataset is not None:
         examples = (_raw(values, fitted_inputs(network, dataset.x_test)), dataset.y_test)
         if values.quantization in FULL_INTEGER:
             x_train = fitted_inputs(network, dataset.x_train)[:_REPRESENTATIVE_EXAMPLES]
@@ -126,7 +130,7 @@ def _execute(values: flags.FlagValues) -> None:
             "quantization": values.quantization,
             "representative_data": representative,
             "io_dtype": values.io_dtype,
-            "metadata": _metadata(values),
+            "metadata": _metadata(values, dataset),
         }
         path = _write(model, values, options)
     print(f"Wrote {path}" + (f", verified against {values.model}" if values.verify else ""))
@@ -143,25 +147,32 @@ def _write(model: keras.Model, values: flags.FlagValues, options: dict[str, Any]
 
 def _raw(values: flags.FlagValues, x: Any) -> Any:
     """Inputs as they are before the scaling that the exported model does itself."""
-    if (values.scale, values.offset) == (1.0, 0.0):
-        return x
-    return (x - values.offset) / values.scale
+    return (x - values.offset) / values.scale if _scales(values) else x
 
 
-def _metadata(values: flags.FlagValues) -> Metadata | None:
+def _scales(values: flags.FlagValues) -> bool:
+    """Whether the exported model scales its inputs itself."""
+    return (values.scale, values.offset) != (1.0, 0.0)
+
+
+def _metadata(values: flags.FlagValues, dataset: Dataset | None) -> Metadata | None:
+    """What the file says; what the flags leave out is taken from the data set."""
     if not values.labels and not values.record:
         return None
-    pruning = None
-    if values.record:
-        try:
-            record = json.loads(Path(values.record).read_text())
-            pruning = {key: record[key] for key in ("budget", "kept_neurons", "versions")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InvalidArgumentError(
-                "--record must be the record.json of a training run. Received: "
-                f"--record={values.record} ({type(error).__name__}: {error})"
-            ) from error
-    return Metadata(labels=values.labels, pruning=pruning)
+    labels, scale = values.labels, 1.0
+    if dataset is not None:
+        labels = labels or dataset.labels
+        scale = 1.0 if _scales(values) else dataset.scale
+    if not values.record:
+        return Metadata(labels, scale)
+    try:
+        record = json.loads(Path(values.record).read_text())
+        return Metadata.of_record(record, labels=labels, scale=scale)
+    except (OSError, ValueError, TypeError, AttributeError, InvalidArgumentError) as error:
+        raise InvalidArgumentError(
+            "--record must be the record.json of a training run. Received: "
+            f"--record={values.record} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _refuse_useless_flags(values: flags.FlagValues) -> None:

@@ -23,7 +23,7 @@ from tf_kfacprune.cli.shared import (
 from tf_kfacprune.compaction import compact
 from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.data import validation_split
-from tf_kfacprune.export import keras_file, saved_model, tflite
+from tf_kfacprune.export import Metadata, keras_file, saved_model, tflite
 from tf_kfacprune.export.atomic import atomic_directory
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.pruning import Budget
@@ -147,20 +147,19 @@ def _train_into(folder: Path, values: flags.FlagValues) -> Any:
     keras_file(pruned, folder / "model.keras")
     keras_file(small, folder / "compact.keras")
     saved_model(small, folder / "saved_model", verify_data=x_test[:256])
-    tflite(small, folder / "compact.tflite", verify_data=x_test[:256])
     comparison = report(pruned, small, dense=dense, data=(x_test, dataset.y_test))
-    write_json_atomic(
-        folder / RECORD,
-        record(
-            comparison,
-            data=dataset.name,
-            seed=values.seed,
-            budget=asked,
-            model=values.model,
-            epochs=values.epochs,
-            batch_size=values.batch_size,
-        ),
+    content = record(
+        comparison,
+        data=dataset.name,
+        seed=values.seed,
+        budget=asked,
+        model=values.model,
+        epochs=values.epochs,
+        batch_size=values.batch_size,
     )
+    write_json_atomic(folder / RECORD, content)
+    metadata = Metadata.of_record(content, labels=dataset.labels, scale=dataset.scale)
+    tflite(small, folder / "compact.tflite", verify_data=x_test[:256], metadata=metadata)
     return comparison
 
 

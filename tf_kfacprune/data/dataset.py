@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class Dataset:
         y_test: as ``y_train``, for the test examples.
         num_classes: number of classes.
         name: the name or file it was loaded from.
+        scale: what the stored inputs were multiplied with, such as 1 / 255 for uint8 images.
+        labels: names of the classes; empty if unknown.
     """
 
     x_train: np.ndarray
@@ -31,6 +33,8 @@ class Dataset:
     y_test: np.ndarray
     num_classes: int
     name: str
+    scale: float = 1.0
+    labels: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -73,12 +77,12 @@ def validation_split(dataset: Dataset, count: int) -> Dataset:
             f"{total - 1}, because there are {total} training examples. Received: count={count!r}."
         )
     cut = total - count
-    return Dataset(
+    return replace(
+        dataset,
         x_train=dataset.x_train[:cut],
         y_train=dataset.y_train[:cut],
         x_test=dataset.x_train[cut:],
         y_test=dataset.y_train[cut:],
-        num_classes=dataset.num_classes,
         name=f"{dataset.name} (last {count} held out)",
     )
 
@@ -135,6 +139,7 @@ def checked_dataset(
         y_test=labels["test"],
         num_classes=classes,
         name=name,
+        scale=1 / 255 if all(arrays[f"x_{part}"].dtype == np.uint8 for part in inputs) else 1.0,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,20 @@ from tf_kfacprune.errors import DataError
 __all__ = ["NAMES", "load"]
 
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10")
+
+_DIGITS = tuple("0123456789")
+_LABELS = {
+    "digits": _DIGITS,
+    "mnist": _DIGITS,
+    "fashion_mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    "cifar10": (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    ),
+}
 
 # Where the Debian package dataset-fashion-mnist puts its files.
 _SYSTEM_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -76,7 +91,8 @@ def load(
         raise DataError(f"data_dir: no such folder: {os.fspath(data_dir)}.")
     folder = None if data_dir is None else Path(data_dir)
     arrays, source = _FINDERS[name](folder)
-    return checked_dataset(arrays, name=name, source=source, num_classes=10)
+    dataset = checked_dataset(arrays, name=name, source=source, num_classes=10)
+    return replace(dataset, labels=_LABELS[name])
 
 
 def _load_digits() -> Dataset:
@@ -95,7 +111,8 @@ def _load_digits() -> Dataset:
         images, labels, test_size=0.2, stratify=labels, random_state=0
     )
     arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
-    return checked_dataset(arrays, name="digits", source="digits", num_classes=10)
+    dataset = checked_dataset(arrays, name="digits", source="digits", num_classes=10)
+    return replace(dataset, scale=1 / 16, labels=_LABELS["digits"])
 
 
 Found = tuple[dict[str, np.ndarray], str]

@@ -25,6 +25,10 @@ __all__ = ["ENTRY", "Metadata", "read_metadata", "with_metadata"]
 
 ENTRY = "TF_KFACPRUNE_METADATA"
 
+_RECORDED = ("budget", "kept_neurons", "versions")
+_SIDES = ("dense", "compact")
+_FIGURES = ("neurons", "params", "macs")
+
 
 @dataclass(frozen=True)
 class Metadata:
@@ -92,18 +96,66 @@ class Metadata:
             offset: added after scaling.
 
         Returns:
-            Metadata whose ``pruning`` holds the ``budget``, the ``layers`` with the number of
-            their ``channels`` and those ``kept``, and ``macs`` and ``params`` before and after.
+            Metadata whose ``pruning`` holds what a run's record does: the ``budget`` ``asked`` and
+            ``achieved``, the ``kept_neurons`` of every layer, and ``neurons``, ``params`` and
+            ``macs`` of the ``dense`` and the ``compact`` model.
 
         Raises:
             InvalidArgumentError: if the two models do not belong together.
         """
+        removed = compaction_report(model, compact_model)
+        kept = {name: layer["kept"] for name, layer in removed["layers"].items()}
+        neurons = {
+            "dense": {name: layer["channels"] for name, layer in removed["layers"].items()},
+            "compact": {name: len(indices) for name, indices in kept.items()},
+        }
+        costs = {measure: removed[measure] for measure in ("params", "macs")}
+        achieved = {name: cost["compact"] / cost["dense"] for name, cost in costs.items()}
         budget = getattr(model, "budget", None)
         record = {
-            "budget": None if budget is None else budget.targets,
-            **compaction_report(model, compact_model),
+            "budget": {"asked": budget.targets if budget else {}, "achieved": achieved},
+            "kept_neurons": kept,
+            **{
+                side: {"neurons": neurons[side], **{n: cost[side] for n, cost in costs.items()}}
+                for side in _SIDES
+            },
         }
         return cls(labels, scale, offset, record)
+
+    @classmethod
+    def of_record(
+        cls,
+        record: Mapping[str, Any],
+        *,
+        labels: Sequence[str] = (),
+        scale: float = 1.0,
+        offset: float = 0.0,
+    ) -> Metadata:
+        """Metadata with the pruning record of a run, from what its ``record.json`` holds.
+
+        Args:
+            record: what `tf_kfacprune.reporting.record` returned, or was read from its file.
+            labels: names of the classes.
+            scale: factor of the raw inputs.
+            offset: added after scaling.
+
+        Returns:
+            Metadata whose ``pruning`` holds what that of `of` does, and the ``versions`` of the
+            packages that trained the model.
+
+        Raises:
+            InvalidArgumentError: if it is no such record.
+        """
+        missing = [key for key in _RECORDED if key not in record]
+        if missing:
+            raise InvalidArgumentError(
+                f"record must be the record of a training run. It has no {missing[0]!r}."
+            )
+        kept = {key: record[key] for key in _RECORDED}
+        for side in _SIDES:
+            figures = record.get(side, {})
+            kept[side] = {name: figures[name] for name in _FIGURES if name in figures}
+        return cls(labels, scale, offset, {key: value for key, value in kept.items() if value})
 
 
 def with_metadata(content: bytes, metadata: Metadata) -> bytes:
