@@ -24,7 +24,7 @@ flags.DEFINE_string("data", "digits", "digits, mnist, fashion_mnist, cifar10, or
 flags.DEFINE_string("data_dir", None, "Folder with the data; Keras downloads them without it.")
 flags.DEFINE_float("budget_macs", 0.2, "Fraction of the multiply-accumulates to keep.")
 flags.DEFINE_float("budget_params", None, "Fraction of the parameters to keep.")
-flags.DEFINE_enum("gate", "hard_concrete", ["hard_concrete", "deterministic"], "Kind of gate.")
+flags.DEFINE_enum("policy", "hard_concrete", ["hard_concrete", "proximal"], "How gates close.")
 flags.DEFINE_integer("epochs", 30, "Passes over the data.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 32, "Examples per step.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed of everything random.")
@@ -38,20 +38,22 @@ def gated_network(shape: tuple[int, ...], classes: int) -> keras.Model:
     stream = layers.Conv2D(32, 3, padding="same", name="stem")(inputs)
     stream = layers.ReLU(name="stem_relu")(layers.BatchNormalization(name="stem_bn")(stream))
 
+    kind = "hard_concrete" if FLAGS.policy == "hard_concrete" else "deterministic"
+
     # The stream's channels are read by the block's first convolution and, after the addition,
     # by the next one: each reader has a gate, and a channel goes once all of them are closed.
-    y = kp.layers.GatedConv2D(
-        48, 3, padding="same", gate=FLAGS.gate, activation="relu", name="block_a"
-    )(stream)
-    y = kp.layers.GatedConv2D(32, 3, padding="same", gate=FLAGS.gate, name="block_b")(y)
+    y = kp.layers.GatedConv2D(48, 3, padding="same", gate=kind, activation="relu", name="block_a")(
+        stream
+    )
+    y = kp.layers.GatedConv2D(32, 3, padding="same", gate=kind, name="block_b")(y)
     stream = layers.ReLU(name="block_relu")(layers.Add(name="block_add")([stream, y]))
 
     stream = layers.MaxPooling2D(name="pool")(stream)
-    head = kp.layers.GatedConv2D(
-        64, 3, padding="same", gate=FLAGS.gate, activation="relu", name="head"
-    )(stream)
+    head = kp.layers.GatedConv2D(64, 3, padding="same", gate=kind, activation="relu", name="head")(
+        stream
+    )
     features = layers.GlobalAveragePooling2D(name="average")(head)
-    gate = kp.layers.NeuronGate(kind=FLAGS.gate, name="features_gate")
+    gate = kp.layers.NeuronGate(kind=kind, name="features_gate")
     return keras.Model(inputs, layers.Dense(classes, name="logits")(gate(features)))
 
 
@@ -67,7 +69,7 @@ def run() -> None:
     print(reporting.inspect(model))
 
     # A model that has gates already is taken as it is.
-    pm = kp.PrunableModel(model, budget=budget, seed=FLAGS.seed)
+    pm = kp.PrunableModel(model, budget=budget, policy=FLAGS.policy, seed=FLAGS.seed)
     pm.compile(
         optimizer=kp.KFAC(),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -85,7 +87,7 @@ def run() -> None:
         data=data.name,
         seed=FLAGS.seed,
         budget=budget.targets,
-        gate=FLAGS.gate,
+        policy=FLAGS.policy,
         epochs=FLAGS.epochs,
         batch_size=FLAGS.batch_size,
     )

@@ -18,7 +18,7 @@ from tf_kfacprune.compaction import compact, compaction_report, compensate
 from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.graph import ChannelRule, register_channel_rule
 from tf_kfacprune.optimizers import KFAC, LevenbergMarquardt
-from tf_kfacprune.pruning import Budget, Phases
+from tf_kfacprune.pruning import Budget, Phases, ScheduledClosing
 from tf_kfacprune.reporting import inspect, report
 from tf_kfacprune.training import KFACModel, PrunableModel
 
@@ -30,6 +30,7 @@ __all__ = [
     "LevenbergMarquardt",
     "Phases",
     "PrunableModel",
+    "ScheduledClosing",
     "SpectralRadius",
     "compact",
     "compaction_report",

@@ -70,7 +70,7 @@ def test_examples_are_short_and_use_public_names_only(path):
     [
         ("digits_quickstart.py", ["--budget_macs=0.3"]),
         ("mnist_lenet.py", ["--model=lenet300", "--budget_params=0.3", "--compare_dense"]),
-        ("build_gated_by_hand.py", ["--gate=deterministic", "--budget_macs=0.4"]),
+        ("build_gated_by_hand.py", ["--policy=proximal", "--budget_macs=0.4"]),
     ],
 )
 def test_example_trains_prunes_exports_and_records(

@@ -71,10 +71,10 @@ def test_without_a_budget_to_meet_training_equals_plain_keras(optimizer, budget)
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("gate", ["hard_concrete", "deterministic"])
+@pytest.mark.parametrize("policy", ["hard_concrete", "proximal"])
 @pytest.mark.parametrize("budget", [kp.Budget(macs=0.3), kp.Budget(macs=0.5, params=0.25)], ids=str)
-def test_the_network_lands_within_its_budget_and_compacts_to_the_same_function(budget, gate):
-    model = kp.PrunableModel(_network(), budget=budget, gate=gate, seed=0)
+def test_the_network_lands_within_its_budget_and_compacts_to_the_same_function(budget, policy):
+    model = kp.PrunableModel(_network(), budget=budget, policy=policy, seed=0)
     history = _fit(model)
     small = kp.compact(model)
     dense = _network()
@@ -251,9 +251,9 @@ def test_subclassed_and_unbuilt_models_are_refused():
         ({"curvature": 1e-3}, "curvature=0.001"),
         ({"phases": (0.1, 0.5)}, "phases="),
         ({"max_skipped_steps": 0}, "max_skipped_steps=0"),
-        ({"budget": kp.Budget(macs=0.5), "gate": "soft"}, "soft"),
+        ({"policy": "soft"}, "policy='soft'"),
     ],
-    ids=["budget", "curvature", "phases", "max_skipped_steps", "gate"],
+    ids=["budget", "curvature", "phases", "max_skipped_steps", "policy"],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(InvalidArgumentError, match=message):
@@ -301,7 +301,7 @@ def test_a_model_saved_in_mid_pruning_goes_on_as_if_nothing_had_happened(tmp_pat
             _network(normalized=True),
             budget=kp.Budget(macs=0.4),
             curvature=kp.SpectralRadius(1e-3, labels="data"),
-            gate="deterministic",
+            policy="proximal",
         )
         model.compile(kp.KFAC(0.02, labels="data"), LOSS)
         if not interrupt:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
@@ -22,6 +22,14 @@ from tf_kfacprune.graph.rules.substitution import substituted
 __all__ = ["capture", "per_example_gradients", "probe_gradients"]
 
 Network = Callable[..., Any]
+
+
+class OfLayer(Protocol):
+    """Anything about one layer: a Kronecker block, for example."""
+
+    @property
+    def layer(self) -> keras.layers.Layer:
+        """The layer."""
 
 
 @contextmanager
@@ -51,7 +59,7 @@ def _recording(layer: keras.layers.Layer, records: list[Record]) -> Iterator[Non
 def capture(
     network: Network,
     x: Any,
-    blocks: Sequence[KroneckerBlock],
+    blocks: Sequence[OfLayer],
     training: bool,
 ) -> tuple[Any, list[Record]]:
     """Runs a network and records every use of the layers of the given blocks.
@@ -59,7 +67,7 @@ def capture(
     Args:
         network: The model; called as `network(x, training=training)`.
         x: Inputs in the structure of the model's inputs.
-        blocks: Blocks to record.
+        blocks: Blocks to record, or whatever else has a layer.
         training: Whether layers run in training mode.
 
     Returns:

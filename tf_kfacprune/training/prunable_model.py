@@ -13,13 +13,20 @@ from tf_kfacprune.distribution import cond
 from tf_kfacprune.errors import BudgetError, InvalidArgumentError
 from tf_kfacprune.gates import GatedNetwork, GateSource, insert_gates
 from tf_kfacprune.graph import trace
-from tf_kfacprune.pruning import Budget, GateGroups, Phases
+from tf_kfacprune.pruning import (
+    Budget,
+    GateGroups,
+    Phases,
+    ScheduledClosing,
+    gate_kind,
+    named_policy,
+)
 from tf_kfacprune.training.budget_controller import BudgetController
 from tf_kfacprune.training.curvature_penalty import CurvaturePenalty
 from tf_kfacprune.training.forward_state import ForwardState
 from tf_kfacprune.training.kfac_model import KFACModel
 from tf_kfacprune.training.phases_callback import PhasesCallback
-from tf_kfacprune.training.policies import PricedGates
+from tf_kfacprune.training.policies import PolicyState, PricedGates, ScheduledGates
 from tf_kfacprune.training.pruning_plan import PruningPlan
 from tf_kfacprune.training.untracked import Untracked
 from tf_kfacprune.validation import require
@@ -49,7 +56,10 @@ class PrunableModel(KFACModel):
             with fewer channels stays whole, with a warning. The budget is still obeyed.
         min_channels: Keep at least so many channels per group. By default one, unless the group
             lies in a residual branch, which may then be removed as a whole.
-        gate: `"hard_concrete"` (stochastic) or `"deterministic"`.
+        policy: How gates find out whether to close: `"hard_concrete"` (stochastic gates, trained
+            on loss and cost), `"proximal"` (deterministic gates, likewise) or a
+            `ScheduledClosing`; its criterion alone will do: `"kfac"`, `"taylor"`, `"magnitude"`
+            or `"random"`. The gates of a model built by hand must be of the policy's kind.
         phases: How the steps are divided.
         max_skipped_steps: A batch with NaN or infinite values is skipped; so many in a row end
             the training with an error.
@@ -87,7 +97,7 @@ class PrunableModel(KFACModel):
         exclude: Sequence[Any] = (),
         round_to: int | None = None,
         min_channels: int | None = None,
-        gate: str = "hard_concrete",
+        policy: str | ScheduledClosing = "hard_concrete",
         phases: Phases | None = None,
         max_skipped_steps: int = 10,
         seed: int | None = None,
@@ -97,6 +107,7 @@ class PrunableModel(KFACModel):
         _require_type("budget", budget, Budget, optional=True)
         _require_type("curvature", curvature, SpectralRadius, optional=True)
         _require_type("phases", phases, Phases, optional=True)
+        policy = named_policy(policy)
         graph = trace(model)
         has_gates = any(isinstance(call.operation, GateSource) for call in graph.calls)
         if has_gates and (prune_inputs or exclude or include is not None):
@@ -108,12 +119,17 @@ class PrunableModel(KFACModel):
             )
         if budget is not None and not has_gates:
             model = insert_gates(
-                model, prune_inputs=prune_inputs, include=include, exclude=exclude, kind=gate
+                model,
+                prune_inputs=prune_inputs,
+                include=include,
+                exclude=exclude,
+                kind=gate_kind(policy),
             )
             graph, has_gates = trace(model), True
         gated = GatedNetwork(model) if has_gates else None
         groups = None
         if budget is not None and gated is not None:
+            _check_kind(policy, gated)
             groups = GateGroups(gated, round_to, min_channels)
             _check_reachable(budget, gated, groups)
         if curvature is not None and curvature.strength > 0:
@@ -122,14 +138,15 @@ class PrunableModel(KFACModel):
         super().__init__(model, max_skipped_steps=max_skipped_steps, seed=seed, **kwargs)
         self.budget = budget
         self.curvature = curvature
+        self.policy = policy
         self.phases = phases or Phases()
         self.round_to = round_to
         self.min_channels = min_channels
         self._gating = Untracked(gated)
         self.controller = None
-        if budget is not None and gated is not None:
-            plan = PruningPlan(gated, budget, self.phases, groups or GateGroups(gated))
-            self.controller = BudgetController(plan, PricedGates(plan), name="budget")
+        if budget is not None and gated is not None and groups is not None:
+            plan = PruningPlan(gated, budget, self.phases, groups)
+            self.controller = BudgetController(plan, _state_of(policy, plan, seed), name="budget")
         self.curvature_penalty = None
         if curvature is not None:
             self.curvature_penalty = CurvaturePenalty(
@@ -161,7 +178,10 @@ class PrunableModel(KFACModel):
         super().compile(*args, **kwargs)
 
     def _label_users(self) -> list[Any]:
-        return [*super()._label_users(), *([] if self.curvature is None else [self.curvature])]
+        users: list[Any] = [] if self.curvature is None else [self.curvature]
+        if self.controller is not None and isinstance(self.policy, ScheduledClosing):
+            users.append(self.policy)
+        return [*super()._label_users(), *users]
 
     def _run_callbacks(self) -> list[keras.callbacks.Callback]:
         return [*super()._run_callbacks(), PhasesCallback()]
@@ -206,7 +226,14 @@ class PrunableModel(KFACModel):
         super()._apply(gradients, variables, x, y)
         scale = self.optimizer.scale_loss(tf.constant(1.0))
         unscaled = [g / scale for g in gradients[len(self.network_variables) :]]
-        cond(controller.is_pruning(), lambda: controller.move_gates(unscaled), lambda: None)
+
+        def move() -> None:
+            labels = getattr(self.policy, "labels", "data")
+            mean_losses = self._mean_loss(labels)
+            controller.policy.observe(x, lambda outputs: mean_losses(outputs, y))
+            controller.move_gates(unscaled)
+
+        cond(controller.is_pruning(), move, lambda: None)
 
     def _decay_learning_rate(self) -> None:
         if self.controller is not None and self._compiled.constant_learning_rate:
@@ -229,6 +256,7 @@ class PrunableModel(KFACModel):
             "model": serialize(self.net),
             "budget": serialize(self.budget),
             "curvature": serialize(self.curvature),
+            "policy": serialize(self.policy),
             "phases": serialize(self.phases),
             "round_to": self.round_to,
             "min_channels": self.min_channels,
@@ -241,7 +269,7 @@ class PrunableModel(KFACModel):
         deserialize = keras.saving.deserialize_keras_object
         objects = {
             key: deserialize(config[key], custom_objects=custom_objects)
-            for key in ("model", "budget", "curvature", "phases")
+            for key in ("model", "budget", "curvature", "policy", "phases")
         }
         return cls(**{**config, **objects})
 
@@ -254,6 +282,24 @@ def _require_type(name: str, value: Any, kind: type, optional: bool = False) -> 
     expected = f"a {kind.__name__}" + (" or None" if optional else "")
     ok = isinstance(value, kind) or (optional and value is None)
     require("PrunableModel", ok, name, expected, value)
+
+
+def _state_of(policy: str | ScheduledClosing, plan: PruningPlan, seed: int | None) -> PolicyState:
+    if isinstance(policy, ScheduledClosing):
+        return ScheduledGates(plan, policy, seed, name="policy")
+    return PricedGates(plan, name="policy")
+
+
+def _check_kind(policy: str | ScheduledClosing, gated: GatedNetwork) -> None:
+    wanted = gate_kind(policy)
+    wrong = [source for source in gated.sources if source.kind != wanted]
+    if wrong:
+        raise InvalidArgumentError(
+            f"Policy {policy!r} needs gates of kind {wanted!r}. Received: gate layer "
+            f"{wrong[0].name!r} of kind {wrong[0].kind!r}. Build the gates of the model with "
+            f"kind={wanted!r}, or pass a policy that fits them: policy='hard_concrete' for "
+            "'hard_concrete', any other for 'deterministic'."
+        )
 
 
 def _check_reachable(budget: Budget, gated: GatedNetwork, groups: GateGroups) -> None:

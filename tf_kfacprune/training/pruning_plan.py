@@ -46,6 +46,15 @@ class PruningPlan:
         """A tensor of shape `(num_gates,)` as one tensor per source."""
         return tf.split(per_gate, [source.size for source in self.gated.sources])
 
+    def to_gates(self, per_neuron: Any) -> Any:
+        """What belongs to each gate of something per neuron, shape `(num_gates,)`.
+
+        A neuron with several gates (there are some only in models built by hand) shares it out.
+        """
+        gates = self.gated.neuron_gates
+        shares = ops.repeat(per_neuron / gates.shape[1], gates.shape[1])
+        return ops.segment_sum(shares, gates.ravel(), self.gated.num_gates)
+
     def actual_openness(self) -> Any:
         """1 for each neuron of the deterministic network that is open now, else 0."""
         values = ops.concatenate([s.deterministic_values() for s in self.gated.sources])

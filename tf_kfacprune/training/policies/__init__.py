@@ -2,5 +2,6 @@
 
 from tf_kfacprune.training.policies.base import PolicyState
 from tf_kfacprune.training.policies.priced import PricedGates
+from tf_kfacprune.training.policies.scheduled import ScheduledGates
 
-__all__ = ["PolicyState", "PricedGates"]
+__all__ = ["PolicyState", "PricedGates", "ScheduledGates"]

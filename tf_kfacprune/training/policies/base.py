@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -30,6 +30,14 @@ class PolicyState(keras.layers.Layer):
 
         Args:
             prune_steps: Length of the prune phase.
+        """
+
+    def observe(self, x: Any, mean_losses: Callable[[Any], Sequence[Any]]) -> None:
+        """Looks at a batch, in the training step; called before `move`.
+
+        Args:
+            x: Batch of inputs.
+            mean_losses: Maps outputs to the losses whose curvature is meant.
         """
 
     def move(self, loss_gradients: Sequence[Any], passed: Any, prune_steps: Any) -> None:
