@@ -11,7 +11,7 @@ from keras import ops
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates.gate_source import GateSource
 from tf_kfacprune.gates.insertion import describe_frozen
-from tf_kfacprune.graph import ChannelGraph, CostModel, Graph, analyze, trace
+from tf_kfacprune.graph import ChannelGraph, CostModel, Graph, LatencyTable, analyze, trace
 from tf_kfacprune.graph.labels import NO_SLOT
 
 __all__ = ["GatedNetwork"]
@@ -35,13 +35,14 @@ class GatedNetwork:
 
     Args:
         net: A model with gates.
+        latency_table: Measured times of its layers, to be able to bound the latency, or None.
 
     Raises:
         UnsupportedModelError: If the model has no gates, none of them can remove anything, or one
             is placed where closing it would not remove a channel exactly.
     """
 
-    def __init__(self, net: keras.Model) -> None:
+    def __init__(self, net: keras.Model, latency_table: LatencyTable | None = None) -> None:
         self.net = net
         self.graph: Graph = trace(net)
         self.channels: ChannelGraph = analyze(self.graph, prune_inputs=True, gated_only=True)
@@ -58,7 +59,7 @@ class GatedNetwork:
                 f"No gate of model {net.name!r} can remove anything. "
                 f"{describe_frozen(self.channels)}"
             )
-        self.cost = CostModel(self.channels, ignore=self.sources)
+        self.cost = CostModel(self.channels, self.sources, latency_table)
         self.neuron_gates = self._gates_by_neuron()
 
     def openness(self, gate_vector: Any) -> Any:

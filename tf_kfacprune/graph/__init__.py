@@ -5,6 +5,7 @@ from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.channel_graph import ChannelGraph, Edge, Frozen, NeuronGroup, analyze
 from tf_kfacprune.graph.cost import CostModel
 from tf_kfacprune.graph.labels import LabelFlow
+from tf_kfacprune.graph.latency import LatencyTable, layer_signature, values_read
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, register_channel_rule, rule_for
 from tf_kfacprune.graph.tracer import Graph, fresh_operation, trace
 
@@ -19,11 +20,14 @@ __all__ = [
     "Frozen",
     "Graph",
     "LabelFlow",
+    "LatencyTable",
     "NeuronGroup",
     "Value",
     "analyze",
     "fresh_operation",
+    "layer_signature",
     "register_channel_rule",
     "rule_for",
     "trace",
+    "values_read",
 ]

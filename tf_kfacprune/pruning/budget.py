@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from numbers import Real
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import keras
 
 from tf_kfacprune.errors import BudgetError
+from tf_kfacprune.graph import CostModel
 
 __all__ = ["Budget"]
+
+# Above 1 these are absolute: the unit, the type of number, and how it is called.
+_ABSOLUTE = {"bytes": (Integral, "a whole number of bytes"), "latency": (Real, "microseconds")}
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
 @dataclass(frozen=True)
 class Budget:
-    """Upper bounds on the cost of the pruned network, as fractions of the dense model.
+    """Upper bounds on the cost of the pruned network; several hold all at once.
+
+    A number in (0, 1] is a fraction of the dense model. A number above 1 is absolute, for file
+    bytes and latency only.
 
     Args:
         macs: Multiply-accumulates of all contractions for one example, in (0, 1].
         params: All weights, biases and normalization statistics included, in (0, 1].
+        bytes: Size of the float32 `.tflite` file that `kp.export.tflite` writes of the compact
+            model: a fraction in (0, 1], or a whole number of bytes above 1. Predicted from the
+            layers, to one or two per cent.
+        latency: Time of one inference of that file, batch 1 on one thread: a fraction in (0, 1],
+            or microseconds above 1. Predicted from times that `kp.export.latency_table` measured;
+            `PrunableModel` needs that table.
 
     Raises:
-        BudgetError: If no bound is given or one is outside (0, 1].
+        BudgetError: If no bound is given or one is out of range.
 
     Example:
         >>> budget = kp.Budget(macs=0.1)
+        >>> small_file = kp.Budget(bytes=64_000, macs=0.5)
     """
 
     macs: float | None = None
     params: float | None = None
+    bytes: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -39,10 +55,14 @@ class Budget:
                 "Pass budget=None to train without pruning."
             )
         for measure, target in self.targets.items():
-            if not isinstance(target, Real) or not 0.0 < float(target) <= 1.0:
+            kind, unit = _ABSOLUTE.get(measure, (Real, ""))
+            is_number = isinstance(target, Real) and not isinstance(target, bool)
+            is_absolute = is_number and unit and target > 1 and isinstance(target, kind)
+            if not is_number or not (0.0 < target <= 1.0 or is_absolute):
                 raise BudgetError(
-                    f"Budget `{measure}` must be a fraction of the dense model in (0, 1]. "
-                    f"Received: {measure}={target!r}"
+                    f"Budget `{measure}` must be a fraction of the dense model in (0, 1]"
+                    + (f", or {unit} above 1" if unit else "")
+                    + f". Received: {measure}={target!r}"
                 )
 
     @property
@@ -54,6 +74,40 @@ class Budget:
     def is_open(self) -> bool:
         """Whether every bound is 1, so that nothing has to be pruned."""
         return all(target == 1.0 for target in self.targets.values())
+
+    def unit(self, measure: str, cost: CostModel) -> float:
+        """What a bound is counted in: 1 if it is a fraction of a fraction, the dense cost if not.
+
+        Args:
+            measure: The measure.
+            cost: Cost of the network that is to be pruned.
+
+        Returns:
+            The factor from fractions of the dense model to the numbers in `targets`.
+        """
+        return cost.dense(measure) if self.targets[measure] > 1 else 1.0
+
+    def relative_to(self, cost: CostModel) -> Budget:
+        """The same budget with fractions for absolute bounds.
+
+        Args:
+            cost: Cost of the network that is to be pruned.
+
+        Returns:
+            A budget all of whose bounds lie in (0, 1].
+
+        Raises:
+            BudgetError: If there is no such measure for this network.
+        """
+        unknown = set(self.targets) - set(cost.available)
+        if unknown:
+            raise BudgetError(
+                f"Budget latency={self.latency!r} needs the times of the layers on your machine. "
+                "Received: latency_table=None. Measure them first: PrunableModel(model, "
+                "budget=..., latency_table=kp.export.latency_table(model))."
+            )
+        fractions = {m: min(t / self.unit(m, cost), 1.0) for m, t in self.targets.items()}
+        return replace(self, **fractions)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, for serialization."""

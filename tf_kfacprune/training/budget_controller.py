@@ -139,7 +139,8 @@ class BudgetController(keras.layers.Layer):
         cost = self._plan.gated.cost
         actual, expected = self._plan.actual_openness(), self._plan.expected_openness()
         result = {"neurons": ops.sum(actual)}
-        for measure in cost.measures:
+        # Counts always, estimates where the budget bounds them.
+        for measure in dict.fromkeys([*cost.measures, *self._plan.budget.targets]):
             result[measure] = cost.fraction(measure, actual)
             result[f"expected_{measure}"] = cost.fraction(measure, expected)
         return {**result, **self.policy.figures()}

@@ -12,12 +12,14 @@ from tf_kfacprune.curvature import SpectralRadius, check_second_derivatives
 from tf_kfacprune.distribution import cond
 from tf_kfacprune.errors import BudgetError, InvalidArgumentError
 from tf_kfacprune.gates import GatedNetwork, GateSource, insert_gates
-from tf_kfacprune.graph import trace
+from tf_kfacprune.graph import LatencyTable, trace
 from tf_kfacprune.pruning import (
     Budget,
+    BudgetOutcome,
     GateGroups,
     Phases,
     ScheduledClosing,
+    budget_outcomes,
     gate_kind,
     named_policy,
 )
@@ -61,6 +63,8 @@ class PrunableModel(KFACModel):
             `ScheduledClosing`; its criterion alone will do: `"kfac"`, `"taylor"`, `"magnitude"`
             or `"random"`. The gates of a model built by hand must be of the policy's kind.
         phases: How the steps are divided.
+        latency_table: Times of the layers on your machine, from `kp.export.latency_table(model)`;
+            needed for a budget of latency.
         max_skipped_steps: A batch with NaN or infinite values is skipped; so many in a row end
             the training with an error.
         seed: Seed of gate noise and label sampling, or None for a random one.
@@ -99,6 +103,7 @@ class PrunableModel(KFACModel):
         min_channels: int | None = None,
         policy: str | ScheduledClosing = "hard_concrete",
         phases: Phases | None = None,
+        latency_table: LatencyTable | None = None,
         max_skipped_steps: int = 10,
         seed: int | None = None,
         **kwargs: Any,
@@ -107,6 +112,7 @@ class PrunableModel(KFACModel):
         _require_type("budget", budget, Budget, optional=True)
         _require_type("curvature", curvature, SpectralRadius, optional=True)
         _require_type("phases", phases, Phases, optional=True)
+        _require_type("latency_table", latency_table, LatencyTable, optional=True)
         policy = named_policy(policy)
         graph = trace(model)
         has_gates = any(isinstance(call.operation, GateSource) for call in graph.calls)
@@ -126,7 +132,7 @@ class PrunableModel(KFACModel):
                 kind=gate_kind(policy),
             )
             graph, has_gates = trace(model), True
-        gated = GatedNetwork(model) if has_gates else None
+        gated = GatedNetwork(model, latency_table) if has_gates else None
         groups = None
         if budget is not None and gated is not None:
             _check_kind(policy, gated)
@@ -137,15 +143,17 @@ class PrunableModel(KFACModel):
         kwargs.setdefault("name", f"prunable_{model.name}")
         super().__init__(model, max_skipped_steps=max_skipped_steps, seed=seed, **kwargs)
         self.budget = budget
+        self.latency_table = latency_table
         self.curvature = curvature
         self.policy = policy
         self.phases = phases or Phases()
         self.round_to = round_to
         self.min_channels = min_channels
         self._gating = Untracked(gated)
+        self._groups = Untracked(groups)
         self.controller = None
         if budget is not None and gated is not None and groups is not None:
-            plan = PruningPlan(gated, budget, self.phases, groups)
+            plan = PruningPlan(gated, budget.relative_to(gated.cost), self.phases, groups)
             self.controller = BudgetController(plan, _state_of(policy, plan, seed), name="budget")
         self.curvature_penalty = None
         if curvature is not None:
@@ -163,6 +171,20 @@ class PrunableModel(KFACModel):
         """What the compiled optimizer trains: all trainable variables but the gates."""
         gates = {id(source.logits) for source in self._gate_sources()}
         return [v for v in self.net.trainable_variables if id(v) not in gates]
+
+    def budget_outcomes(self) -> dict[str, BudgetOutcome]:
+        """What the budget asked for, what the network has come to, and why the two differ.
+
+        Returns:
+            For every bound of the budget `asked`, `achieved` and the `reason`; nothing without a
+            budget.
+
+        Example:
+            >>> print(pm.budget_outcomes()["macs"])
+        """
+        if self.budget is None or self.gated is None:
+            return {}
+        return budget_outcomes(self.budget, self.gated, self._groups.content)
 
     def _gate_sources(self) -> Sequence[GateSource]:
         return self.gated.sources if self.gated is not None else ()
@@ -208,9 +230,14 @@ class PrunableModel(KFACModel):
     ) -> list[Any]:
         if self.curvature_penalty is None or self.curvature is None:
             return gradients
-        mean_losses = self._mean_loss(self.curvature.labels)
+        of_curvature, of_data = map(self._mean_loss, (self.curvature.labels, "data"))
         penalty = self.curvature_penalty.gradients(
-            self.guard.step, x, y, lambda outputs, y: mean_losses(outputs, y)[0], variables
+            self.guard.step,
+            x,
+            y,
+            lambda outputs, y: of_curvature(outputs, y)[0],
+            lambda outputs, y: of_data(outputs, y)[0],
+            variables,
         )
         scale = self.optimizer.scale_loss(tf.constant(1.0))
         return [_add(g, p * scale) for g, p in zip(gradients, penalty, strict=True)]
@@ -258,6 +285,7 @@ class PrunableModel(KFACModel):
             "curvature": serialize(self.curvature),
             "policy": serialize(self.policy),
             "phases": serialize(self.phases),
+            "latency_table": serialize(self.latency_table),
             "round_to": self.round_to,
             "min_channels": self.min_channels,
             "max_skipped_steps": self.max_skipped_steps,
@@ -268,8 +296,8 @@ class PrunableModel(KFACModel):
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> PrunableModel:
         deserialize = keras.saving.deserialize_keras_object
         objects = {
-            key: deserialize(config[key], custom_objects=custom_objects)
-            for key in ("model", "budget", "curvature", "policy", "phases")
+            key: deserialize(config.get(key), custom_objects=custom_objects)
+            for key in ("model", "budget", "curvature", "policy", "phases", "latency_table")
         }
         return cls(**{**config, **objects})
 
@@ -303,9 +331,11 @@ def _check_kind(policy: str | ScheduledClosing, gated: GatedNetwork) -> None:
 
 
 def _check_reachable(budget: Budget, gated: GatedNetwork, groups: GateGroups) -> None:
+    fractions = budget.relative_to(gated.cost).targets
     for measure, target in budget.targets.items():
         least = float(gated.cost.least(measure, groups.least))
-        if target < least:
+        if fractions[measure] < least:
+            least *= budget.unit(measure, gated.cost)
             frozen = "; ".join(f"{f.layer}: {f.reason}" for f in gated.channels.frozen) or "none"
             raise BudgetError(
                 f"Budget {measure}={target} cannot be reached on model {gated.net.name!r}: the "

@@ -78,10 +78,15 @@ class PruningPlan:
             scores: How much each gate deserves to stay open, shape `(num_gates,)`.
         """
         gated = self.gated
+
+        def fraction(measure: str, gates: Any) -> Any:
+            # In float64, where counts are exact: a budget that is just met is met.
+            return gated.cost.fraction(measure, gated.openness(ops.cast(gates, "float64")))
+
         return land_on_budget(
             scores,
             self.groups.of_gate,
             self.groups.counts,
-            lambda measure, gates: gated.cost.fraction(measure, gated.openness(gates)),
+            fraction,
             targets,
         )
