@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tf_kfacprune.errors import DataError, ExportError, InvalidArgumentError
-from tf_kfacprune.export import benchmark, benchmarking
+from tf_kfacprune.export import benchmark, benchmarking, tflite_files
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(50, 12)).astype("float32")
@@ -107,6 +107,21 @@ def test_format_that_fails_is_listed_and_the_rest_is_measured(models, monkeypatc
     assert "-" in str(result).splitlines()[1]
     with pytest.raises(ExportError, match="cannot do it"):
         benchmark({"net": models["compact"]}, quantizations=("float16",))
+
+
+def test_failures_name_no_folder_of_this_machine(models, monkeypatch):
+    """They go into records."""
+
+    def nan_in_the_second(file, inputs, *, what):
+        found = original(file, inputs, what=what)
+        return {name: y * np.nan for name, y in found.items()} if "1.tflite" in what else found
+
+    original = tflite_files.run_litert
+    monkeypatch.setattr(tflite_files, "run_litert", nan_in_the_second)
+    result = benchmark({"net": models["compact"]}, quantizations=(None, "float16"), blocks=1)
+    assert result.failures == (
+        "net as float16: The file for 1.tflite returns NaN or infinite values at 'output'.",
+    )
 
 
 def test_nothing_to_measure_and_bad_data_are_refused(models):

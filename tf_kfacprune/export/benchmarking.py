@@ -68,7 +68,8 @@ class Benchmark:
     Attributes:
         rows: one for each number of threads, model and format; the first of each number of threads
             is what its ratios refer to.
-        failures: what could not be converted or run, with the converter's message.
+        failures: what could not be converted or run, with the converter's message. Their logs are
+            in the folder for temporary files.
     """
 
     rows: tuple[BenchmarkRow, ...]
@@ -200,8 +201,14 @@ def _written(
             except (ExportError, UnsupportedModelError) as error:
                 if not files:
                     raise
-                failures.append(f"{name} as {quantization or 'float32'}: {error}")
+                reason = _reason(error).replace(f"{folder}{os.sep}", "")
+                failures.append(f"{name} as {quantization or 'float32'}: {reason}")
     return files, failures
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong. An error of an export is the cause of one that names the log as well."""
+    return str(error.__cause__ if isinstance(error.__cause__, ExportError) else error)
 
 
 def _measured(file: Path, data: Sequence[Any] | None) -> dict[str, Any]:
