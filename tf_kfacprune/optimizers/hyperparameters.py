@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import keras
 from keras import ops
 
-from tf_kfacprune.validation import require
+from tf_kfacprune.validation import require, require_count
 
 __all__ = ["Hyperparameter", "LevenbergMarquardt", "check_hyperparameter", "value_at"]
 
@@ -79,7 +79,7 @@ class LevenbergMarquardt:
         check = functools.partial(require, "LevenbergMarquardt")
         check(initial > 0, "initial", "> 0", initial)
         check(0 < decay < 1, "decay", "in (0, 1)", decay)
-        check(isinstance(every, int) and every >= 1, "every", "an integer >= 1", every)
+        require_count("LevenbergMarquardt", "every", every)
         check(0 < minimum <= initial, "minimum", "> 0 and <= initial", minimum)
         check(maximum >= initial, "maximum", ">= initial", maximum)
         self.initial = initial

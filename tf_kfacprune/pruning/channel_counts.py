@@ -17,7 +17,7 @@ from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.gates import GatedNetwork
 from tf_kfacprune.graph import NeuronGroup
 from tf_kfacprune.pruning.landing import OpenCounts
-from tf_kfacprune.validation import require
+from tf_kfacprune.validation import require_count
 
 __all__ = ["GateGroups"]
 
@@ -50,10 +50,7 @@ class GateGroups:
         self, gated: GatedNetwork, round_to: int | None = None, min_channels: int | None = None
     ) -> None:
         for name, value in (("round_to", round_to), ("min_channels", min_channels)):
-            ok = value is None or (
-                isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            )
-            require("PrunableModel", ok, name, "an integer >= 1 or None", value)
+            require_count("PrunableModel", name, value, optional=True)
         neuron_groups = gated.channels.groups
         self.counts: list[OpenCounts] = []
         self.least = [1] * len(neuron_groups)

@@ -39,7 +39,7 @@ from tf_kfacprune.training.guard_callback import GuardCallback
 from tf_kfacprune.training.step_guard import StepGuard
 from tf_kfacprune.training.untracked import Untracked
 from tf_kfacprune.training.validation import check_labels
-from tf_kfacprune.validation import require
+from tf_kfacprune.validation import require, require_count
 
 __all__ = ["KFACModel"]
 
@@ -86,13 +86,7 @@ class KFACModel(keras.Model):
     ) -> None:
         owner = type(self).__name__
         require(owner, isinstance(model, keras.Model), "model", "a keras.Model", model)
-        require(
-            owner,
-            isinstance(max_skipped_steps, int) and max_skipped_steps >= 1,
-            "max_skipped_steps",
-            "an integer >= 1",
-            max_skipped_steps,
-        )
+        require_count(owner, "max_skipped_steps", max_skipped_steps)
         if not model.built:
             raise UnsupportedModelError(
                 f"Model {model.name!r} is not built, so its layers are not known yet. Call it once "
