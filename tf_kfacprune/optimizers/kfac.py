@@ -27,52 +27,38 @@ References:
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras import ops
 
-from tf_kfacprune.curvature import KroneckerBlock, Record
-from tf_kfacprune.distribution import (
-    ReplicaLocal,
-    cond,
-    num_replicas,
-    replica_id,
-    sum_over_replicas,
-    weighted_mean,
-)
+from tf_kfacprune.distribution import cond, num_replicas, sum_over_replicas
 from tf_kfacprune.errors import InvalidArgumentError
-from tf_kfacprune.optimizers.block_states import STATES
+from tf_kfacprune.optimizers.arguments import check_arguments
 from tf_kfacprune.optimizers.hyperparameters import (
     Hyperparameter,
     LevenbergMarquardt,
-    check_hyperparameter,
     value_at,
 )
-from tf_kfacprune.optimizers.kfac_state import Binding, Layout, summary_lines
+from tf_kfacprune.optimizers.kfac_state import summary_lines
+from tf_kfacprune.optimizers.measured_steps import MeasuredSteps
 from tf_kfacprune.optimizers.quadratic_model import best_coefficients, model_change
-from tf_kfacprune.validation import require
+from tf_kfacprune.optimizers.steps import clipped, constrained, preconditioned
 
 __all__ = ["KFAC"]
 
 _ADAM_BETA_1 = 0.9
 _ADAM_BETA_2 = 0.999
 _ADAM_EPSILON = 1e-7
-_TINY = 1e-20
 _FIXED_DAMPING = 0.03
 # What Adam steps are scaled by where the learning rate is not a number.
 _ADAPTIVE_ADAM_BASE = 1e-2
 
-QuadraticForm = Callable[[Sequence[Sequence[Any]]], Any]
-"""Directions (each a list of tensors like `block_variables`) -> matrix of products D^T F D."""
-
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
-class KFAC(keras.optimizers.Optimizer):
+class KFAC(MeasuredSteps):
     """Kronecker-factored approximate curvature (K-FAC).
 
     The factors come from the model: `KFACModel` and `PrunableModel` compute them in their
@@ -147,45 +133,6 @@ class KFAC(keras.optimizers.Optimizer):
         **kwargs: Any,
     ) -> None:
         is_auto = isinstance(learning_rate, str)
-        check = functools.partial(require, "KFAC")
-        check(
-            not is_auto or learning_rate == "auto",
-            "learning_rate",
-            "a float, a schedule or 'auto'",
-            learning_rate,
-        )
-        hyper = functools.partial(check_hyperparameter, "KFAC")
-        hyper("momentum", momentum, lambda v: 0 <= v < 1, "in [0, 1)")
-        if damping is not None and not isinstance(damping, LevenbergMarquardt):
-            hyper("damping", damping, lambda v: v > 0, "> 0")
-        for argument, value in (("kl_clip", kl_clip), ("norm_constraint", norm_constraint)):
-            if value is not None:
-                hyper(argument, value, lambda v: v > 0, "> 0 or None")
-        hyper("factor_decay", factor_decay, lambda v: 0 <= v < 1, "in [0, 1)")
-        hyper("adam_ratio", adam_ratio, lambda v: v > 0, "> 0")
-        check(_is_count(factor_every), "factor_every", "an integer >= 1", factor_every)
-        check(_is_count(inverse_every), "inverse_every", "an integer >= 1", inverse_every)
-        check(0 < batch_fraction <= 1, "batch_fraction", "in (0, 1]", batch_fraction)
-        for argument, option, options in (
-            ("labels", labels, ("sampled", "data", "exact")),
-            ("inverse", inverse, tuple(STATES)),
-            ("weight_sharing", weight_sharing, ("expand", "reduce")),
-        ):
-            check(option in options, argument, f"one of {options}", option)
-        check(
-            max_factor_dim is None or _is_count(max_factor_dim),
-            "max_factor_dim",
-            "an integer >= 1 or None",
-            max_factor_dim,
-        )
-        check(isinstance(shard_inverses, bool), "shard_inverses", "True or False", shard_inverses)
-        accumulation = kwargs.get("gradient_accumulation_steps")
-        check(
-            accumulation is None,
-            "gradient_accumulation_steps",
-            "None (factors would be updated on every micro-step; use larger batches)",
-            accumulation,
-        )
         super().__init__(
             1.0 if is_auto else learning_rate, weight_decay=weight_decay, name=name, **kwargs
         )
@@ -206,261 +153,29 @@ class KFAC(keras.optimizers.Optimizer):
         self.max_factor_dim = max_factor_dim
         self.adam_ratio = adam_ratio
         self.shard_inverses = shard_inverses
-        self._layout = Layout([], 0)
-        self._bound = Binding(None, {})
-        self._quadratic_form = ReplicaLocal()
-
-    # ---- building
-
-    def bind(
-        self, blocks: Sequence[KroneckerBlock], reasons: Mapping[str, str] | None = None
-    ) -> None:
-        """Tells the optimizer which layers have Kronecker blocks; called before it is built.
-
-        Args:
-            blocks: Blocks whose statistics the model will hand to `update_factors`.
-            reasons: Path of a variable -> why it is in no block; shown by `summary`.
-
-        Raises:
-            InvalidArgumentError: If the optimizer is built already, for other blocks.
-        """
-        if self.built:
-            if [id(b.kernel) for b in self.blocks] != [id(b.kernel) for b in blocks]:
-                raise InvalidArgumentError(
-                    f"Optimizer {self.name!r} was built for the layers "
-                    f"{[b.name for b in self.blocks]} and cannot be bound to "
-                    f"{[b.name for b in blocks]}. Give each model an optimizer of its own."
-                )
-            return
-        self._bound = Binding(tuple(blocks), reasons or {})
+        check_arguments(learning_rate, {**kwargs, **self._settings()})
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         if self.built:
             return
         super().build(variables)
-        index_of = {id(v): i for i, v in enumerate(variables)}
-        states = [
-            STATES[self.inverse](block, index_of, self.add_variable, self.max_factor_dim)
-            for block in self._bound.blocks or ()
-        ]
-        self._layout = Layout(states, len(variables))
-        # What makes the average unbiased: 1 - product of all decays so far.
-        self._average_weight = self.add_variable((), dtype="float32", name="average_weight")
-        self._damping_value: keras.Variable | None = None
-        if isinstance(self.damping, LevenbergMarquardt):
-            initializer = keras.initializers.Constant(self.damping.initial)
-            self._damping_value = self.add_variable(
-                (), initializer, dtype="float32", name="damping"
-            )
-            self._predicted_change = self.add_variable((), dtype="float32", name="predicted_change")
         # The last step of what is in blocks, Adam's first moment of what is not.
         self._momentums = self.add_optimizer_variables(variables, "momentum")
         for index in self._layout.rest:
             velocity = self.add_variable_from_reference(variables[index], "velocity")
             self._layout.velocities[index] = velocity
 
-    @property
-    def blocks(self) -> list[KroneckerBlock]:
-        """The Kronecker blocks, in the order of the statistics that `update_factors` takes."""
-        return [state.block for state in self._layout.states]
-
-    @property
-    def block_variables(self) -> list[keras.Variable]:
-        """The trainable variables in Kronecker blocks, the order of `QuadraticForm`."""
-        return [self._trainable_variables[i] for i in self._layout.in_blocks]
-
-    @property
-    def current_damping(self) -> Any:
-        """The damping d at this step, a scalar tensor or a number."""
-        if self._damping_value is not None:
-            return tf.convert_to_tensor(self._damping_value)
-        return value_at(self.damping, self.iterations)
-
-    # ---- factors and inverses
-
-    def factors_due(self) -> Any:
-        """Boolean scalar tensor: whether the factors are to be updated at this step."""
-        return tf.equal(tf.convert_to_tensor(self.iterations) % self.factor_every, 0)
-
-    def statistics(
-        self, records: Sequence[Record], probes: Sequence[Sequence[Any]]
-    ) -> list[list[Any]]:
-        """What a batch says about the curvature, to be handed to `update_factors`.
-
-        Args:
-            records: Uses of the blocks' layers in one forward pass.
-            probes: For each loss whose Fishers add up (one, unless labels are `"exact"`),
-                per-example gradients, one per record.
-
-        Returns:
-            For each block `[A, G]` in the form in which they are kept, and for EKFAC the second
-            moments in the eigenbasis.
-        """
-        found = []
-        for state in self._layout.states:
-            uses = [k for k, r in enumerate(records) if r.layer is state.block.layer]
-            found.append(
-                state.statistics(
-                    [records[k] for k in uses],
-                    [[gradients[k] for k in uses] for gradients in probes],
-                    self.weight_sharing == "reduce",
-                )
-            )
-        return found
-
-    def update_factors(self, statistics: Sequence[Sequence[Any]], examples: Any = 1) -> None:
-        """Averages in the statistics of a batch, and updates the inverses when they are due.
-
-        Statistics with NaN or infinite entries are left out.
-
-        Args:
-            statistics: For each block `[A, G]`, as returned by `statistics`.
-            examples: Number of examples that they are means over, a scalar tensor; under
-                `tf.distribute`, those of this replica.
-        """
-        flat = weighted_mean([moment for block in statistics for moment in block], examples)
-        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(f)) for f in flat])
-        tf.cond(finite, lambda: self._average_in(flat), lambda: None)
-        step = tf.convert_to_tensor(self.iterations)
-        due = tf.logical_or(
-            step < self.inverse_every, step % self.inverse_every < self.factor_every
-        )
-        cond(tf.logical_and(due, finite), self._update_inverses, lambda: None)
-
-    def _average_in(self, flat: Sequence[Any]) -> None:
-        decay = value_at(self.factor_decay, self.iterations)
-        variables = [v for state in self._layout.states for v in state.averages]
-        for variable, new in zip(variables, flat, strict=True):
-            old = tf.convert_to_tensor(variable)
-            self.assign(variable, decay * old + (1.0 - decay) * new)
-        weight = tf.convert_to_tensor(self._average_weight)
-        self._average_weight.assign(1.0 - decay * (1.0 - weight))
-
-    def _update_inverses(self) -> None:
-        debias = 1.0 / tf.convert_to_tensor(self._average_weight)
-        damping = self.current_damping
-        if self.shard_inverses and num_replicas() > 1:
-            values = self._sharded_inverses(debias, damping)
-        else:
-            states = self._layout.states
-            values = [new for state in states for new in state.refreshed(debias, damping)]
-        variables = [v for state in self._layout.states for v in state.inverting]
-        for variable, new in zip(variables, values, strict=True):
-            variable.assign(new)
-
-    def _sharded_inverses(self, debias: Any, damping: Any) -> list[Any]:
-        """New values of what inverts all blocks; block j is computed by replica `j % n` alone."""
-        found: list[Any] = []
-        for j, state in enumerate(self._layout.states):
-            found += tf.cond(
-                tf.equal(replica_id(), j % num_replicas()),
-                functools.partial(state.refreshed, debias, damping),
-                functools.partial(_zeros, state.inverting),
-            )
-        return sum_over_replicas(found)
-
-    # ---- the quadratic model and damping
-
-    @property
-    def needs_quadratic_form(self) -> bool:
-        """Whether steps are measured against the exact quadratic model."""
-        return bool(self._layout.states) and (
-            self.is_adaptive or isinstance(self.damping, LevenbergMarquardt)
-        )
-
-    @contextmanager
-    def measured_by(self, quadratic_form: QuadraticForm | None) -> Iterator[None]:
-        """Within this context `apply` takes the quadratic model of its steps from a function.
-
-        Args:
-            quadratic_form: As `QuadraticForm`, or None.
-        """
-        self._quadratic_form.value = quadratic_form
-        try:
-            yield
-        finally:
-            self._quadratic_form.value = None
-
-    def damping_due(self) -> Any:
-        """Boolean scalar tensor: whether the last step is to be judged now, before the next."""
-        if not isinstance(self.damping, LevenbergMarquardt) or not self._layout.states:
-            return tf.constant(False)
-        step = tf.convert_to_tensor(self.iterations)
-        return tf.logical_and(step > 0, tf.equal(step % self.damping.every, 0))
-
-    @contextmanager
-    def last_step_undone(self) -> Iterator[None]:
-        """Within this context the variables in blocks are where they were before the last step."""
-        variables = self.block_variables
-        values = [tf.convert_to_tensor(v) for v in variables]
-        for variable, value, index in zip(variables, values, self._layout.in_blocks, strict=True):
-            last = tf.convert_to_tensor(self._momentums[index])
-            variable.assign(value + tf.cast(last, value.dtype))
-        yield
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
-
-    def adapt_damping(self, loss_change: Any) -> None:
-        """Moves the damping by how well the change that the last step made was predicted.
-
-        Args:
-            loss_change: Loss after the last step minus loss before it, on the same batch. On a
-                batch that the step was not computed from, steps that fit noise count as bad.
-        """
-        if isinstance(self.damping, LevenbergMarquardt) and self._damping_value is not None:
-            predicted = tf.convert_to_tensor(self._predicted_change)
-            old = tf.convert_to_tensor(self._damping_value)
-            self._damping_value.assign(self.damping.adapted(old, loss_change, predicted))
-
-    def _quadratic_model(
-        self, gradients: Sequence[Any], directions: Sequence[Sequence[Any]]
-    ) -> tuple[Any, Any]:
-        """K and b of the quadratic model along the given directions."""
-        quadratic_form = self._quadratic_form.value
-        if quadratic_form is None:
-            raise InvalidArgumentError(
-                f"Optimizer {self.name!r} needs the quadratic model of the loss "
-                "(learning_rate='auto' or damping=LevenbergMarquardt(...)), and the model does not "
-                "provide it. Train with kp.KFACModel or kp.PrunableModel."
-            )
-        k = quadratic_form(directions)
-        gram = tf.stack([tf.stack([_dot(p, q) for q in directions]) for p in directions])
-        b = tf.stack([_dot(p, gradients) for p in directions])
-        return k + self.current_damping * gram, b
-
     # ---- steps
-
-    def _precondition(self, gradients: Sequence[Any]) -> list[Any]:
-        """Preconditioned gradients P of what is in Kronecker blocks, others as they are."""
-        preconditioned = list(gradients)
-        for state in self._layout.states:
-            tensors = [gradients[i] for i in state.indices]
-            if any(g is None for g in tensors):
-                continue
-            matrix = state.block.to_matrix([tf.cast(g, "float32") for g in tensors])
-            step = state.precondition(matrix, self.current_damping)
-            for index, tensor in zip(state.indices, state.block.from_matrix(step), strict=True):
-                preconditioned[index] = tensor
-        return preconditioned
 
     def _bounded(self, steps: list[Any], gradients: Sequence[Any], learning_rate: Any) -> list[Any]:
         """Applies KL clip and norm constraint to preconditioned gradients."""
-        members = [i for i in self._layout.in_blocks if gradients[i] is not None]
         eta = tf.cast(learning_rate, "float32")
-        if self.kl_clip is not None and members:
+        if self.kl_clip is not None:
             kappa = value_at(self.kl_clip, self.iterations)
-            change = _dot([steps[i] for i in members], [gradients[i] for i in members])
-            nu = tf.minimum(1.0, tf.sqrt(kappa / (tf.square(eta) * change + _TINY)))
-            for i in members:
-                steps[i] *= nu
+            steps = clipped(self._layout, steps, gradients, eta, kappa)
         if self.norm_constraint is not None:
             bound = value_at(self.norm_constraint, self.iterations)
-            for state in self._layout.states:
-                own = [steps[i] for i in state.indices if gradients[i] is not None]
-                norm = eta * tf.sqrt(_dot(own, own)) if own else 0.0
-                scale = tf.minimum(1.0, bound / (norm + _TINY))
-                for i in state.indices:
-                    steps[i] = None if steps[i] is None else steps[i] * scale
+            steps = constrained(self._layout, steps, gradients, eta, bound)
         return steps
 
     def _adaptive_steps(self, steps: list[Any], gradients: Sequence[Any]) -> list[Any]:
@@ -522,7 +237,7 @@ class KFAC(keras.optimizers.Optimizer):
         for index in self._layout.in_blocks:
             if gradients[index] is not None:
                 gradients[index] = tf.cast(gradients[index], "float32")
-        steps = self._precondition(gradients)
+        steps = preconditioned(self._layout, gradients, self.current_damping)
         if self.is_adaptive and self._layout.states:
             steps = self._adaptive_steps(steps, gradients)
         else:
@@ -585,11 +300,12 @@ class KFAC(keras.optimizers.Optimizer):
         if self.is_adaptive:
             config["learning_rate"] = "auto"
         serialize = keras.saving.serialize_keras_object
-        for name in _SERIALIZED:
-            config[name] = serialize(getattr(self, name))
-        for name in _PLAIN:
-            config[name] = getattr(self, name)
-        return config
+        hyperparameters = {name: serialize(getattr(self, name)) for name in _SERIALIZED}
+        return {**config, **self._settings(), **hyperparameters}
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that the base class does not know, by name."""
+        return {name: getattr(self, name) for name in (*_SERIALIZED, *_PLAIN)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> KFAC:
@@ -620,15 +336,3 @@ _PLAIN = (
     "max_factor_dim",
     "shard_inverses",
 )
-
-
-def _zeros(variables: Sequence[keras.Variable]) -> list[Any]:
-    return [tf.zeros(variable.shape, variable.dtype) for variable in variables]
-
-
-def _dot(left: Sequence[Any], right: Sequence[Any]) -> Any:
-    return tf.add_n([tf.reduce_sum(a * b) for a, b in zip(left, right, strict=True)])
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,76 @@
+"""What the arguments of `KFAC` must be."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tf_kfacprune.optimizers.block_states import STATES
+from tf_kfacprune.optimizers.hyperparameters import LevenbergMarquardt, check_hyperparameter
+from tf_kfacprune.validation import require, require_count
+
+__all__ = ["check_arguments"]
+
+_CHOICES = {
+    "labels": ("sampled", "data", "exact"),
+    "inverse": tuple(STATES),
+    "weight_sharing": ("expand", "reduce"),
+}
+_COUNTS = ("factor_every", "inverse_every")
+_FRACTIONS = ("batch_fraction",)
+
+
+def _in_unit_interval(value: float) -> bool:
+    return 0 <= value < 1
+
+
+def _is_positive(value: float) -> bool:
+    return value > 0
+
+
+# name -> what holds of it, the same in words, whether None is fine
+_HYPERPARAMETERS: dict[str, tuple[Callable[[Any], bool], str, bool]] = {
+    "momentum": (_in_unit_interval, "in [0, 1)", False),
+    "damping": (_is_positive, "> 0", False),
+    "kl_clip": (_is_positive, "> 0 or None", True),
+    "norm_constraint": (_is_positive, "> 0 or None", True),
+    "factor_decay": (_in_unit_interval, "in [0, 1)", False),
+    "adam_ratio": (_is_positive, "> 0", False),
+}
+
+
+def check_arguments(learning_rate: Any, settings: Mapping[str, Any]) -> None:
+    """Refuses arguments of `KFAC` that are out of range or not supported.
+
+    Args:
+        learning_rate: As given to the constructor; numbers are checked by Keras.
+        settings: The other arguments by name.
+
+    Raises:
+        InvalidArgumentError: If one is.
+    """
+    check = functools.partial(require, "KFAC")
+    named = learning_rate == "auto" if isinstance(learning_rate, str) else True
+    check(named, "learning_rate", "a float, a schedule or 'auto'", learning_rate)
+    for name, (is_valid, expected, optional) in _HYPERPARAMETERS.items():
+        value = settings[name]
+        adapts = name == "damping" and isinstance(value, LevenbergMarquardt)
+        if not adapts and not (optional and value is None):
+            check_hyperparameter("KFAC", name, value, is_valid, expected)
+    for name in _COUNTS:
+        require_count("KFAC", name, settings[name])
+    require_count("KFAC", "max_factor_dim", settings["max_factor_dim"], optional=True)
+    for name in _FRACTIONS:
+        check(0 < settings[name] <= 1, name, "in (0, 1]", settings[name])
+    for name, options in _CHOICES.items():
+        check(settings[name] in options, name, f"one of {options}", settings[name])
+    sharded = settings["shard_inverses"]
+    check(isinstance(sharded, bool), "shard_inverses", "True or False", sharded)
+    accumulation = settings.get("gradient_accumulation_steps")
+    check(
+        accumulation is None,
+        "gradient_accumulation_steps",
+        "None (factors would be updated on every micro-step; use larger batches)",
+        accumulation,
+    )

@@ -1,0 +1,127 @@
+"""The part of `KFAC` that measures steps: the exact quadratic model, and adaptive damping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_kfacprune.distribution import ReplicaLocal
+from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.optimizers.factor_averages import FactorAverages
+from tf_kfacprune.optimizers.hyperparameters import (
+    Hyperparameter,
+    LevenbergMarquardt,
+    value_at,
+)
+from tf_kfacprune.optimizers.steps import dot
+
+__all__ = ["MeasuredSteps", "QuadraticForm"]
+
+QuadraticForm = Callable[[Sequence[Sequence[Any]]], Any]
+"""Directions (each a list of tensors like `block_variables`) -> matrix of products D^T F D."""
+
+
+class MeasuredSteps(FactorAverages):
+    """Base of `KFAC`, which documents and checks the settings.
+
+    Args:
+        learning_rate: Step size, a float or a schedule.
+        **kwargs: Further arguments of `keras.optimizers.Optimizer`.
+    """
+
+    is_adaptive: bool
+    damping: Hyperparameter | LevenbergMarquardt
+
+    def __init__(self, learning_rate: Any, **kwargs: Any) -> None:
+        super().__init__(learning_rate, **kwargs)
+        self._quadratic_form = ReplicaLocal()
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        if self.built:
+            return
+        super().build(variables)
+        self._damping_value: keras.Variable | None = None
+        if isinstance(self.damping, LevenbergMarquardt):
+            initializer = keras.initializers.Constant(self.damping.initial)
+            self._damping_value = self.add_variable(
+                (), initializer, dtype="float32", name="damping"
+            )
+            self._predicted_change = self.add_variable((), dtype="float32", name="predicted_change")
+
+    @property
+    def current_damping(self) -> Any:
+        """The damping d at this step, a scalar tensor or a number."""
+        if self._damping_value is not None:
+            return tf.convert_to_tensor(self._damping_value)
+        return value_at(self.damping, self.iterations)
+
+    @property
+    def needs_quadratic_form(self) -> bool:
+        """Whether steps are measured against the exact quadratic model."""
+        return bool(self._layout.states) and (
+            self.is_adaptive or isinstance(self.damping, LevenbergMarquardt)
+        )
+
+    @contextmanager
+    def measured_by(self, quadratic_form: QuadraticForm | None) -> Iterator[None]:
+        """Within this context `apply` takes the quadratic model of its steps from a function.
+
+        Args:
+            quadratic_form: As `QuadraticForm`, or None.
+        """
+        self._quadratic_form.value = quadratic_form
+        try:
+            yield
+        finally:
+            self._quadratic_form.value = None
+
+    def damping_due(self) -> Any:
+        """Boolean scalar tensor: whether the last step is to be judged now, before the next."""
+        if not isinstance(self.damping, LevenbergMarquardt) or not self._layout.states:
+            return tf.constant(False)
+        step = tf.convert_to_tensor(self.iterations)
+        return tf.logical_and(step > 0, tf.equal(step % self.damping.every, 0))
+
+    @contextmanager
+    def last_step_undone(self) -> Iterator[None]:
+        """Within this context the variables in blocks are where they were before the last step."""
+        variables = self.block_variables
+        values = [tf.convert_to_tensor(v) for v in variables]
+        for variable, value, index in zip(variables, values, self._layout.in_blocks, strict=True):
+            last = tf.convert_to_tensor(self._momentums[index])
+            variable.assign(value + tf.cast(last, value.dtype))
+        yield
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    def adapt_damping(self, loss_change: Any) -> None:
+        """Moves the damping by how well the change that the last step made was predicted.
+
+        Args:
+            loss_change: Loss after the last step minus loss before it, on the same batch. On a
+                batch that the step was not computed from, steps that fit noise count as bad.
+        """
+        if isinstance(self.damping, LevenbergMarquardt) and self._damping_value is not None:
+            predicted = tf.convert_to_tensor(self._predicted_change)
+            old = tf.convert_to_tensor(self._damping_value)
+            self._damping_value.assign(self.damping.adapted(old, loss_change, predicted))
+
+    def _quadratic_model(
+        self, gradients: Sequence[Any], directions: Sequence[Sequence[Any]]
+    ) -> tuple[Any, Any]:
+        """K and b of the quadratic model along the given directions."""
+        quadratic_form = self._quadratic_form.value
+        if quadratic_form is None:
+            raise InvalidArgumentError(
+                f"Optimizer {self.name!r} needs the quadratic model of the loss "
+                "(learning_rate='auto' or damping=LevenbergMarquardt(...)), and the model does not "
+                "provide it. Train with kp.KFACModel or kp.PrunableModel."
+            )
+        k = quadratic_form(directions)
+        gram = tf.stack([tf.stack([dot(p, q) for q in directions]) for p in directions])
+        b = tf.stack([dot(p, gradients) for p in directions])
+        return k + self.current_damping * gram, b
