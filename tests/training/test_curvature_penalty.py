@@ -45,7 +45,9 @@ def _mean_loss(outputs, y):
 def _converged_gradients(penalty, model, x, y):
     """Gradients after enough steps for the eigenvectors to converge."""
     step = tf.function(
-        lambda: penalty.gradients(tf.constant(0), x, y, _mean_loss, model.trainable_variables)
+        lambda: penalty.gradients(
+            tf.constant(0), x, y, _mean_loss, _mean_loss, model.trainable_variables
+        )
     )
     for _ in range(250):
         gradients = step()
@@ -91,7 +93,7 @@ def test_the_radius_converges_to_that_of_the_dense_factors(reduction):
 def test_the_gradient_equals_finite_differences_of_the_dense_radius():
     model = _network()
     x, y = _data()
-    penalty = _penalty(model, strength=1.0, reduction="sum")
+    penalty = _penalty(model, strength=1.0, relative=False, reduction="sum")
     gradients = _converged_gradients(penalty, model, x, y)
     rng = np.random.default_rng(3)
     for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
@@ -108,11 +110,52 @@ def test_the_gradient_equals_finite_differences_of_the_dense_radius():
         assert got == pytest.approx(expected, rel=2e-2, abs=2e-3), variable.path
 
 
+def _first_gradients(x, y, loss=_mean_loss, **settings):
+    model = _network()
+    penalty = _penalty(model, **settings)
+    gradients = penalty.gradients(tf.constant(0), x, y, loss, loss, model.trainable_variables)
+    return penalty, [np.array(g) for g in gradients]
+
+
+def test_a_relative_strength_trades_percents_of_the_radius_for_percents_of_the_loss():
+    x, y = _data()
+    _, absolute = _first_gradients(x, y, strength=1.0, relative=False)
+    penalty, relative = _first_gradients(x, y, strength=0.5)
+    loss = float(_mean_loss(_network()(x, training=False), y))
+    for a, r in zip(absolute, relative, strict=True):
+        expected = 0.5 * loss * a / float(penalty.radius())
+        np.testing.assert_allclose(r, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_relative_strength_means_the_same_at_every_scale_of_the_loss():
+    """100 times the loss has 100 times the gradient, and 10,000 times the radius."""
+    x, y = _data()
+    _, plain = _first_gradients(x, y, strength=0.5)
+    _, scaled = _first_gradients(x, y, lambda o, t: 100.0 * _mean_loss(o, t), strength=0.5)
+    for p, s in zip(plain, scaled, strict=True):
+        np.testing.assert_allclose(s, 100.0 * p, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_that_is_not_finite_leaves_averages_and_directions_alone():
+    model = _network()
+    x, y = _data()
+    penalty = _penalty(model)
+    variables = model.trainable_variables
+    penalty.gradients(tf.constant(0), x, y, _mean_loss, _mean_loss, variables)
+    before = [to_numpy(w) for w in penalty.weights]
+    x[0, 0, 0] = np.inf
+    penalty.gradients(tf.constant(0), x, y, _mean_loss, _mean_loss, variables)
+    for old, weight in zip(before, penalty.weights, strict=True):
+        np.testing.assert_array_equal(old, to_numpy(weight))
+
+
 def test_below_the_threshold_there_is_no_gradient():
     model = _network()
     x, y = _data()
     penalty = _penalty(model, threshold=1e6)
-    gradients = penalty.gradients(tf.constant(0), x, y, _mean_loss, model.trainable_variables)
+    gradients = penalty.gradients(
+        tf.constant(0), x, y, _mean_loss, _mean_loss, model.trainable_variables
+    )
     assert all(not np.any(np.array(g)) for g in gradients)
     assert float(penalty.radius()) > 0
 
@@ -124,10 +167,10 @@ def test_the_penalty_is_due_every_kth_step_with_weight_k():
     once = CurvaturePenalty(SpectralRadius(1.0, every=1, batch_fraction=1.0), model, blocks)
     third = CurvaturePenalty(SpectralRadius(1.0, every=3, batch_fraction=1.0), model, blocks)
     variables = model.trainable_variables
-    reference = once.gradients(tf.constant(0), x, y, _mean_loss, variables)
+    reference = once.gradients(tf.constant(0), x, y, _mean_loss, _mean_loss, variables)
     sizes = []
     for step in range(4):
-        gradients = third.gradients(tf.constant(step), x, y, _mean_loss, variables)
+        gradients = third.gradients(tf.constant(step), x, y, _mean_loss, _mean_loss, variables)
         sizes.append(sum(float(tf.reduce_sum(tf.abs(g))) for g in gradients))
         if step == 0:
             for g, r in zip(gradients, reference, strict=True):
@@ -146,6 +189,7 @@ def test_head_of_batch_takes_the_first_share_of_every_tensor():
     "arguments",
     [
         {"strength": -1.0},
+        {"relative": 1.0},
         {"threshold": -1.0},
         {"reduction": "mean"},
         {"every": 0},

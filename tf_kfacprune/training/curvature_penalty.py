@@ -20,13 +20,16 @@ from tf_kfacprune.training.batches import head_of_batch
 
 __all__ = ["CurvaturePenalty"]
 
+MeanLoss = Callable[[Any, Any], Any]
+
 _TINY = 1e-12
-# A radius comes from a fraction of one batch with sampled labels; the figure shown is an average.
-_RADIUS_DECAY = 0.95
+# A radius comes from a fraction of one batch with sampled labels; what is shown, and what relative
+# strengths refer to, are averages.
+_DECAY = 0.95
 
 
 class CurvaturePenalty(keras.layers.Layer):
-    """State of a `SpectralRadius`: warm-started eigenvectors and the average radius.
+    """State of a `SpectralRadius`: warm-started eigenvectors, average radius and loss.
 
     The curvature is that of the network as it would be used, in inference mode: with moving
     normalization statistics (second derivatives through batch statistics are wrong in TensorFlow)
@@ -51,6 +54,7 @@ class CurvaturePenalty(keras.layers.Layer):
         blocks = tuple(block for block in blocks if block.is_contraction)
         self._target = _Target(network, blocks)
         self.radius_average = self.add_weight((), "zeros", trainable=False, name="radius_average")
+        self.loss_average = self.add_weight((), "zeros", trainable=False, name="loss_average")
         self.evaluations = self.add_weight((), "zeros", trainable=False, name="evaluations")
 
         def unit_vector(kind: str, block: KroneckerBlock, n: int) -> keras.Variable:
@@ -68,7 +72,8 @@ class CurvaturePenalty(keras.layers.Layer):
         step: Any,
         x: Any,
         y: Any,
-        mean_loss: Callable[[Any, Any], Any],
+        mean_loss: MeanLoss,
+        data_loss: MeanLoss,
         variables: Sequence[keras.Variable],
     ) -> list[Any]:
         """Gradient of the penalty at the steps at which it is due, zeros at the others.
@@ -78,6 +83,7 @@ class CurvaturePenalty(keras.layers.Layer):
             x: Batch of inputs.
             y: Batch of labels.
             mean_loss: `(outputs, y) -> scalar`, the loss whose curvature is meant.
+            data_loss: Likewise, the loss that is minimized.
             variables: What to differentiate with respect to.
 
         Returns:
@@ -89,29 +95,48 @@ class CurvaturePenalty(keras.layers.Layer):
         y = head_of_batch(y, settings.batch_fraction)
         return tf.cond(
             due,
-            lambda: self._evaluate(x, y, mean_loss, variables),
+            lambda: self._evaluate(x, y, mean_loss, data_loss, variables),
             lambda: [tf.zeros(v.shape, v.dtype) for v in variables],
         )
 
     def radius(self) -> Any:
         """The spectral radius, averaged over the last evaluations and debiased; a scalar tensor."""
-        weight = 1.0 - tf.pow(_RADIUS_DECAY, tf.convert_to_tensor(self.evaluations))
-        return tf.convert_to_tensor(self.radius_average) / (weight + _TINY)
+        return self._debiased(self.radius_average)
+
+    def _debiased(self, average: keras.Variable) -> Any:
+        weight = 1.0 - tf.pow(_DECAY, tf.convert_to_tensor(self.evaluations))
+        return tf.convert_to_tensor(average) / (weight + _TINY)
+
+    def _update_averages(self, radius: Any, loss: Any) -> Any:
+        """Counts one evaluation if it is finite, and says so; else it would spoil them for ever."""
+        averages = (self.radius_average, self.loss_average)
+        news = [tf.stop_gradient(tf.cast(new, "float32")) for new in (radius, tf.abs(loss))]
+        finite = tf.reduce_all(tf.math.is_finite(tf.stack(news)))
+        for average, new in zip(averages, news, strict=True):
+            old = tf.convert_to_tensor(average)
+            average.assign(tf.where(finite, _DECAY * old + (1.0 - _DECAY) * new, old))
+        self.evaluations.assign_add(tf.cast(finite, "float32"))
+        return finite
 
     def _evaluate(
         self,
         x: Any,
         y: Any,
-        mean_loss: Callable[[Any, Any], Any],
+        mean_loss: MeanLoss,
+        data_loss: MeanLoss,
         variables: Sequence[keras.Variable],
     ) -> list[Any]:
         network, blocks = self._target.network, self._target.blocks
         u = [tf.convert_to_tensor(vector) for vector in self.u]
         v = [tf.convert_to_tensor(vector) for vector in self.v]
+        losses = []
+
+        def observed(outputs: Any) -> Any:
+            losses.append(data_loss(outputs, y))
+            return mean_loss(outputs, y)
+
         with tf.GradientTape() as tape:
-            records, g = per_example_gradients(
-                network, x, blocks, lambda outputs: mean_loss(outputs, y), training=False
-            )
+            records, g = per_example_gradients(network, x, blocks, observed, training=False)
             uses = [
                 (i, record, g_of_record)
                 for i, block in enumerate(blocks)
@@ -122,16 +147,16 @@ class CurvaturePenalty(keras.layers.Layer):
             for i, record, g_of_record in uses:
                 radii[i] += layer_spectral_radius(blocks[i], record, g_of_record, u[i], v[i])
             radius = self.settings.reduce(radii)
-            penalty = self.settings.penalty(radius)
-        self.radius_average.assign(
-            _RADIUS_DECAY * tf.convert_to_tensor(self.radius_average) + (1 - _RADIUS_DECAY) * radius
-        )
-        self.evaluations.assign_add(1.0)
+            finite = self._update_averages(radius, losses[0])
+            penalty = self.settings.penalty(
+                radius, self.radius(), self._debiased(self.loss_average)
+            )
         for i, record, g_of_record in uses:
             block = blocks[i]
-            self.u[i].assign(_rotate(u[i], functools.partial(block.project, record)))
-            along = functools.partial(along_gradients, block, record, g_of_record)
-            self.v[i].assign(_rotate(v[i], along))
+            to_a = functools.partial(block.project, record)
+            to_g = functools.partial(along_gradients, block, record, g_of_record)
+            self.u[i].assign(tf.where(finite, _rotate(u[i], to_a), u[i]))
+            self.v[i].assign(tf.where(finite, _rotate(v[i], to_g), v[i]))
         if self.settings.strength == 0:
             return [tf.zeros(var.shape, var.dtype) for var in variables]
         return tape.gradient(
