@@ -31,7 +31,7 @@ RANKS = {
     "optimizers": 5,
     "pruning": 5,
     "training": 6,
-    "compaction": 6,
+    "compaction": 5,
     "tfmot": 6,
     "callbacks": 7,
     "data": 7,

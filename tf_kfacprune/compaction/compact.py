@@ -70,7 +70,7 @@ def compact(
             "compact compensates from data: pass `compensate=True` and `data`, or neither. "
             f"Received: compensate={compensate!r}, data of type {type(data).__name__}"
         )
-    small = rebuild_compact(_plan(model, net))
+    small, _ = rebuild_compact(_plan(model, net))
     if verify:
         verify_parity(net, small, tolerance, verify_data)
     if compensate:

@@ -65,6 +65,11 @@ class RemovalPlan:
         """The gate values on an input of a contraction layer, or None if it is not tracked."""
         return self._scales.get((layer, role))
 
+    @property
+    def readers(self) -> list[keras.Layer]:
+        """The layers that read through gates."""
+        return list(dict.fromkeys(layer for layer, _ in self._scales))
+
     def is_scaled(self, layer: keras.Layer) -> bool:
         """Whether a layer absorbs a gate that is not fully open."""
         return any((z != 1).any() for (reader, _), z in self._scales.items() if reader is layer)

@@ -9,7 +9,7 @@ from keras import ops, tree
 
 from tf_kfacprune.compaction.constants import Constant, elementwise, output_on_zeros, sum_of
 from tf_kfacprune.compaction.plan import RemovalPlan
-from tf_kfacprune.compaction.weights import transfer_weights
+from tf_kfacprune.compaction.weights import WeightLink, transfer_weights, weight_links
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GateBank
 from tf_kfacprune.gates.rules import GateRule
@@ -18,16 +18,20 @@ from tf_kfacprune.graph import Call, Value, fresh_operation, rule_for
 __all__ = ["rebuild_compact"]
 
 
-def rebuild_compact(plan: RemovalPlan) -> keras.Model:
+def rebuild_compact(plan: RemovalPlan) -> tuple[keras.Model, list[WeightLink]]:
     """Replays the network with smaller copies of its layers.
 
     Args:
         plan: Which neurons stay.
 
     Returns:
-        A flat Functional model without gates that shares no weights with the network.
+        A flat Functional model without gates that shares no weights with the network, and where
+        each of its weights comes from.
     """
-    return plan.graph.rebuild(_Replay(plan))
+    replay = _Replay(plan)
+    model = plan.graph.rebuild(replay)
+    links = [link for pair in replay.copied_layers() for link in weight_links(*pair, plan)]
+    return model, links
 
 
 class _Replay:
@@ -38,6 +42,11 @@ class _Replay:
         self._compact: dict[Any, Any] = {}
         self._names = set(plan.graph.input_names)
         self._selected: dict[tuple[Value, int], Any] = {}
+
+    def copied_layers(self) -> list[tuple[keras.Layer, keras.Layer]]:
+        """The layers of the network and their smaller copies."""
+        pairs = self._compact.items()
+        return [(old, new) for old, new in pairs if old is not new and isinstance(old, keras.Layer)]
 
     def __call__(self, call: Call, args: Any, kwargs: Any) -> Any:
         operation, rule = call.operation, rule_for(call.operation)

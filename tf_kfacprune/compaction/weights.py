@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import keras
 import numpy as np
 from keras import ops
@@ -11,7 +14,71 @@ from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph import rule_for
 from tf_kfacprune.graph.rules import weight_of
 
-__all__ = ["transfer_weights"]
+__all__ = ["WeightLink", "fold_gates", "transfer_weights", "weight_links"]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightLink:
+    """A weight of a layer, and the weight of its smaller copy that holds what is left of it.
+
+    Attributes:
+        name: Name of the weight in the layer's rule, or an empty one if it has no role there.
+        source: The weight of the layer.
+        target: The weight of the copy.
+        positions: For each axis the positions that stay.
+    """
+
+    name: str
+    source: keras.Variable
+    target: keras.Variable
+    positions: tuple[np.ndarray, ...]
+
+    def take(self, array: np.ndarray) -> np.ndarray:
+        """What is left of an array of the shape of `source`."""
+        for axis, positions in enumerate(self.positions):
+            if len(positions) < array.shape[axis]:
+                array = np.take(array, positions, axis)
+        return array
+
+    def fetch(self) -> None:
+        """Copies what is left of `source` to `target`."""
+        self.target.assign(self.take(_to_numpy(self.source)))
+
+    def write_back(self) -> None:
+        """Copies `target` to where it came from; the rest of `source` is left alone."""
+        array = np.array(_to_numpy(self.source))
+        array[np.ix_(*self.positions)] = _to_numpy(self.target)
+        self.source.assign(array)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether `target` is nothing but what is left of `source`, to the bit."""
+        return np.array_equal(self.take(_to_numpy(self.source)), _to_numpy(self.target))
+
+
+def weight_links(
+    layer: keras.Layer, smaller: keras.Layer, plan: RemovalPlan
+) -> Iterator[WeightLink]:
+    """Which weight of the copy belongs to which of the layer.
+
+    Args:
+        layer: The original layer.
+        smaller: Its built copy.
+        plan: Which neurons stay.
+    """
+    roles = plan.channels.roles(layer)
+    by_role: set[int] = set()
+    for name, axes in rule_for(layer).weight_roles(layer).items():
+        weight, target = weight_of(layer, name), weight_of(smaller, name)
+        by_role.add(id(target))
+        positions = tuple(
+            plan.positions(roles[role]) if role is not None and role in roles else np.arange(size)
+            for role, size in zip(axes, weight.shape, strict=True)
+        )
+        yield WeightLink(name, weight, target, positions)
+    for weight, target in zip(layer.weights, smaller.weights, strict=True):
+        if id(target) not in by_role:
+            yield WeightLink("", weight, target, tuple(map(np.arange, weight.shape)))
 
 
 def transfer_weights(layer: keras.Layer, smaller: keras.Layer, plan: RemovalPlan) -> None:
@@ -31,24 +98,32 @@ def transfer_weights(layer: keras.Layer, smaller: keras.Layer, plan: RemovalPlan
     def count(role: str) -> int | None:
         return len(plan.positions(roles[role])) if role in roles else None
 
-    by_role: set[int] = set()
-    for name, axes in rule.weight_roles(layer).items():
-        weight, target = weight_of(layer, name), weight_of(smaller, name)
-        by_role.add(id(target))
-        array = _to_numpy(weight)
-        for folded in rule.folded_roles(name):
-            scale = plan.scale(layer, folded)
-            if scale is not None:
-                array = rule.fold(layer, name, folded, array, scale)
-        for axis, role in enumerate(axes):
-            if role is not None and role in roles:
-                array = np.take(array, plan.positions(roles[role]), axis)
-        _assign(target, rule.rescale(layer, name, array, count), layer)
-    for weight, target in zip(layer.weights, smaller.weights, strict=True):
-        if id(target) not in by_role:
-            _assign(target, _to_numpy(weight), layer)
+    for link in weight_links(layer, smaller, plan):
+        array = link.take(_folded(layer, link.name, link.source, plan))
+        _assign(link.target, rule.rescale(layer, link.name, array, count), layer)
     if hasattr(smaller, "finalize_state"):
         smaller.finalize_state()
+
+
+def fold_gates(layer: keras.Layer, plan: RemovalPlan) -> None:
+    """Folds the gates that a layer reads through into its own weights, in place.
+
+    Args:
+        layer: The layer.
+        plan: The gates that layers read through.
+    """
+    for name in rule_for(layer).weight_roles(layer):
+        weight = weight_of(layer, name)
+        weight.assign(_folded(layer, name, weight, plan))
+
+
+def _folded(layer: keras.Layer, name: str, weight: keras.Variable, plan: RemovalPlan) -> np.ndarray:
+    rule, array = rule_for(layer), _to_numpy(weight)
+    for role in rule.folded_roles(name):
+        scale = plan.scale(layer, role)
+        if scale is not None:
+            array = rule.fold(layer, name, role, array, scale)
+    return array
 
 
 def _to_numpy(weight: keras.Variable) -> np.ndarray:
