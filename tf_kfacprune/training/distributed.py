@@ -1,19 +1,29 @@
-"""What training on several replicas asks for: checks at `compile`, and ways around Keras' gaps."""
+"""What training on several replicas asks for: checks, agreement, ways around Keras' gaps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from tf_kfacprune.distribution import num_replicas, sum_over_replicas
 from tf_kfacprune.errors import InvalidArgumentError, WorkerLostError
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.training.compiled import inner_optimizer
+from tf_kfacprune.training.forward_state import ForwardState
 
-__all__ = ["check_distributed", "is_multi_worker", "one_per_worker", "raise_lost_worker"]
+__all__ = [
+    "agreed",
+    "all_finite",
+    "check_distributed",
+    "is_multi_worker",
+    "one_per_worker",
+    "raise_lost_worker",
+]
 
 _STRATEGIES = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
 
@@ -94,6 +104,47 @@ def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
 def one_per_worker(results: dict[str, Any]) -> dict[str, Any]:
     """Scalars as vectors of one entry: Keras averages over workers along an axis of results."""
     return {name: tf.reshape(value, [1]) for name, value in results.items()}
+
+
+def agreed(
+    gradients: Sequence[Any], finite: Any, examples: Any, before: ForwardState
+) -> tuple[list[Any], Any]:
+    """This replica's part of the gradient of the whole batch; whether all parts are finite.
+
+    A replica without examples (in a small last batch) contributes nothing, and its pass leaves
+    no trace: means over no examples are NaN. Where a loss scale is too high for one replica,
+    all see it.
+
+    Args:
+        gradients: Of the mean loss over this replica's examples; None stays None.
+        finite: Whether this replica may take the step, a boolean scalar tensor.
+        examples: Number of this replica's examples, a scalar tensor.
+        before: The network's state before the pass that gave the gradients.
+    """
+    idle = tf.equal(examples, 0)
+    fine = all_finite(gradients)
+    finite = tf.logical_or(finite, idle)
+    # Not its seeds: all replicas have to draw the same gates in the next step.
+    tf.cond(idle, before.restore_statistics, lambda: None)
+    weight = tf.cast(examples, "float32")
+    flags = [tf.cast(flag, "float32") for flag in (finite, tf.logical_or(fine, idle))]
+    total, *agreeing = sum_over_replicas([weight, *flags])
+    finite, fine = (tf.equal(count, float(num_replicas())) for count in agreeing)
+    share = weight / tf.maximum(total, 1.0)
+    poison = tf.where(fine, 0.0, math.nan)
+    parts = [
+        None
+        if g is None
+        else tf.math.multiply_no_nan(g, tf.cast(share, g.dtype)) + tf.cast(poison, g.dtype)
+        for g in (None if g is None else tf.convert_to_tensor(g) for g in gradients)
+    ]
+    return parts, finite
+
+
+def all_finite(gradients: Sequence[Any]) -> Any:
+    """Whether all entries of all gradients are finite, a boolean scalar tensor."""
+    sums = [tf.reduce_sum(tf.abs(tf.cast(g, "float32"))) for g in gradients if g is not None]
+    return tf.math.is_finite(tf.add_n(sums))
 
 
 @contextmanager

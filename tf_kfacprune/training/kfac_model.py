@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,28 +13,24 @@ from tf_kfacprune.curvature import (
     KroneckerBlock,
     NetworkBlocks,
     find_blocks,
-    gauss_newton_form,
-    probe_gradients,
 )
 from tf_kfacprune.distribution import (
     ReplicaSeedGenerator,
     cond,
     num_replicas,
-    sum_over_replicas,
-    weighted_mean,
 )
 from tf_kfacprune.errors import UnsupportedModelError
-from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.training.batches import head_of_batch, num_examples
+from tf_kfacprune.training.batches import num_examples
 from tf_kfacprune.training.compiled import Compiled, inner_optimizer
 from tf_kfacprune.training.distributed import (
+    agreed,
     check_distributed,
     is_multi_worker,
     one_per_worker,
     raise_lost_worker,
 )
-from tf_kfacprune.training.forward_state import ForwardState
 from tf_kfacprune.training.guard_callback import GuardCallback
+from tf_kfacprune.training.kfac_steps import KFACSteps
 from tf_kfacprune.training.step_guard import StepGuard
 from tf_kfacprune.training.untracked import Untracked
 from tf_kfacprune.training.validation import check_labels
@@ -45,7 +40,7 @@ __all__ = ["KFACModel"]
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
-class KFACModel(keras.Model):
+class KFACModel(KFACSteps):
     """Hands the Kronecker factors of an ordinary Keras model to the `KFAC` optimizer.
 
     The wrapper adds nothing to the model: it trains the layers of `model`, in place, and
@@ -157,21 +152,11 @@ class KFACModel(keras.Model):
         return [] if self._kfac is None else [self._kfac]
 
     @property
-    def network_variables(self) -> list[keras.Variable]:
-        """What the compiled optimizer trains."""
-        return self.net.trainable_variables
-
-    @property
     def constant_learning_rate(self) -> float | None:
         """The learning rate if it is a constant, None if it follows a schedule."""
         if not self._compiled.constant_learning_rate:
             return None
         return float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
-
-    @property
-    def _kfac(self) -> KFAC | None:
-        inner = inner_optimizer(self.optimizer)
-        return inner if isinstance(inner, KFAC) else None
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         if y is not None:
@@ -226,7 +211,7 @@ class KFACModel(keras.Model):
         gradients = self._regularized(gradients, variables, x, y)
         finite = self._is_finite(loss, gradients)
         if num_replicas() > 1:
-            gradients, finite = self._agreed(gradients, finite, examples, before)
+            gradients, finite = agreed(gradients, finite, examples, before)
 
         def apply() -> None:
             self._judge_last_step(before, loss, x, y, sample_weight)
@@ -245,39 +230,6 @@ class KFACModel(keras.Model):
     def _results(self, results: dict[str, Any]) -> dict[str, Any]:
         return one_per_worker(results) if is_multi_worker(self.distribute_strategy) else results
 
-    def _loss_of_replica(self, **arguments: Any) -> Any:
-        """Mean loss over this replica's examples; Keras' own is divided by the replicas."""
-        loss = self.compute_loss(**arguments)
-        return loss if num_replicas() == 1 else loss * tf.cast(num_replicas(), loss.dtype)
-
-    def _agreed(
-        self, gradients: Sequence[Any], finite: Any, examples: Any, before: ForwardState
-    ) -> tuple[list[Any], Any]:
-        """This replica's part of the gradient of the whole batch; whether all parts are finite.
-
-        A replica without examples (in a small last batch) contributes nothing, and its pass leaves
-        no trace: means over no examples are NaN. Where a loss scale is too high for one replica,
-        all see it.
-        """
-        idle = tf.equal(examples, 0)
-        fine = _all_finite(gradients)
-        finite = tf.logical_or(finite, idle)
-        # Not its seeds: all replicas have to draw the same gates in the next step.
-        tf.cond(idle, before.restore_statistics, lambda: None)
-        weight = tf.cast(examples, "float32")
-        flags = [tf.cast(flag, "float32") for flag in (finite, tf.logical_or(fine, idle))]
-        total, *agreeing = sum_over_replicas([weight, *flags])
-        finite, fine = (tf.equal(count, float(num_replicas())) for count in agreeing)
-        share = weight / tf.maximum(total, 1.0)
-        poison = tf.where(fine, 0.0, math.nan)
-        parts = [
-            None
-            if g is None
-            else tf.math.multiply_no_nan(g, tf.cast(share, g.dtype)) + tf.cast(poison, g.dtype)
-            for g in (None if g is None else tf.convert_to_tensor(g) for g in gradients)
-        ]
-        return parts, finite
-
     def _begin_step(self) -> None:
         """What happens before the forward pass."""
 
@@ -294,105 +246,6 @@ class KFACModel(keras.Model):
         """Gradients with those of further terms of the objective added."""
         del variables, x, y
         return gradients
-
-    def _forward_state(self) -> ForwardState:
-        return ForwardState(self.net)
-
-    def _is_finite(self, loss: Any, gradients: Sequence[Any]) -> Any:
-        finite = tf.math.is_finite(tf.cast(loss, "float32"))
-        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
-            return finite  # overflowing gradients are its signal to lower the scale
-        return tf.logical_and(finite, _all_finite(gradients))
-
-    def _mean_loss(self, labels: str) -> Any:
-        """`(outputs, y) -> scalars`: likelihoods of the model's own labels, or the compiled loss.
-
-        Args:
-            labels: `"sampled"`, `"exact"` or `"data"`.
-        """
-        compiled = self._compiled
-        if labels == "sampled" and compiled.sampled is not None:
-            sampled = compiled.sampled
-            return lambda outputs, y: [sampled(outputs, self.seed_generator)]
-        if labels == "exact" and compiled.exact is not None:
-            exact = compiled.exact
-            return lambda outputs, y: exact(outputs)
-        return lambda outputs, y: [self._loss_of_replica(y=y, y_pred=outputs, training=False)]
-
-    def _update_factors(self, x: Any, y: Any) -> None:
-        kfac = self._kfac
-        if kfac is None or not kfac.blocks:
-            return
-        mean_loss = self._mean_loss(kfac.labels)
-        x, y = head_of_batch(x, kfac.batch_fraction), head_of_batch(y, kfac.batch_fraction)
-
-        def update() -> None:
-            # This second forward pass must not move the normalization statistics again.
-            state = self._forward_state()
-            records, probes = probe_gradients(
-                self.net, x, kfac.blocks, lambda outputs: mean_loss(outputs, y), training=True
-            )
-            state.restore()
-            kfac.update_factors(kfac.statistics(records, probes), num_examples(x))
-
-        cond(kfac.factors_due(), update, lambda: None)
-
-    def _apply(
-        self, gradients: Sequence[Any], variables: Sequence[keras.Variable], x: Any, y: Any
-    ) -> None:
-        kfac = self._kfac
-        count = len(self.network_variables)
-        pairs = list(zip(gradients[:count], variables[:count], strict=True))
-        if kfac is None:
-            self.optimizer.apply_gradients(pairs)
-            return
-        with kfac.measured_by(lambda directions: self._quadratic_form(kfac, x, y, directions)):
-            self.optimizer.apply_gradients(pairs)
-
-    def _quadratic_form(self, kfac: KFAC, x: Any, y: Any, directions: Any) -> Any:
-        state = self._forward_state()
-        x = head_of_batch(x, kfac.batch_fraction)
-        products = gauss_newton_form(
-            self.net,
-            x,
-            head_of_batch(y, kfac.batch_fraction),
-            self._compiled.objective(),
-            kfac.block_variables,
-            directions,
-            training=True,
-        )
-        state.restore()
-        return weighted_mean([products], num_examples(x))[0]
-
-    def _judge_last_step(
-        self, before: ForwardState, loss: Any, x: Any, y: Any, sample_weight: Any
-    ) -> None:
-        """Adapts the damping by what the last step did to the loss on this batch, new to it.
-
-        Args:
-            before: State in which the pass on this batch began that gave `loss`.
-            loss: Loss of the present weights on this batch.
-            x: Inputs.
-            y: Labels.
-            sample_weight: Weights of the examples, or None.
-        """
-        kfac = self._kfac
-        if kfac is None or not kfac.needs_quadratic_form:
-            return
-
-        def judge() -> None:
-            after = self._forward_state()
-            before.restore()  # the same noise as in the pass that gave `loss`
-            with kfac.last_step_undone():
-                y_pred = self(x, training=True)
-                old_loss = self._loss_of_replica(
-                    x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-                )
-            after.restore()
-            (change,) = weighted_mean([tf.cast(loss - old_loss, "float32")], num_examples(x))
-            kfac.adapt_damping(change)
-
-        cond(kfac.damping_due(), judge, lambda: None)
 
     def _update_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, loss: Any) -> None:
         batch = num_examples(x)
@@ -445,8 +298,3 @@ class KFACModel(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
-
-
-def _all_finite(gradients: Sequence[Any]) -> Any:
-    sums = [tf.reduce_sum(tf.abs(tf.cast(g, "float32"))) for g in gradients if g is not None]
-    return tf.math.is_finite(tf.add_n(sums))

@@ -1,0 +1,146 @@
+"""The part of `KFACModel` that serves its optimizer: factors, quadratic model, judged steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_kfacprune.curvature import gauss_newton_form, probe_gradients
+from tf_kfacprune.distribution import ReplicaSeedGenerator, cond, num_replicas, weighted_mean
+from tf_kfacprune.optimizers import KFAC
+from tf_kfacprune.training.batches import head_of_batch, num_examples
+from tf_kfacprune.training.compiled import Compiled, inner_optimizer
+from tf_kfacprune.training.distributed import all_finite
+from tf_kfacprune.training.forward_state import ForwardState
+
+__all__ = ["KFACSteps"]
+
+
+class KFACSteps(keras.Model):
+    """Base of `KFACModel`, which sets the attributes below.
+
+    Attributes:
+        net: The network that is trained.
+        seed_generator: Where sampled labels come from.
+    """
+
+    net: keras.Model
+    seed_generator: ReplicaSeedGenerator
+    _compiled: Compiled
+
+    @property
+    def network_variables(self) -> list[keras.Variable]:
+        """What the compiled optimizer trains."""
+        return self.net.trainable_variables
+
+    @property
+    def _kfac(self) -> KFAC | None:
+        inner = inner_optimizer(self.optimizer)
+        return inner if isinstance(inner, KFAC) else None
+
+    def _loss_of_replica(self, **arguments: Any) -> Any:
+        """Mean loss over this replica's examples; Keras' own is divided by the replicas."""
+        loss = self.compute_loss(**arguments)
+        return loss if num_replicas() == 1 else loss * tf.cast(num_replicas(), loss.dtype)
+
+    def _forward_state(self) -> ForwardState:
+        return ForwardState(self.net)
+
+    def _is_finite(self, loss: Any, gradients: Sequence[Any]) -> Any:
+        finite = tf.math.is_finite(tf.cast(loss, "float32"))
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            return finite  # overflowing gradients are its signal to lower the scale
+        return tf.logical_and(finite, all_finite(gradients))
+
+    def _mean_loss(self, labels: str) -> Any:
+        """`(outputs, y) -> scalars`: likelihoods of the model's own labels, or the compiled loss.
+
+        Args:
+            labels: `"sampled"`, `"exact"` or `"data"`.
+        """
+        compiled = self._compiled
+        if labels == "sampled" and compiled.sampled is not None:
+            sampled = compiled.sampled
+            return lambda outputs, y: [sampled(outputs, self.seed_generator)]
+        if labels == "exact" and compiled.exact is not None:
+            exact = compiled.exact
+            return lambda outputs, y: exact(outputs)
+        return lambda outputs, y: [self._loss_of_replica(y=y, y_pred=outputs, training=False)]
+
+    def _update_factors(self, x: Any, y: Any) -> None:
+        kfac = self._kfac
+        if kfac is None or not kfac.blocks:
+            return
+        mean_loss = self._mean_loss(kfac.labels)
+        x, y = head_of_batch(x, kfac.batch_fraction), head_of_batch(y, kfac.batch_fraction)
+
+        def update() -> None:
+            # This second forward pass must not move the normalization statistics again.
+            state = self._forward_state()
+            records, probes = probe_gradients(
+                self.net, x, kfac.blocks, lambda outputs: mean_loss(outputs, y), training=True
+            )
+            state.restore()
+            kfac.update_factors(kfac.statistics(records, probes), num_examples(x))
+
+        cond(kfac.factors_due(), update, lambda: None)
+
+    def _apply(
+        self, gradients: Sequence[Any], variables: Sequence[keras.Variable], x: Any, y: Any
+    ) -> None:
+        kfac = self._kfac
+        count = len(self.network_variables)
+        pairs = list(zip(gradients[:count], variables[:count], strict=True))
+        if kfac is None:
+            self.optimizer.apply_gradients(pairs)
+            return
+        with kfac.measured_by(lambda directions: self._quadratic_form(kfac, x, y, directions)):
+            self.optimizer.apply_gradients(pairs)
+
+    def _quadratic_form(self, kfac: KFAC, x: Any, y: Any, directions: Any) -> Any:
+        state = self._forward_state()
+        x = head_of_batch(x, kfac.batch_fraction)
+        products = gauss_newton_form(
+            self.net,
+            x,
+            head_of_batch(y, kfac.batch_fraction),
+            self._compiled.objective(),
+            kfac.block_variables,
+            directions,
+            training=True,
+        )
+        state.restore()
+        return weighted_mean([products], num_examples(x))[0]
+
+    def _judge_last_step(
+        self, before: ForwardState, loss: Any, x: Any, y: Any, sample_weight: Any
+    ) -> None:
+        """Adapts the damping by what the last step did to the loss on this batch, new to it.
+
+        Args:
+            before: State in which the pass on this batch began that gave `loss`.
+            loss: Loss of the present weights on this batch.
+            x: Inputs.
+            y: Labels.
+            sample_weight: Weights of the examples, or None.
+        """
+        kfac = self._kfac
+        if kfac is None or not kfac.needs_quadratic_form:
+            return
+
+        def judge() -> None:
+            after = self._forward_state()
+            before.restore()  # the same noise as in the pass that gave `loss`
+            with kfac.last_step_undone():
+                y_pred = self(x, training=True)
+                old_loss = self._loss_of_replica(
+                    x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+                )
+            after.restore()
+            (change,) = weighted_mean([tf.cast(loss - old_loss, "float32")], num_examples(x))
+            kfac.adapt_damping(change)
+
+        cond(kfac.damping_due(), judge, lambda: None)
