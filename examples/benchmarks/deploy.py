@@ -105,6 +105,17 @@ def weights_of(model):
     return sum(int(np.prod(w.shape)) for w in model.trainable_weights if "kernel" in w.path)
 
 
+def settle_statistics(model, x):
+    """Gives an untrained network the statistics of a batch.
+
+    Without them the activations of a deep one vanish, and nothing is left to quantize.
+    """
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+    model(x, training=True)
+
+
 def closed_at_random(model, kept, seed=0):
     """A compact model with a share of the neurons of every group, or a count for named layers."""
     rng = np.random.default_rng(seed)
@@ -179,11 +190,13 @@ def latency():
         if key in records.done:
             continue
         dense = build(shape, 10, seed=0)
+        images = np.random.default_rng(0).random((64, *shape), "float32")
+        settle_statistics(dense, images)
         small = closed_at_random(dense, kept)
         measured = kp.export.benchmark(
             {"dense": dense, "compact": small},
             quantizations=FORMATS,
-            representative_data=np.random.default_rng(0).random((64, *shape), "float32"),
+            representative_data=images,
             threads=[int(count) for count in THREADS.value],
             blocks=BLOCKS.value,
         )

@@ -266,6 +266,20 @@ def test_operation_without_a_builtin_is_refused_by_name(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_operation_that_only_tensorflow_has_must_be_asked_for(tmp_path):
+    x = keras.Input((4,))
+    model = keras.Model(x, keras.ops.sinh(x))
+    path = tmp_path / "net.tflite"
+    with pytest.raises(ExportError, match="pass select_ops=True"):
+        tflite(model, path)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(InvalidArgumentError, match="Pass verify=False"):
+        tflite(model, path, select_ops=True)
+    tflite(model, path, select_ops=True, verify=False)
+    with pytest.raises(ExportError, match=r"cannot be run[^/]*RuntimeError: Select TensorFlow op"):
+        run_tflite(path, X[:, 0, :4, 0])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -28,6 +28,7 @@ def convert(
     *,
     representative: Named | None = None,
     io_dtype: str | None = None,
+    select_ops: bool = False,
     log: ConsoleLog | None = None,
 ) -> bytes:
     """The content of a ``.tflite`` file, unverified.
@@ -50,6 +51,9 @@ def convert(
                 warnings.simplefilter("ignore")
                 converter = tf.lite.TFLiteConverter.from_saved_model(temporary)
                 _configure(converter, quantization, representative, io_dtype)
+                if select_ops:
+                    spec = converter.target_spec
+                    spec.supported_ops = [*spec.supported_ops, tf.lite.OpsSet.SELECT_TF_OPS]
                 content = converter.convert()
                 if quantization is not None and quantization in RECIPES:
                     content = requantized(content, quantization)
@@ -60,7 +64,7 @@ def convert(
             raise ExportError(
                 f"The TFLite converter cannot convert model {model.name!r}"
                 + (f" with quantization={quantization!r}" if quantization else "")
-                + f": {_first_line(error)}\nIts log ends with:\n{log.tail}"
+                + f": {_first_line(error)}{_remedy(log.tail)}\nIts log ends with:\n{log.tail}"
             ) from error
     return content
 
@@ -94,6 +98,12 @@ def _calibration(representative: Named) -> Iterator[tuple[str, Named]]:
     count = len(next(iter(representative.values())))
     for i in range(count):
         yield SIGNATURE, {name: values[i : i + 1] for name, values in representative.items()}
+
+
+def _remedy(printed: str) -> str:
+    if "TF Select" not in printed:
+        return ""
+    return " If the device has TensorFlow's kernels, pass select_ops=True."
 
 
 def _first_line(error: Exception) -> str:

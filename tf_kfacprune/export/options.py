@@ -15,6 +15,7 @@ __all__ = [
     "QUANTIZATIONS",
     "check_drop",
     "check_options",
+    "check_verifiable",
     "refuse_rolled_recurrence",
 ]
 
@@ -88,6 +89,20 @@ def refuse_rolled_recurrence(
                 "recurrent loop over a batch of any size. Pass batch_size=1, or build the layer "
                 "with unroll=True."
             )
+
+
+def check_verifiable(select_ops: bool, verify: bool) -> None:
+    """Refuses to verify what no interpreter for Python can run.
+
+    Raises:
+        InvalidArgumentError: if a file with operations of TensorFlow is to be verified.
+    """
+    if select_ops and verify:
+        raise InvalidArgumentError(
+            "A file with select_ops=True cannot be verified: neither LiteRT nor TensorFlow 2.21 "
+            "has an interpreter for Python with these operations. Pass verify=False and run it on "
+            "the device, or leave select_ops out."
+        )
 
 
 def check_drop(max_accuracy_drop: float) -> None:

@@ -97,8 +97,17 @@ def _work(
                 f"{what}: running it took more than {_TIME_LIMIT_SECONDS} s."
             ) from error
         if done.returncode != 0:
-            reason = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-            raise ExportError(f"{what} cannot be run (exit code {done.returncode}):\n{reason}")
+            raise ExportError(
+                f"{what} cannot be run (exit code {done.returncode}):\n"
+                + _reason(done.stdout + done.stderr)
+            )
         names = json.loads((folder / "results.json").read_text())
         with np.load(folder / "results.npz") as archive:
             return dict(zip(names, (archive[key] for key in archive.files), strict=True))
+
+
+def _reason(printed: str) -> str:
+    """The last lines that a worker printed, without the steps of a traceback: they are its own."""
+    steps = (" ", "Traceback", "INFO")
+    lines = [line for line in printed.splitlines() if line and not line.startswith(steps)]
+    return "\n".join(lines[-15:])

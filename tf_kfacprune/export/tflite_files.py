@@ -14,7 +14,12 @@ from tf_kfacprune.export.atomic import atomic_file
 from tf_kfacprune.export.console import log_kept_on_error
 from tf_kfacprune.export.conversion import convert
 from tf_kfacprune.export.metadata import Metadata, with_metadata
-from tf_kfacprune.export.options import check_drop, check_options, refuse_rolled_recurrence
+from tf_kfacprune.export.options import (
+    check_drop,
+    check_options,
+    check_verifiable,
+    refuse_rolled_recurrence,
+)
 from tf_kfacprune.export.running import ONLY_INPUT, run_litert
 from tf_kfacprune.export.samples import (
     Examples,
@@ -41,6 +46,7 @@ def tflite(
     representative_data: Any = None,
     io_dtype: str | None = None,
     batch_size: int | None = None,
+    select_ops: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     verify_data: Any = None,
@@ -67,6 +73,9 @@ def tflite(
             for ``"int8"``), ``"uint8"``, ``"int16"`` (default for ``"int16x8"``) or ``"float32"``.
         batch_size: the only batch size the file runs; None runs any, at the price of some shape
             arithmetic in the file.
+        select_ops: allow operations for which there is only TensorFlow's kernel ("select ops").
+            Such a file runs where the program links them in. No interpreter for Python does, so
+            that it cannot be verified: pass ``verify=False`` too.
         overwrite: replace an existing file.
         verify: run the written file with LiteRT in a process without TensorFlow, and compare its
             outputs with the model's.
@@ -105,6 +114,7 @@ def tflite(
     check_exportable(model, batch_size, legacy=quantization == "qat")
     check_options(quantization, representative_data, io_dtype, tolerance)
     check_drop(max_accuracy_drop)
+    check_verifiable(select_ops, verify)
     refuse_rolled_recurrence(model, quantization, batch_size)
     signature = Signature.of(model, batch_size)
     representative = None
@@ -123,6 +133,7 @@ def tflite(
             quantization,
             representative=representative,
             io_dtype=io_dtype,
+            select_ops=select_ops,
             log=log,
         )
         partial.write_bytes(content if metadata is None else with_metadata(content, metadata))
