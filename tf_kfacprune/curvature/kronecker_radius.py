@@ -107,7 +107,7 @@ def spectral_radius(
         )
     mean_losses = _mean_losses(loss, labels, seed)
 
-    @tf.function(reduce_retracing=True, jit_compile=False)
+    @tf.function(reduce_retracing=True, jit_compile=False, autograph=False)
     def factors_of(x: Any, y: Any) -> list[tuple[Any, Any]]:
         records, probes = probe_gradients(
             network, x, blocks, lambda outputs: mean_losses(outputs, y), training=False

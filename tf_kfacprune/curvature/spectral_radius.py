@@ -88,8 +88,9 @@ class SpectralRadius:
             model: a radius smaller by 1 % is worth a loss larger by `strength` %. Else the
             penalty is `strength * max(0, rho - threshold)` itself.
         threshold: Radius below which there is no penalty, >= 0.
-        reduction: How the layers' radii become one: `"max"` (the spectral radius of the
-            block-diagonal Fisher), `"sum"`, or `"smooth_max"` (their 8-norm).
+        reduction: How the layers' radii become one: `"sum"` (a bound on the spectral radius of
+            the Fisher, blocks off the diagonal included), `"max"` (the spectral radius of the
+            block-diagonal Fisher) or `"smooth_max"` (their 8-norm).
         every: The penalty is evaluated at every `every`-th step, with weight `every`.
         batch_fraction: Share of the batch it is evaluated on, in (0, 1].
         labels: `"sampled"` from the model (true Fisher) or `"data"` (empirical Fisher).
@@ -98,7 +99,7 @@ class SpectralRadius:
         InvalidArgumentError: If an argument is out of range.
 
     Example:
-        >>> curvature = kp.SpectralRadius(0.1, every=4, batch_fraction=0.25)
+        >>> curvature = kp.SpectralRadius(0.2, every=4, batch_fraction=0.25)
 
     References:
         Ebrahimi & Klabjan, arXiv 2111.08577; Sandler, Klabjan, Luo 2021.
@@ -106,11 +107,11 @@ class SpectralRadius:
 
     def __init__(
         self,
-        strength: float = 0.1,
+        strength: float = 0.2,
         *,
         relative: bool = True,
         threshold: float = 0.0,
-        reduction: str = "max",
+        reduction: str = "sum",
         every: int = 4,
         batch_fraction: float = 0.25,
         labels: str = "sampled",
