@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_kfacprune.curvature import block_for, blocks_of, capture
+from tf_kfacprune.curvature import LocationSample, block_for, blocks_of, capture
 from tf_kfacprune.linalg import conv_patches
 
 L = keras.layers
@@ -110,6 +110,44 @@ def test_factors_are_the_second_moments_of_the_rows(name, reduce):
     np.testing.assert_allclose(got, expected_a, rtol=1e-4, atol=1e-4)
     got = to_numpy(block.factor_g(record, g, reduce=reduce))
     np.testing.assert_allclose(got, expected_g, rtol=1e-4, atol=1e-4)
+
+
+SAMPLED = [name for name, (_, shape) in CONTRACTIONS.items() if len(shape) > 1]
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_factors_on_a_sample_of_locations_are_right_on_average(name):
+    """Every beginning once is the exact expectation: to rounding the full factor."""
+    (block,), record, g = _recorded(*CONTRACTIONS[name])
+    per_block = {"A": (block.factor_a, _beginnings(block)), "G": (block.factor_g, None)}
+    for factor, beginnings in per_block.values():
+        total = beginnings or to_numpy(block.rows_g(record, g)).shape[-2]
+        noises = (np.arange(total) + 0.5) / total
+        samples = [LocationSample(0.4, tf.constant(r, "float32")) for r in noises]
+        drawn = [to_numpy(factor(record, g, sample=sample)).astype("float64") for sample in samples]
+        full = to_numpy(factor(record, g))
+        np.testing.assert_allclose(np.mean(drawn, axis=0), full, rtol=1e-4, atol=1e-4)
+        if total > 1:
+            assert not np.allclose(drawn[0], full, rtol=1e-2)
+
+
+def _beginnings(block):
+    """Output rows that convolutions choose from, None for blocks that choose any location."""
+    layer = block.layer
+    if type(layer).__name__ in ("Conv1D", "Conv2D", "Conv3D", "DepthwiseConv1D", "DepthwiseConv2D"):
+        return int(layer.output.shape[1])
+    return None
+
+
+@pytest.mark.parametrize(("total", "fraction"), [(1, 0.1), (7, 0.3), (12, 0.25), (5, 1.0)])
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
+def test_sampled_locations_are_distinct_and_evenly_spaced(total, fraction, is_known):
+    sample = LocationSample(fraction, tf.constant(0.999))
+    got = np.array(sample.positions(total if is_known else tf.constant(total)))
+    assert len(set(got)) == len(got) == np.ceil(fraction * total)
+    assert got.min() >= 0
+    gaps = np.diff([*sorted(got), min(got) + total])
+    assert set(gaps) <= {total // len(got), -(-total // len(got))}
 
 
 @pytest.mark.parametrize("name", CONTRACTIONS)

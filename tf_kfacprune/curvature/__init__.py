@@ -3,6 +3,7 @@
 from tf_kfacprune.curvature.blocks import (
     KroneckerBlock,
     LayerBlocks,
+    LocationSample,
     Record,
     block_for,
     blocks_of,
@@ -31,6 +32,7 @@ from tf_kfacprune.curvature.spectral_radius import (
 __all__ = [
     "KroneckerBlock",
     "LayerBlocks",
+    "LocationSample",
     "NetworkBlocks",
     "Objective",
     "Record",

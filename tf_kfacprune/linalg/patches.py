@@ -22,6 +22,7 @@ def conv_patches(
     strides: Sequence[int] | int = 1,
     padding: str = "valid",
     dilation_rate: Sequence[int] | int = 1,
+    rows: Any = None,
 ) -> Any:
     """Collects the input window behind every output position of a convolution.
 
@@ -39,6 +40,8 @@ def conv_patches(
         strides: Step between windows, one for all axes or one per axis.
         padding: ``"valid"``, ``"same"`` or ``"causal"`` (padded in front only), as in Keras.
         dilation_rate: Distance between the taps of a window, one for all axes or one per axis.
+        rows: Positions along the first spatial axis of the output, integers of shape (k,); windows
+            are collected there only. None means all.
 
     Returns:
         Tensor of shape (batch, output positions, prod(kernel_size) * channels), positions in
@@ -72,6 +75,9 @@ def conv_patches(
         taps = []
         for tap in range(sizes[axis]):
             first = tap * rates[axis]
+            if axis == 0 and rows is not None:
+                taps.append(keras.ops.take(x, first + steps[0] * rows, axis=1))
+                continue
             window = slice(first, first + last_start + 1, steps[axis])
             taps.append(x[(slice(None),) * (axis + 1) + (window,)])
         x = keras.ops.concatenate(taps, axis=-1) if len(taps) > 1 else taps[0]

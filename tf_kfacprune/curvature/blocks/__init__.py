@@ -8,6 +8,7 @@ from tf_kfacprune.curvature.blocks.convolutions import (
     PointwiseBlock,
 )
 from tf_kfacprune.curvature.blocks.dense import DenseBlock, EinsumDenseBlock, EmbeddingBlock
+from tf_kfacprune.curvature.blocks.locations import LocationSample
 from tf_kfacprune.curvature.blocks.normalization import ScaleShiftBlock
 from tf_kfacprune.curvature.blocks.registry import LayerBlocks, block_for, blocks_of
 
@@ -20,6 +21,7 @@ __all__ = [
     "EmbeddingBlock",
     "KroneckerBlock",
     "LayerBlocks",
+    "LocationSample",
     "PointwiseBlock",
     "Record",
     "ScaleShiftBlock",

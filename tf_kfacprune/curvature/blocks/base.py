@@ -33,12 +33,14 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras import ops
+
+from tf_kfacprune.curvature.blocks.locations import LocationSample
 
 __all__ = ["KroneckerBlock", "Record"]
 
@@ -134,24 +136,45 @@ class KroneckerBlock:
             return projection
         return projection + ops.reshape(u[..., self.n_in], (*self.group_shape, 1, 1))
 
-    def factor_a(self, record: Record, g: Any, *, reduce: bool = False) -> Any:
+    def sampled_rows_a(self, record: Record, sample: LocationSample) -> tuple[Any, Any]:
+        """Rows of A at some locations, as of `rows_a`, and how many there are for each of them.
+
+        Blocks for which it is cheaper choose the locations before they form the rows.
+        """
+        rows = self.rows_a(record)
+        sampled = sample.of(rows)
+        return sampled, _ratio(ops.shape(rows)[-2], ops.shape(sampled)[-2])
+
+    def factor_a(
+        self, record: Record, g: Any, *, reduce: bool = False, sample: LocationSample | None = None
+    ) -> Any:
         """A of one use, shape `(*k, n_a, n_a)`, or its diagonal where A is diagonal; float32.
 
         Args:
             record: A use of the layer.
             g: Per-example gradient with respect to `record.s` (contractions do not need it).
             reduce: K-FAC reduce instead of expand.
+            sample: Locations that stand for all of them; not together with `reduce`.
         """
         del g
-        rows = ops.cast(self.rows_a(record), "float32")
+        weight: Any = 1.0
+        if sample is None:
+            rows = self.rows_a(record)
+        else:
+            rows, weight = self.sampled_rows_a(record, sample)
+        rows = ops.cast(rows, "float32")
         if reduce:
             rows = ops.mean(rows, axis=-2, keepdims=True)
         batch = ops.cast(ops.shape(rows)[-3], "float32")
-        return second_moment(self, rows) / batch
+        return second_moment(self, rows) / (batch / weight)
 
-    def factor_g(self, record: Record, g: Any, *, reduce: bool = False) -> Any:
+    def factor_g(
+        self, record: Record, g: Any, *, reduce: bool = False, sample: LocationSample | None = None
+    ) -> Any:
         """G of one use, shape `(*k, n_out, n_out)`, float32; arguments as in `factor_a`."""
         rows = ops.cast(self.rows_g(record, g), "float32")
+        if sample is not None:
+            rows = sample.of(rows)
         if reduce:
             rows = ops.sum(rows, axis=-2, keepdims=True)
         flat = ops.reshape(rows, (*self.group_shape, -1, self.n_out))
@@ -159,20 +182,20 @@ class KroneckerBlock:
         return ops.matmul(ops.swapaxes(flat, -1, -2), flat) / count
 
     def factors(
-        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], *, reduce: bool = False
+        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], **how: Any
     ) -> tuple[Any, Any]:
         """A and G of one batch; uses of a shared layer count as locations.
 
         Args:
             records: Uses of the block's layer in one forward pass.
             probes: For each loss whose Fishers add up, per-example gradients, one per use.
-            reduce: K-FAC reduce instead of expand.
+            **how: `reduce` and `sample` of `factor_a` and `factor_g`.
 
         Returns:
             `(A, G)` as from `factor_a` and `factor_g`.
         """
-        a = self._over_uses(self.factor_a, records, probes[:1], reduce)
-        g = self._over_uses(self.factor_g, records, probes, reduce)
+        a = self._over_uses(self.factor_a, records, probes[:1], how)
+        g = self._over_uses(self.factor_g, records, probes, how)
         return a, g / len(records)
 
     @staticmethod
@@ -180,11 +203,11 @@ class KroneckerBlock:
         factor: Callable[..., Any],
         records: Sequence[Record],
         probes: Sequence[Sequence[Any]],
-        reduce: bool,
+        how: Mapping[str, Any],
     ) -> Any:
         """Sum of a factor over the uses of the layer and the losses."""
         uses = [pair for gradients in probes for pair in zip(records, gradients, strict=True)]
-        return functools.reduce(ops.add, [factor(r, g, reduce=reduce) for r, g in uses])
+        return functools.reduce(ops.add, [factor(r, g, **how) for r, g in uses])
 
     def kernel_to_matrix(self, kernel: Any) -> Any:
         """A kernel-shaped tensor as a matrix, shape `(*k, n_in, n_out)`."""
@@ -227,3 +250,7 @@ def second_moment(block: KroneckerBlock, rows: Any) -> Any:
     count = ops.cast(ops.shape(flat)[-2], "float32") * ops.ones_like(sums[..., :1])
     last = ops.concatenate([sums, count], axis=-1)
     return ops.concatenate([factor, ops.swapaxes(last, -1, -2)], axis=-1)
+
+
+def _ratio(whole: Any, part: Any) -> Any:
+    return ops.cast(whole, "float32") / ops.cast(part, "float32")

@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from tf_kfacprune.curvature.blocks.base import KroneckerBlock, Record
+from tf_kfacprune.curvature.blocks.locations import LocationSample
 from tf_kfacprune.linalg import conv_patches
 
 __all__ = ["ConvBlock", "ConvTransposeBlock", "DepthwiseConvBlock", "PointwiseBlock"]
@@ -31,6 +32,23 @@ def _by_location(tensor: Any, channels: int, groups: int) -> Any:
     return ops.transpose(split, (2, 0, 1, 3))
 
 
+def _patches(layer: keras.layers.Layer, record: Record, rows: Any = None) -> Any:
+    """Patches at all output positions, or at those in some rows of the output."""
+    x = _channels_last(layer, record.x)
+    shape = (layer.kernel_size, layer.strides, layer.padding, layer.dilation_rate)
+    return conv_patches(x, *shape, rows=rows)
+
+
+def _sampled_patches(
+    layer: keras.layers.Layer, record: Record, sample: LocationSample
+) -> tuple[Any, Any]:
+    """Patches at a sample of the output's rows, and how many rows there are for each of them."""
+    total = ops.shape(_channels_last(layer, record.s))[1]
+    rows = sample.positions(total)
+    weight = ops.cast(total, "float32") / ops.cast(ops.shape(rows)[0], "float32")
+    return _patches(layer, record, rows), weight
+
+
 class ConvBlock(KroneckerBlock):
     """Convolution in one, two or three dimensions, grouped or not."""
 
@@ -47,17 +65,20 @@ class ConvBlock(KroneckerBlock):
         )
 
     def rows_a(self, record: Record) -> Any:
-        layer = self.layer
-        x = _channels_last(layer, record.x)
-        patches = conv_patches(
-            x, layer.kernel_size, layer.strides, layer.padding, layer.dilation_rate
-        )
+        return self._by_group(_patches(self.layer, record))
+
+    def sampled_rows_a(self, record: Record, sample: LocationSample) -> tuple[Any, Any]:
+        patches, weight = _sampled_patches(self.layer, record, sample)
+        return self._by_group(patches), weight
+
+    def _by_group(self, patches: Any) -> Any:
         if not self.group_shape:
             return patches
-        groups, taps = self.group_shape[0], math.prod(layer.kernel_size)
-        split = ops.reshape(patches, (ops.shape(x)[0], -1, taps, groups, self.n_in // taps))
+        batch = ops.shape(patches)[0]
+        groups, taps = self.group_shape[0], math.prod(self.layer.kernel_size)
+        split = ops.reshape(patches, (batch, -1, taps, groups, self.n_in // taps))
         rows = ops.transpose(split, (3, 0, 1, 2, 4))
-        return ops.reshape(rows, (groups, ops.shape(x)[0], -1, self.n_in))
+        return ops.reshape(rows, (groups, batch, -1, self.n_in))
 
     def rows_g(self, record: Record, g: Any) -> Any:
         g = _channels_last(self.layer, g)
@@ -119,12 +140,15 @@ class DepthwiseConvBlock(KroneckerBlock):
         )
 
     def rows_a(self, record: Record) -> Any:
-        layer, x = self.layer, _channels_last(self.layer, record.x)
-        patches = conv_patches(
-            x, layer.kernel_size, layer.strides, layer.padding, layer.dilation_rate
-        )
-        split = ops.reshape(patches, (ops.shape(x)[0], -1, self.n_in, self.group_shape[0]))
-        return ops.transpose(split, (3, 0, 1, 2))
+        return self._by_channel(_patches(self.layer, record))
+
+    def sampled_rows_a(self, record: Record, sample: LocationSample) -> tuple[Any, Any]:
+        patches, weight = _sampled_patches(self.layer, record, sample)
+        return self._by_channel(patches), weight
+
+    def _by_channel(self, patches: Any) -> Any:
+        shape = (ops.shape(patches)[0], -1, self.n_in, self.group_shape[0])
+        return ops.transpose(ops.reshape(patches, shape), (3, 0, 1, 2))
 
     def rows_g(self, record: Record, g: Any) -> Any:
         layer, g = self.layer, _channels_last(self.layer, g)

@@ -131,12 +131,12 @@ class EmbeddingBlock(KroneckerBlock):
         n_in, n_out = layer.embeddings.shape
         super().__init__(layer, layer.embeddings, None, n_in=n_in, n_out=n_out)
 
-    def factor_a(self, record: Record, g: Any, *, reduce: bool = False) -> Any:
+    def factor_a(self, record: Record, g: Any, *, reduce: bool = False, sample: Any = None) -> Any:
         """Frequency of each token, shape `(n_in,)`.
 
         With K-FAC reduce, A of the mean over locations is not diagonal; its diagonal is kept.
         """
-        del g
+        del g, sample  # counting tokens costs nothing
         tokens = ops.cast(ops.reshape(record.x, (ops.shape(record.x)[0], -1)), "int32")
         batch = ops.cast(ops.shape(tokens)[0], "float32")
         if not reduce:

@@ -41,8 +41,8 @@ class ScaleShiftBlock(KroneckerBlock):
     def rows_a(self, record: Record) -> Any:
         raise NotImplementedError
 
-    def factor_a(self, record: Record, g: Any, *, reduce: bool = False) -> Any:
-        del reduce  # exact either way
+    def factor_a(self, record: Record, g: Any, *, reduce: bool = False, sample: Any = None) -> Any:
+        del reduce, sample  # exact either way
         batch, channels = ops.shape(g)[0], self.group_shape[0]
         g = ops.reshape(ops.cast(g, "float32"), (batch, -1, channels))
         parts = []
@@ -54,14 +54,14 @@ class ScaleShiftBlock(KroneckerBlock):
         d = ops.transpose(ops.stack(parts, axis=-1), (1, 0, 2))
         return ops.matmul(ops.swapaxes(d, -1, -2), d) / ops.cast(batch, "float32")
 
-    def factor_g(self, record: Record, g: Any, *, reduce: bool = False) -> Any:
-        del record, g, reduce
+    def factor_g(self, record: Record, g: Any, *, reduce: bool = False, sample: Any = None) -> Any:
+        del record, g, reduce, sample
         return ops.ones((*self.group_shape, 1, 1))
 
     def factors(
-        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], *, reduce: bool = False
+        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], **how: Any
     ) -> tuple[Any, Any]:
-        a = self._over_uses(self.factor_a, records, probes, reduce)
+        a = self._over_uses(self.factor_a, records, probes, how)
         return a, self.factor_g(records[0], probes[0][0])
 
     def to_matrix(self, tensors: Any) -> Any:
