@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_kfacprune.curvature import SpectralRadius, check_second_derivatives
@@ -30,6 +31,7 @@ from tf_kfacprune.training.kfac_model import KFACModel
 from tf_kfacprune.training.phases_callback import PhasesCallback
 from tf_kfacprune.training.policies import PolicyState, PricedGates, ScheduledGates
 from tf_kfacprune.training.pruning_plan import PruningPlan
+from tf_kfacprune.training.shrinking import ShrinkingCallback, Shrunk
 from tf_kfacprune.training.untracked import Untracked
 from tf_kfacprune.validation import require
 
@@ -63,6 +65,9 @@ class PrunableModel(KFACModel):
             `ScheduledClosing`; its criterion alone will do: `"kfac"`, `"taylor"`, `"magnitude"`
             or `"random"`. The gates of a model built by hand must be of the policy's kind.
         phases: How the steps are divided.
+        shrink: Whether a settled network is trained on through a compact copy, where that pays:
+            with a constant learning rate, on one device, with a thousand steps or more to go.
+            The copy's optimizer starts anew.
         latency_table: Times of the layers on your machine, from `kp.export.latency_table(model)`;
             needed for a budget of latency.
         max_skipped_steps: A batch with NaN or infinite values is skipped; so many in a row end
@@ -103,6 +108,7 @@ class PrunableModel(KFACModel):
         min_channels: int | None = None,
         policy: str | ScheduledClosing = "hard_concrete",
         phases: Phases | None = None,
+        shrink: bool = True,
         latency_table: LatencyTable | None = None,
         max_skipped_steps: int = 10,
         seed: int | None = None,
@@ -141,20 +147,29 @@ class PrunableModel(KFACModel):
         if curvature is not None and curvature.strength > 0:
             check_second_derivatives(model)
         kwargs.setdefault("name", f"prunable_{model.name}")
-        super().__init__(model, max_skipped_steps=max_skipped_steps, seed=seed, **kwargs)
+        super().__init__(
+            model, max_skipped_steps=max_skipped_steps, seed=seed, **kwargs
+        )
         self.budget = budget
         self.latency_table = latency_table
         self.curvature = curvature
         self.policy = policy
         self.phases = phases or Phases()
+        self.shrink = shrink
         self.round_to = round_to
         self.min_channels = min_channels
         self._gating = Untracked(gated)
         self._groups = Untracked(groups)
+        self._shrunk = Untracked(None)
+        self._shrunk_state = Untracked(None)
         self.controller = None
         if budget is not None and gated is not None and groups is not None:
-            plan = PruningPlan(gated, budget.relative_to(gated.cost), self.phases, groups)
-            self.controller = BudgetController(plan, _state_of(policy, plan, seed), name="budget")
+            plan = PruningPlan(
+                gated, budget.relative_to(gated.cost), self.phases, groups
+            )
+            self.controller = BudgetController(
+                plan, _state_of(policy, plan, seed), name="budget"
+            )
         self.curvature_penalty = None
         if curvature is not None:
             self.curvature_penalty = CurvaturePenalty(
@@ -171,6 +186,11 @@ class PrunableModel(KFACModel):
         """What the compiled optimizer trains: all trainable variables but the gates."""
         gates = {id(source.logits) for source in self._gate_sources()}
         return [v for v in self.net.trainable_variables if id(v) not in gates]
+
+    @property
+    def trainable_weights(self) -> list[keras.Variable]:
+        """`network_variables`: Keras hands them to the optimizer when a `fit` ends."""
+        return self.network_variables
 
     def budget_outcomes(self) -> dict[str, BudgetOutcome]:
         """What the budget asked for, what the network has come to, and why the two differ.
@@ -189,7 +209,32 @@ class PrunableModel(KFACModel):
     def _gate_sources(self) -> Sequence[GateSource]:
         return self.gated.sources if self.gated is not None else ()
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    @property
+    def compile_arguments(self) -> tuple[Any, Sequence[Any], dict[str, Any]]:
+        """What `compile` was given after the optimizer: the loss, and the rest."""
+        return self._compile_arguments.content
+
+    @property
+    def shrunk(self) -> Shrunk | None:
+        """The compact copy that is trained at the moment in place of the settled network."""
+        return self._shrunk.content
+
+    def start_shrunk(self) -> None:
+        """Goes on training through a compact copy; called by `fit` between two epochs."""
+        self._shrunk.content = shrunk = Shrunk(self)
+        if self._shrunk_state.content is not None:
+            shrunk.restore(self._shrunk_state.content)
+        self.make_train_function(force=True)
+
+    def stop_shrunk(self) -> None:
+        """Goes back to the network itself; what the copy's optimizer knows is kept."""
+        if self.shrunk is not None:
+            self._shrunk_state.content = self.shrunk.state()
+            self._shrunk.content = self.train_function = None
+
+    def compile(
+        self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
         replicas = self.distribute_strategy.num_replicas_in_sync
         if replicas > 1 and self.curvature is not None:
             raise InvalidArgumentError(
@@ -197,7 +242,9 @@ class PrunableModel(KFACModel):
                 f"support curvature={self.curvature!r}: every replica would flatten along "
                 "directions of its own. Leave the penalty out, or train on one device."
             )
-        super().compile(*args, **kwargs)
+        super().compile(optimizer, loss, *args, **kwargs)
+        self._shrunk.content = self._shrunk_state.content = None
+        self._compile_arguments = Untracked((loss, args, kwargs))
 
     def _label_users(self) -> list[Any]:
         users: list[Any] = [] if self.curvature is None else [self.curvature]
@@ -206,9 +253,30 @@ class PrunableModel(KFACModel):
         return [*super()._label_users(), *users]
 
     def _run_callbacks(self) -> list[keras.callbacks.Callback]:
-        return [*super()._run_callbacks(), PhasesCallback()]
+        return [*super()._run_callbacks(), PhasesCallback(), ShrinkingCallback()]
 
     # ---- one training step
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        if self.shrunk is None or self.controller is None:
+            return super().train_step(data)
+        # The compiled optimizer stays the one whose learning rate callbacks and phases set.
+        cond(self.controller.decays_now(), self._decay_learning_rate, lambda: None)
+        trainer = self.shrunk.trainer
+        trainer.optimizer.learning_rate = tf.convert_to_tensor(
+            self.optimizer.learning_rate
+        )
+        results = trainer.train_step(data)
+        self.optimizer.iterations.assign_add(1)
+        self._end_step()
+        return {**results, **self.controller.figures()}
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        # A resumed run may never take a step of its own that would build its metrics.
+        metrics = self._compile_metrics
+        if self.shrunk is not None and metrics is not None and not metrics.built:
+            return self.shrunk.trainer.get_metrics_result()
+        return super().get_metrics_result()
 
     def _begin_step(self) -> None:
         if self.controller is not None:
@@ -243,7 +311,11 @@ class PrunableModel(KFACModel):
         return [_add(g, p * scale) for g, p in zip(gradients, penalty, strict=True)]
 
     def _apply(
-        self, gradients: Sequence[Any], variables: Sequence[keras.Variable], x: Any, y: Any
+        self,
+        gradients: Sequence[Any],
+        variables: Sequence[keras.Variable],
+        x: Any,
+        y: Any,
     ) -> None:
         controller = self.controller
         if controller is None:
@@ -276,6 +348,23 @@ class PrunableModel(KFACModel):
 
     # ---- saving
 
+    def save_own_variables(self, store: Any) -> None:
+        """Saves also what the compact copy is trained with, in the middle of a run."""
+        super().save_own_variables(store)
+        state = self._shrunk_state.content
+        if self.shrunk is not None:
+            self.shrunk.write_back()  # before the network is saved, which comes after this
+            state = self.shrunk.state()
+        for k, value in enumerate(state or ()):
+            store[f"shrunk_{k}"] = value
+
+    def load_own_variables(self, store: Any) -> None:
+        super().load_own_variables(store)
+        count = sum(key.startswith("shrunk_") for key in store.keys())  # noqa: SIM118
+        state = [np.array(store[f"shrunk_{k}"]) for k in range(count)]
+        self._shrunk.content = None
+        self._shrunk_state.content = state or None
+
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
         return {
@@ -286,6 +375,7 @@ class PrunableModel(KFACModel):
             "policy": serialize(self.policy),
             "phases": serialize(self.phases),
             "latency_table": serialize(self.latency_table),
+            "shrink": self.shrink,
             "round_to": self.round_to,
             "min_channels": self.min_channels,
             "max_skipped_steps": self.max_skipped_steps,
@@ -293,11 +383,20 @@ class PrunableModel(KFACModel):
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> PrunableModel:
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> PrunableModel:
         deserialize = keras.saving.deserialize_keras_object
         objects = {
             key: deserialize(config.get(key), custom_objects=custom_objects)
-            for key in ("model", "budget", "curvature", "policy", "phases", "latency_table")
+            for key in (
+                "model",
+                "budget",
+                "curvature",
+                "policy",
+                "phases",
+                "latency_table",
+            )
         }
         return cls(**{**config, **objects})
 
@@ -312,7 +411,9 @@ def _require_type(name: str, value: Any, kind: type, optional: bool = False) -> 
     require("PrunableModel", ok, name, expected, value)
 
 
-def _state_of(policy: str | ScheduledClosing, plan: PruningPlan, seed: int | None) -> PolicyState:
+def _state_of(
+    policy: str | ScheduledClosing, plan: PruningPlan, seed: int | None
+) -> PolicyState:
     if isinstance(policy, ScheduledClosing):
         return ScheduledGates(plan, policy, seed, name="policy")
     return PricedGates(plan, name="policy")
@@ -336,7 +437,10 @@ def _check_reachable(budget: Budget, gated: GatedNetwork, groups: GateGroups) ->
         least = float(gated.cost.least(measure, groups.least))
         if fractions[measure] < least:
             least *= budget.unit(measure, gated.cost)
-            frozen = "; ".join(f"{f.layer}: {f.reason}" for f in gated.channels.frozen) or "none"
+            frozen = (
+                "; ".join(f"{f.layer}: {f.reason}" for f in gated.channels.frozen)
+                or "none"
+            )
             raise BudgetError(
                 f"Budget {measure}={target} cannot be reached on model {gated.net.name!r}: the "
                 f"least that pruning can reach is {measure}={least:.4g}, with {groups.floor}. "
