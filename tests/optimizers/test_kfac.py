@@ -222,6 +222,8 @@ def test_summary_says_so_when_no_model_hands_factors_over():
         ({"factor_every": 0}, "factor_every=0"),
         ({"inverse_every": 2.5}, "inverse_every=2.5"),
         ({"batch_fraction": 0.0}, "batch_fraction=0.0"),
+        ({"location_fraction": 0.0}, "location_fraction=0.0"),
+        ({"location_fraction": 0.5, "weight_sharing": "reduce"}, "location_fraction=0.5"),
         ({"labels": "true"}, "labels='true'"),
         ({"adam_ratio": 0}, "adam_ratio=0"),
         ({"norm_constraint": 0.0}, "norm_constraint=0.0"),

@@ -16,9 +16,10 @@ _CHOICES = {
     "labels": ("sampled", "data", "exact"),
     "inverse": tuple(STATES),
     "weight_sharing": ("expand", "reduce"),
+    "large_factors": ("diagonal", "split"),
 }
 _COUNTS = ("factor_every", "inverse_every")
-_FRACTIONS = ("batch_fraction",)
+_FRACTIONS = ("batch_fraction", "location_fraction")
 
 
 def _in_unit_interval(value: float) -> bool:
@@ -65,6 +66,12 @@ def check_arguments(learning_rate: Any, settings: Mapping[str, Any]) -> None:
         check(0 < settings[name] <= 1, name, "in (0, 1]", settings[name])
     for name, options in _CHOICES.items():
         check(settings[name] in options, name, f"one of {options}", settings[name])
+    check(
+        settings["location_fraction"] == 1 or settings["weight_sharing"] == "expand",
+        "location_fraction",
+        "1 with weight_sharing='reduce', which sums over all locations",
+        settings["location_fraction"],
+    )
     sharded = settings["shard_inverses"]
     check(isinstance(sharded, bool), "shard_inverses", "True or False", sharded)
     accumulation = settings.get("gradient_accumulation_steps")

@@ -17,6 +17,11 @@ from tf_kfacprune.optimizers.factors import (
     Factor,
     InvertedFactor,
 )
+from tf_kfacprune.optimizers.split_factors import (
+    SplitDiagonalizedFactor,
+    SplitFactor,
+    SplitInvertedFactor,
+)
 
 __all__ = ["STATES", "BlockState", "CholeskyState", "EKFACState", "EigenState"]
 
@@ -30,14 +35,16 @@ class BlockState:
         block: The Kronecker block.
         index_of: Identity of a variable -> its place among those of the optimizer.
         add_variable: Creates a variable of the optimizer.
-        max_factor_dim: Dimension above which only the diagonal of a factor is kept.
+        max_factor_dim: Dimension above which a factor is not kept as a whole, or None.
+        large_factors: What is kept of it: `"diagonal"`, or `"split"` into diagonal blocks.
 
     Attributes:
         averages: The variables that `statistics` are averaged into, in the same order.
-        capped: Which of "A" and "G" is held as a diagonal for its size.
+        capped: Which of "A" and "G" is not held as a whole for its size.
     """
 
     factor_class: type[Factor]
+    split_class: type[SplitFactor]
 
     def __init__(
         self,
@@ -45,17 +52,22 @@ class BlockState:
         index_of: Mapping[int, int],
         add_variable: AddVariable,
         max_factor_dim: int | None,
+        large_factors: str,
     ) -> None:
         self.block = block
         self.indices = [index_of[id(variable)] for variable in block.variables]
         self.name = block.name.replace("/", "_")
-        cap = max_factor_dim or math.inf
-        groups = block.group_shape
-        a_is_diagonal = block.a_is_diagonal or block.n_a > cap
-        make = self.factor_class
-        self.a: Any = make(f"{self.name}_a", groups, block.n_a, a_is_diagonal, add_variable)
-        self.g: Any = make(f"{self.name}_g", groups, block.n_out, block.n_out > cap, add_variable)
-        self.averages = [self.a.average, self.g.average]
+        cap = max_factor_dim or max(block.n_a, block.n_out)
+
+        def factor(kind: str, n: int, is_diagonal: bool) -> Any:
+            name, groups = f"{self.name}_{kind}", block.group_shape
+            if n > cap and not is_diagonal and large_factors == "split":
+                return self.split_class(name, groups, n, cap, add_variable)
+            return self.factor_class(name, groups, n, is_diagonal or n > cap, add_variable)
+
+        self.a = factor("a", block.n_a, block.a_is_diagonal)
+        self.g = factor("g", block.n_out, False)
+        self.averages = [*self.a.averages, *self.g.averages]
         sizes = (("A", 0 if block.a_is_diagonal else block.n_a), ("G", block.n_out))
         self.capped = [label for label, n in sizes if n > cap]
 
@@ -70,20 +82,20 @@ class BlockState:
         return 4 * sum(math.prod(v.shape) for v in self.variables)
 
     def statistics(
-        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], reduce: bool
+        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], **how: Any
     ) -> list[Any]:
         """What one batch says about the block.
 
         Args:
             records: Uses of the block's layer.
             probes: For each loss whose Fishers add up, per-example gradients, one per use.
-            reduce: K-FAC reduce instead of expand.
+            **how: `reduce` and `sample` of `KroneckerBlock.factors`.
 
         Returns:
             One tensor per variable in `averages`.
         """
-        a, g = self.block.factors(records, probes, reduce=reduce)
-        return [self.a.statistic(a), self.g.statistic(g)]
+        a, g = self.block.factors(records, probes, **how)
+        return [*self.a.statistics(a), *self.g.statistics(g)]
 
     @property
     def inverting(self) -> list[keras.Variable]:
@@ -117,10 +129,11 @@ class CholeskyState(BlockState):
     """
 
     factor_class = InvertedFactor
+    split_class = SplitInvertedFactor
 
     def refreshed(self, debias: Any, damping: Any) -> list[Any]:
-        a = tf.convert_to_tensor(self.a.average) * debias
-        g = tf.convert_to_tensor(self.g.average) * debias
+        a = self.a.debiased(debias)
+        g = self.g.debiased(debias)
         means = self.a.mean_eigenvalue(a), self.g.mean_eigenvalue(g)
         damping_a, damping_g = factored_damping(*means, damping)
         return [*self.a.inverted(a, damping_a), *self.g.inverted(g, damping_g)]
@@ -133,10 +146,11 @@ class EigenState(BlockState):
     """`P = Q_A [Q_A^T V Q_G / (s_A s_G^T + d)] Q_G^T`: damping that is not factored."""
 
     factor_class = DiagonalizedFactor
+    split_class = SplitDiagonalizedFactor
 
     def refreshed(self, debias: Any, damping: Any) -> list[Any]:
-        a = tf.convert_to_tensor(self.a.average) * debias
-        g = tf.convert_to_tensor(self.g.average) * debias
+        a = self.a.debiased(debias)
+        g = self.g.debiased(debias)
         return [*self.a.diagonalized(a), *self.g.diagonalized(g)]
 
     def precondition(self, matrix: Any, damping: Any) -> Any:
@@ -161,20 +175,22 @@ class EKFACState(EigenState):
 
     def __init__(self, block: KroneckerBlock, *args: Any) -> None:
         super().__init__(block, *args)
+        self._own: list[keras.Variable] = []
         if block.is_contraction:
             add_variable = args[1]
             shape = (*block.group_shape, block.n_a, block.n_out)
             name = f"{self.name}_moments"
-            self.averages.append(add_variable(shape, "ones", dtype="float32", name=name))
+            self._own = [add_variable(shape, "ones", dtype="float32", name=name)]
+            self.averages += self._own
 
     @property
     def variables(self) -> list[keras.Variable]:
-        return [*super().variables, *self.averages[2:]]
+        return [*super().variables, *self._own]
 
     def statistics(
-        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], reduce: bool
+        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], **how: Any
     ) -> list[Any]:
-        found = super().statistics(records, probes, reduce)
+        found = super().statistics(records, probes, **how)
         if self.block.is_contraction:
             found.append(tf.add_n([self._moments(records, probe) for probe in probes]))
         return found
@@ -191,19 +207,21 @@ class EKFACState(EigenState):
 
     @property
     def inverting(self) -> list[keras.Variable]:
-        return [*super().inverting, *self.averages[2:]]
+        return [*super().inverting, *self._own]
 
     def refreshed(self, debias: Any, damping: Any) -> list[Any]:
         found = super().refreshed(debias, damping)
         if self.block.is_contraction:
             # In a new basis the old moments mean nothing; K-FAC's own are the best guess.
-            found.append(_outer(found[0], found[len(self.a.inverting)]))
+            count = len(self.a.inverting)
+            a = self.a.eigenvalues_among(found[:count])
+            found.append(_outer(a, self.g.eigenvalues_among(found[count:])))
         return found
 
     def curvature(self) -> Any:
         if not self.block.is_contraction:
             return super().curvature()
-        return tf.convert_to_tensor(self.averages[2])
+        return tf.convert_to_tensor(self._own[0])
 
 
 def _outer(left: Any, right: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_kfacprune.curvature import KroneckerBlock, Record
+from tf_kfacprune.curvature import KroneckerBlock, LocationSample, Record
 from tf_kfacprune.distribution import (
     cond,
     num_replicas,
@@ -36,9 +36,11 @@ class FactorAverages(keras.optimizers.Optimizer):
     factor_decay: Hyperparameter
     factor_every: int
     inverse_every: int
+    location_fraction: float
     inverse: str
     weight_sharing: str
     max_factor_dim: int | None
+    large_factors: str
     shard_inverses: bool
 
     def __init__(self, learning_rate: Any, **kwargs: Any) -> None:
@@ -73,8 +75,9 @@ class FactorAverages(keras.optimizers.Optimizer):
             return
         super().build(variables)
         index_of = {id(v): i for i, v in enumerate(variables)}
+        make = STATES[self.inverse]
         states = [
-            STATES[self.inverse](block, index_of, self.add_variable, self.max_factor_dim)
+            make(block, index_of, self.add_variable, self.max_factor_dim, self.large_factors)
             for block in self._bound.blocks or ()
         ]
         self._layout = Layout(states, len(variables))
@@ -115,16 +118,24 @@ class FactorAverages(keras.optimizers.Optimizer):
             moments in the eigenbasis.
         """
         found = []
-        for state in self._layout.states:
+        for j, state in enumerate(self._layout.states):
             uses = [k for k, r in enumerate(records) if r.layer is state.block.layer]
             found.append(
                 state.statistics(
                     [records[k] for k in uses],
                     [[gradients[k] for k in uses] for gradients in probes],
-                    self.weight_sharing == "reduce",
+                    reduce=self.weight_sharing == "reduce",
+                    sample=self._location_sample(j),
                 )
             )
         return found
+
+    def _location_sample(self, j: int) -> LocationSample | None:
+        """Where block j is looked at in this step; a function of the step, so nothing to save."""
+        if self.location_fraction == 1.0:
+            return None
+        seed = tf.stack([tf.cast(tf.convert_to_tensor(self.iterations), "int32"), j])
+        return LocationSample(self.location_fraction, tf.random.stateless_uniform((), seed))
 
     def update_factors(self, statistics: Sequence[Sequence[Any]], examples: Any = 1) -> None:
         """Averages in the statistics of a batch, and updates the inverses when they are due.

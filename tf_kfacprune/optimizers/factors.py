@@ -8,13 +8,14 @@ symbol     meaning                                                           sha
 `V`        matrix to precondition; its rows belong to A, its columns to G    (*k, n_a, n_out)
 =========  ================================================================  ===============
 
-A factor whose dimension exceeds the cap, or which is diagonal by nature, is held as the vector
-of its diagonal.
+A factor that is diagonal by nature, or for its size, is held as the vector of its diagonal. Other
+files put several of them together (`SplitFactor`), which is why averages, inverses and the like
+come in lists: here, of one factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -39,6 +40,7 @@ class Factor:
         add_variable: Creates a variable of the optimizer.
 
     Attributes:
+        averages: The variables that hold M.
         variables: All variables.
         inverting: Those of them that invert the factor.
     """
@@ -59,18 +61,22 @@ class Factor:
         self._add_variable = add_variable
         self._vector, self._square = (*group_shape, n), (*group_shape, n, n)
         self._shape = self._vector if is_diagonal else self._square
-        self.average = self._variable("factor", self._shape, "zeros")
+        self.averages = [self._variable("factor", self._shape, "zeros")]
 
     def _variable(self, kind: str, shape: tuple[int, ...], initializer: Any) -> keras.Variable:
         name = f"{self._name}_{kind}"
         self.variables.append(self._add_variable(shape, initializer, dtype="float32", name=name))
         return self.variables[-1]
 
-    def statistic(self, moment: Any) -> Any:
-        """A second moment in the form in which this factor averages it."""
+    def statistics(self, moment: Any) -> list[Any]:
+        """A second moment in the form in which `averages` hold it."""
         if self.is_diagonal and len(moment.shape) > len(self._vector):
-            return tf.linalg.diag_part(moment)
-        return moment
+            return [tf.linalg.diag_part(moment)]
+        return [moment]
+
+    def debiased(self, debias: Any) -> list[Any]:
+        """The averages times the number that makes them unbiased."""
+        return [tf.convert_to_tensor(average) * debias for average in self.averages]
 
 
 class InvertedFactor(Factor):
@@ -82,23 +88,25 @@ class InvertedFactor(Factor):
         self._inverse = self._variable("inverse", self._shape, initializer)
         self.inverting = [self._inverse]
 
-    def mean_eigenvalue(self, factor: Any) -> Any:
+    def mean_eigenvalue(self, averages: Sequence[Any]) -> Any:
         """`tr M / n`, shape `k`.
 
         Args:
-            factor: The debiased average.
+            averages: M, as from `debiased`.
         """
+        (factor,) = averages
         if self.is_diagonal:
             return ops.mean(factor, axis=-1)
         return ops.trace(factor, axis1=-2, axis2=-1) / float(self.n)
 
-    def inverted(self, factor: Any, damping: Any) -> list[Any]:
+    def inverted(self, averages: Sequence[Any], damping: Any) -> list[Any]:
         """The damped inverse, the value for `inverting`.
 
         Args:
-            factor: The debiased average.
+            averages: M, as from `debiased`.
             damping: Shape `k`.
         """
+        (factor,) = averages
         if self.is_diagonal:
             # Zero damping on a zero entry gives a zero inverse, as `damped_inverse` does.
             return [tf.math.divide_no_nan(1.0, factor + damping[..., None])]
@@ -133,8 +141,14 @@ class DiagonalizedFactor(Factor):
         """s, shape `(*k, n)`."""
         return tf.convert_to_tensor(self._values)
 
-    def diagonalized(self, factor: Any) -> list[Any]:
-        """Eigenvalues and eigenvectors of the debiased average, the values for `inverting`."""
+    @staticmethod
+    def eigenvalues_among(inverting: Sequence[Any]) -> Any:
+        """Eigenvalues among values for `inverting`."""
+        return inverting[0]
+
+    def diagonalized(self, averages: Sequence[Any]) -> list[Any]:
+        """Eigenvalues and eigenvectors of M, as from `debiased`: the values for `inverting`."""
+        (factor,) = averages
         if self.is_diagonal:
             return [ops.maximum(factor, 0.0)]
         symmetric = 0.5 * (factor + ops.swapaxes(factor, -1, -2))

@@ -82,12 +82,17 @@ class KFAC(MeasuredSteps):
             every update of the factors is followed by one.
         batch_fraction: Share of the batch that factors (and the quadratic model) are computed on,
             in (0, 1].
+        location_fraction: Share of the locations of a layer (pixels, tokens) that factors are
+            computed on, in (0, 1], evenly spaced and beginning anywhere; convolutions choose
+            whole rows of pixels. Not with `weight_sharing="reduce"`.
         labels: `"sampled"` from the model (true Fisher), `"data"` (empirical Fisher) or `"exact"`
             (Gauss-Newton matrix, one backward pass per output, for models with few of them).
         inverse: `"cholesky"` (factored damping), `"eigen"` (exact damping in the eigenbasis) or
             `"ekfac"` (second moments of single gradients in the eigenbasis).
         weight_sharing: `"expand"` or `"reduce"`: how locations (pixels, tokens) enter factors.
-        max_factor_dim: Dimension above which only the diagonal of a factor is kept, or None.
+        max_factor_dim: Dimension above which a factor is not kept as a whole, or None.
+        large_factors: What is kept of such a factor: its `"diagonal"`, or diagonal blocks of at
+            most that dimension (`"split"`).
         adam_ratio: Learning rate of the Adam steps as a multiple of `learning_rate` (of 0.01 with
             `"auto"`).
         shard_inverses: Under `tf.distribute`, whether each replica computes the inverses of some
@@ -122,10 +127,12 @@ class KFAC(MeasuredSteps):
         factor_every: int = 10,
         inverse_every: int = 50,
         batch_fraction: float = 0.25,
+        location_fraction: float = 1.0,
         labels: str = "sampled",
         inverse: str = "cholesky",
         weight_sharing: str = "expand",
         max_factor_dim: int | None = 4096,
+        large_factors: str = "diagonal",
         adam_ratio: Hyperparameter = 0.1,
         shard_inverses: bool = False,
         weight_decay: float | None = None,
@@ -147,10 +154,12 @@ class KFAC(MeasuredSteps):
         self.factor_every = factor_every
         self.inverse_every = inverse_every
         self.batch_fraction = batch_fraction
+        self.location_fraction = location_fraction
         self.labels = labels
         self.inverse = inverse
         self.weight_sharing = weight_sharing
         self.max_factor_dim = max_factor_dim
+        self.large_factors = large_factors
         self.adam_ratio = adam_ratio
         self.shard_inverses = shard_inverses
         check_arguments(learning_rate, {**kwargs, **self._settings()})
@@ -330,9 +339,11 @@ _PLAIN = (
     "factor_every",
     "inverse_every",
     "batch_fraction",
+    "location_fraction",
     "labels",
     "inverse",
     "weight_sharing",
     "max_factor_dim",
+    "large_factors",
     "shard_inverses",
 )

@@ -13,6 +13,8 @@ import keras
 
 from tf_kfacprune.curvature import KroneckerBlock
 from tf_kfacprune.optimizers.block_states import BlockState
+from tf_kfacprune.optimizers.factors import Factor
+from tf_kfacprune.optimizers.split_factors import SplitFactor
 
 __all__ = ["Binding", "Layout", "summary_lines"]
 
@@ -55,9 +57,8 @@ def summary_lines(
     for state in layout.states:
         block = state.block
         times = f"{block.group_shape[0]} x " if block.group_shape else ""
-        a = _size(block.n_a, state.a.is_diagonal)
-        size = f"A {times}{a}, G {times}{_size(block.n_out, state.g.is_diagonal)}"
-        note = f"  diagonal, above max_factor_dim: {', '.join(state.capped)}" * bool(state.capped)
+        size = f"A {times}{_size(state.a)}, G {times}{_size(state.g)}"
+        note = f"  above max_factor_dim: {', '.join(state.capped)}" * bool(state.capped)
         yield f"  {block.name:<24} {size:<36} {_mebibytes(state.bytes)}{note}"
     total = sum(state.bytes for state in layout.states)
     yield f"  factors and inverses in all: {_mebibytes(total)}"
@@ -68,8 +69,11 @@ def summary_lines(
         yield f"  {variable.path:<32} {count:<20} {binding.reason(variable)}"
 
 
-def _size(n: int, is_diagonal: bool) -> str:
-    return f"diag {n}" if is_diagonal else f"{n}x{n}"
+def _size(factor: Factor | SplitFactor) -> str:
+    if isinstance(factor, SplitFactor):
+        most = max(factor.sizes)
+        return f"{len(factor.sizes)} blocks of up to {most}x{most}"
+    return f"diag {factor.n}" if factor.is_diagonal else f"{factor.n}x{factor.n}"
 
 
 def _mebibytes(count: int) -> str:
