@@ -17,13 +17,10 @@ radius `max_l rho_l`. With the eigenvectors held constant,
 are Rayleigh quotients whose gradients are those of the eigenvalues (exactly, for simple ones).
 Neither A nor G is formed: `u^T a` of a convolution is a convolution with a single filter.
 
-What a radius is worth depends on the model: that of an image classifier is 0.1 or 1,000, and it
-moves by decades within one training. With the strength relative, the step goes along
-
-    grad L + mu L grad log rho = L grad (log L + mu log rho)
-
-with running averages for `L` and the `rho` in `log rho`: a radius that is smaller by 1 % is worth a
-loss that is larger by mu %, at any scale of inputs, at any depth, early and late.
+What a radius is worth depends on scales that mean nothing: inputs five times as large have kernels
+a fifth as large and radii 25 times as large; one layer can be scaled up and the next one down. The
+relative radius `rho_l |W_l|^2` sees none of that. `e^2 / 2` times it is the rise of the loss when
+the weights of the layer move by a share e of their norm in the worst direction: loss against loss.
 
 References:
     Ebrahimi & Klabjan, arXiv 2111.08577, section 3. Sandler, Klabjan, Luo 2021 (hinge).
@@ -80,13 +77,13 @@ def along_gradients(block: KroneckerBlock, record: Record, g: Any, v: Any) -> An
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
 class SpectralRadius:
-    """Penalty on the spectral radius rho of the curvature: flatter minima.
+    """Penalty `strength * max(0, radius - threshold)` on the spectral radius of the curvature.
 
     Args:
         strength: Weight mu of the penalty, >= 0; 0 only measures.
-        relative: Whether the strength is a price in relative terms, which means the same on every
-            model: a radius smaller by 1 % is worth a loss larger by `strength` %. Else the
-            penalty is `strength * max(0, rho - threshold)` itself.
+        relative: Whether radii are relative, `rho_l |W_l|^2` with the kernel's norm: the strength
+            then means the same on every model, `e^2 / 2` for weights that move by a share e (1e-4:
+            1.4 %). Else they are the `rho_l` themselves.
         threshold: Radius below which there is no penalty, >= 0.
         reduction: How the layers' radii become one: `"sum"` (a bound on the spectral radius of
             the Fisher, blocks off the diagonal included), `"max"` (the spectral radius of the
@@ -99,15 +96,16 @@ class SpectralRadius:
         InvalidArgumentError: If an argument is out of range.
 
     Example:
-        >>> curvature = kp.SpectralRadius(0.2, every=4, batch_fraction=0.25)
+        >>> curvature = kp.SpectralRadius(1e-4, every=4, batch_fraction=0.25)
 
     References:
-        Ebrahimi & Klabjan, arXiv 2111.08577; Sandler, Klabjan, Luo 2021.
+        Ebrahimi & Klabjan, arXiv 2111.08577; Sandler, Klabjan, Luo 2021; Tsuzuku, Sato & Sugiyama
+        2020, "Normalized Flat Minima" (relative radii).
     """
 
     def __init__(
         self,
-        strength: float = 0.2,
+        strength: float = 1e-4,
         *,
         relative: bool = True,
         threshold: float = 0.0,
@@ -156,22 +154,9 @@ class SpectralRadius:
         powers = ops.sum(ops.power(stacked / scale, _SMOOTH_MAX_POWER))
         return scale * ops.power(powers + _TINY, 1.0 / _SMOOTH_MAX_POWER)
 
-    def penalty(self, radius: Any, typical_radius: Any, typical_loss: Any) -> Any:
-        """What is added to the loss at the steps at which the penalty is due.
-
-        Args:
-            radius: The radius of this step, a scalar.
-            typical_radius: Its running average, which is held constant.
-            typical_loss: That of the loss' absolute value, likewise.
-
-        Returns:
-            Scalar `strength * every * max(0, radius - threshold)`, times
-            `typical_loss / typical_radius` if the strength is relative.
-        """
-        penalty = self.strength * self.every * ops.relu(radius - self.threshold)
-        if not self.relative:
-            return penalty
-        return penalty * ops.stop_gradient(typical_loss / (typical_radius + _TINY))
+    def penalty(self, radius: Any) -> Any:
+        """`strength * every * max(0, radius - threshold)`."""
+        return self.strength * self.every * ops.relu(radius - self.threshold)
 
     def get_config(self) -> dict[str, Any]:
         return {

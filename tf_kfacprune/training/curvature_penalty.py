@@ -23,13 +23,12 @@ __all__ = ["CurvaturePenalty"]
 MeanLoss = Callable[[Any, Any], Any]
 
 _TINY = 1e-12
-# A radius comes from a fraction of one batch with sampled labels; what is shown, and what relative
-# strengths refer to, are averages.
+# A radius comes from a fraction of one batch with sampled labels; the figure shown is an average.
 _DECAY = 0.95
 
 
 class CurvaturePenalty(keras.layers.Layer):
-    """State of a `SpectralRadius`: warm-started eigenvectors, average radius and loss.
+    """State of a `SpectralRadius`: warm-started eigenvectors and the average radius.
 
     The curvature is that of the network as it would be used, in inference mode: with moving
     normalization statistics (second derivatives through batch statistics are wrong in TensorFlow)
@@ -54,7 +53,6 @@ class CurvaturePenalty(keras.layers.Layer):
         blocks = tuple(block for block in blocks if block.is_contraction)
         self._target = _Target(network, blocks)
         self.radius_average = self.add_weight((), "zeros", trainable=False, name="radius_average")
-        self.loss_average = self.add_weight((), "zeros", trainable=False, name="loss_average")
         self.evaluations = self.add_weight((), "zeros", trainable=False, name="evaluations")
 
         def unit_vector(kind: str, block: KroneckerBlock, n: int) -> keras.Variable:
@@ -73,7 +71,6 @@ class CurvaturePenalty(keras.layers.Layer):
         x: Any,
         y: Any,
         mean_loss: MeanLoss,
-        data_loss: MeanLoss,
         variables: Sequence[keras.Variable],
     ) -> list[Any]:
         """Gradient of the penalty at the steps at which it is due, zeros at the others.
@@ -83,7 +80,6 @@ class CurvaturePenalty(keras.layers.Layer):
             x: Batch of inputs.
             y: Batch of labels.
             mean_loss: `(outputs, y) -> scalar`, the loss whose curvature is meant.
-            data_loss: Likewise, the loss that is minimized.
             variables: What to differentiate with respect to.
 
         Returns:
@@ -95,26 +91,20 @@ class CurvaturePenalty(keras.layers.Layer):
         y = head_of_batch(y, settings.batch_fraction)
         return tf.cond(
             due,
-            lambda: self._evaluate(x, y, mean_loss, data_loss, variables),
+            lambda: self._evaluate(x, y, mean_loss, variables),
             lambda: [tf.zeros(v.shape, v.dtype) for v in variables],
         )
 
     def radius(self) -> Any:
         """The spectral radius, averaged over the last evaluations and debiased; a scalar tensor."""
-        return self._debiased(self.radius_average)
-
-    def _debiased(self, average: keras.Variable) -> Any:
         weight = 1.0 - tf.pow(_DECAY, tf.convert_to_tensor(self.evaluations))
-        return tf.convert_to_tensor(average) / (weight + _TINY)
+        return tf.convert_to_tensor(self.radius_average) / (weight + _TINY)
 
-    def _update_averages(self, radius: Any, loss: Any) -> Any:
-        """Counts one evaluation if it is finite, and says so; else it would spoil them for ever."""
-        averages = (self.radius_average, self.loss_average)
-        news = [tf.stop_gradient(tf.cast(new, "float32")) for new in (radius, tf.abs(loss))]
-        finite = tf.reduce_all(tf.math.is_finite(tf.stack(news)))
-        for average, new in zip(averages, news, strict=True):
-            old = tf.convert_to_tensor(average)
-            average.assign(tf.where(finite, _DECAY * old + (1.0 - _DECAY) * new, old))
+    def _update_average(self, radius: Any) -> Any:
+        """Counts a radius if it is finite, and says so; else it would spoil the average."""
+        finite = tf.math.is_finite(radius)
+        old = tf.convert_to_tensor(self.radius_average)
+        self.radius_average.assign(tf.where(finite, _DECAY * old + (1 - _DECAY) * radius, old))
         self.evaluations.assign_add(tf.cast(finite, "float32"))
         return finite
 
@@ -123,20 +113,15 @@ class CurvaturePenalty(keras.layers.Layer):
         x: Any,
         y: Any,
         mean_loss: MeanLoss,
-        data_loss: MeanLoss,
         variables: Sequence[keras.Variable],
     ) -> list[Any]:
         network, blocks = self._target.network, self._target.blocks
         u = [tf.convert_to_tensor(vector) for vector in self.u]
         v = [tf.convert_to_tensor(vector) for vector in self.v]
-        losses = []
-
-        def observed(outputs: Any) -> Any:
-            losses.append(data_loss(outputs, y))
-            return mean_loss(outputs, y)
-
         with tf.GradientTape() as tape:
-            records, g = per_example_gradients(network, x, blocks, observed, training=False)
+            records, g = per_example_gradients(
+                network, x, blocks, lambda outputs: mean_loss(outputs, y), training=False
+            )
             uses = [
                 (i, record, g_of_record)
                 for i, block in enumerate(blocks)
@@ -147,10 +132,8 @@ class CurvaturePenalty(keras.layers.Layer):
             for i, record, g_of_record in uses:
                 radii[i] += layer_spectral_radius(blocks[i], record, g_of_record, u[i], v[i])
             radius = self.settings.reduce(radii)
-            finite = self._update_averages(radius, losses[0])
-            penalty = self.settings.penalty(
-                radius, self.radius(), self._debiased(self.loss_average)
-            )
+            penalty = self.settings.penalty(self._penalized(radii, radius))
+        finite = self._update_average(radius)
         for i, record, g_of_record in uses:
             block = blocks[i]
             to_a = functools.partial(block.project, record)
@@ -163,6 +146,18 @@ class CurvaturePenalty(keras.layers.Layer):
             penalty,
             [var.value for var in variables],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+
+    def _penalized(self, radii: Sequence[Any], radius: Any) -> Any:
+        """The radius that the penalty is on, relative or not."""
+        if not self.settings.relative:
+            return radius
+        kernels = [tf.convert_to_tensor(block.kernel) for block in self._target.blocks]
+        return self.settings.reduce(
+            [
+                rho * tf.cast(tf.reduce_sum(tf.square(kernel)), "float32")
+                for rho, kernel in zip(radii, kernels, strict=True)
+            ]
         )
 
 

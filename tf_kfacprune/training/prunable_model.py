@@ -298,14 +298,9 @@ class PrunableModel(KFACModel):
     ) -> list[Any]:
         if self.curvature_penalty is None or self.curvature is None:
             return gradients
-        of_curvature, of_data = map(self._mean_loss, (self.curvature.labels, "data"))
+        mean_losses = self._mean_loss(self.curvature.labels)
         penalty = self.curvature_penalty.gradients(
-            self.guard.step,
-            x,
-            y,
-            lambda outputs, y: of_curvature(outputs, y)[0],
-            lambda outputs, y: of_data(outputs, y)[0],
-            variables,
+            self.guard.step, x, y, lambda outputs, y: mean_losses(outputs, y)[0], variables
         )
         scale = self.optimizer.scale_loss(tf.constant(1.0))
         return [_add(g, p * scale) for g, p in zip(gradients, penalty, strict=True)]
