@@ -31,6 +31,7 @@ def test_record_says_what_was_asked_what_was_reached_and_how_to_make_it_again():
     assert content["budget"] == {
         "asked": {"macs": 0.3},
         "achieved": {"macs": 0.25, "params": 0.5},
+        "reasons": {},
     }
     assert content["kept_neurons"] == {"fc": [0, 3]}
     assert content["compact"]["accuracy"] == 0.89

@@ -23,7 +23,7 @@ from tf_kfacprune.cli.shared import (
 from tf_kfacprune.compaction import compact
 from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.data import validation_split
-from tf_kfacprune.export import Metadata, keras_file, saved_model, tflite
+from tf_kfacprune.export import Metadata, keras_file, latency_table, saved_model, tflite
 from tf_kfacprune.export.atomic import atomic_directory
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.pruning import Budget
@@ -49,12 +49,17 @@ def _define(values: flags.FlagValues) -> None:
         f"Network: {', '.join(zoo.NAMES)}, or the path of a .keras file of your own.",
         flag_values=values,
     )
-    for measure, meaning in [("macs", "multiply-accumulates"), ("params", "parameters")]:
+    for measure, meaning, absolute in [
+        ("macs", "multiply-accumulates", ""),
+        ("params", "parameters", ""),
+        ("bytes", ".tflite bytes", ", or a number of bytes above 1"),
+        ("latency", "latency on this machine", ", or microseconds above 1"),
+    ]:
         flags.DEFINE_float(
             f"budget_{measure}",
             None,
-            f"Fraction of the dense network's {meaning} to keep, in (0, 1]. Without any budget "
-            "nothing is pruned.",
+            f"Fraction of the dense network's {meaning} to keep, in (0, 1]{absolute}. Without any "
+            "budget nothing is pruned.",
             flag_values=values,
         )
     flags.DEFINE_bool("prune_inputs", False, "Prune input features too.", flag_values=values)
@@ -117,7 +122,9 @@ def _execute(values: flags.FlagValues) -> None:
 
 def _train_into(folder: Path, values: flags.FlagValues) -> Any:
     keras.utils.set_random_seed(values.seed)
-    targets = {"macs": values.budget_macs, "params": values.budget_params}
+    targets = {m: values[f"budget_{m}"].value for m in ("macs", "params", "bytes", "latency")}
+    if targets["bytes"] is not None and targets["bytes"].is_integer():
+        targets["bytes"] = int(targets["bytes"])
     asked = {measure: target for measure, target in targets.items() if target is not None}
     budget = Budget(**asked) if asked else None
     dataset = load_data(values)
@@ -134,6 +141,7 @@ def _train_into(folder: Path, values: flags.FlagValues) -> Any:
     pruned = PrunableModel(
         network,
         budget=budget,
+        latency_table=latency_table(network) if "latency" in asked else None,
         curvature=SpectralRadius(values.curvature) if values.curvature else None,
         prune_inputs=values.prune_inputs,
         include=values.include or None,

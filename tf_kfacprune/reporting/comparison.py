@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tf_kfacprune.export.file_sizes import FileSize
+from tf_kfacprune.pruning import BudgetOutcome
 from tf_kfacprune.reporting.figures import ModelFigures
 from tf_kfacprune.reporting.rendering import Rendered
 
@@ -29,19 +30,29 @@ class Comparison(Rendered):
         compact: figures of the compact model.
         latency_ratio: time of the compact / time of the dense model, if measured as a ratio.
         kept: layer or input -> indices of the channels that were kept.
+        budget: measure -> what the budget asked for and what was achieved, with the reason.
     """
 
     dense: ModelFigures
     compact: ModelFigures
     latency_ratio: float | None = None
     kept: dict[str, list[int]] | None = None
+    budget: dict[str, BudgetOutcome] = field(default_factory=dict)
 
     def fraction(self, measure: str) -> float | None:
         """What is left of ``"params"`` or ``"macs"``, in [0, 1]; None if unknown."""
         return _ratio(getattr(self.dense, measure), getattr(self.compact, measure))
 
     def render(self) -> Table:
-        return before_after_table(self.dense, self.compact, latency_ratio=self.latency_ratio)
+        table = before_after_table(self.dense, self.compact, latency_ratio=self.latency_ratio)
+        for measure, outcome in self.budget.items():
+            asked, achieved = f"asked {outcome.asked:.6g}", f"{outcome.achieved:.6g}"
+            table.add_row(f"budget of {measure}", asked, achieved, f"{100 * outcome.ratio:.1f} %")
+        reasons = {m: outcome.reason for m, outcome in self.budget.items() if outcome.reason}
+        if reasons:
+            table.caption = "\n".join(f"budget of {m}: {reason}" for m, reason in reasons.items())
+            table.caption_justify = "left"
+        return table
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a JSON record."""

@@ -72,4 +72,5 @@ def report(
         ),
         latency_ratio=timed.ratios["compact"] if timed is not None else None,
         kept={name: layer["kept"] for name, layer in layers.items()},
+        budget=model.budget_outcomes() if hasattr(model, "budget_outcomes") else {},
     )

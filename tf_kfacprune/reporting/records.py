@@ -71,11 +71,13 @@ def record(
         if (fraction := comparison.fraction(measure)) is not None
     }
     figures = comparison.to_dict()
-    kept = figures.pop("kept")
+    kept, outcomes = figures.pop("kept"), figures.pop("budget")
+    reached |= {m: o["achieved"] for m, o in outcomes.items() if m not in reached}
+    reasons = {m: o["reason"] for m, o in outcomes.items()}
     content = {
         "data": data,
         "seed": seed,
-        "budget": {"asked": dict(budget or {}), "achieved": reached},
+        "budget": {"asked": dict(budget or {}), "achieved": reached, "reasons": reasons},
         **figures,
         "kept_neurons": kept,
         "versions": versions(),
