@@ -106,13 +106,14 @@ def weights_of(model):
 
 
 def settle_statistics(model, x):
-    """Gives an untrained network the statistics of a batch.
+    """Moves an untrained network half the way to the statistics of a batch.
 
-    Without them the activations of a deep one vanish, and nothing is left to quantize.
+    Without them the activations of a deep one vanish, and nothing is left to quantize; all the way,
+    every layer magnifies the small differences between examples, and rounding errors with them.
     """
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.0
+            layer.momentum = 0.5
     model(x, training=True)
 
 
