@@ -1,0 +1,277 @@
+"""Error against size: ours, the dense network and the peers, under the same epochs.
+
+    python examples/benchmarks/frontier.py run --data_dir=DIR [--cases=lenet300] [--methods=ours]
+    python examples/benchmarks/frontier.py tune --data_dir=DIR [...]
+    python examples/benchmarks/frontier.py cost --data_dir=DIR
+    python examples/benchmarks/frontier.py plot
+
+`run` trains on all training images, measures the test error once, after the last epoch, and
+records it with weights (without biases), MACs, parameters and seconds. `tune` is the same on the
+last 10,000 training images instead of the test set, one seed, for choosing settings. `cost` times
+whole runs, ours and Adam on the dense network in turns. `plot` draws error against weights, with
+the published points. Every finished run is one line of results/frontier.jsonl; what is there is
+not run again.
+"""
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import peers
+from absl import app, flags
+from records import Records
+
+import tf_kfacprune as kp
+
+CASES_FLAG = flags.DEFINE_list("cases", None, "Names of cases; default: all.")
+METHODS_FLAG = flags.DEFINE_list("methods", None, "Names of methods; default: all.")
+TARGETS = flags.DEFINE_list("targets", None, "Names of targets; default: all of the case.")
+SEEDS = flags.DEFINE_list("seeds", None, "Seeds; default: 5 of them, 3 for CIFAR-10.")
+EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs; default: the case's.")
+EXAMPLES = flags.DEFINE_integer("examples", None, "Training images; default: all.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the data; Keras downloads without it.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder of the records; default: results/.")
+
+VALIDATION = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network, its data, and the sizes to reach."""
+
+    network: Callable
+    data: str
+    targets: dict
+    epochs: int
+    prune_inputs: bool = False
+    batch_size: int = 128
+    adam_rate: float = 1e-3
+    num_seeds: int = 5
+    loss: keras.losses.Loss = dataclasses.field(
+        default_factory=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+
+
+# LeNet-300-100 has 266,200 weights, LeNet-5 430,500 and 2.29 million MACs.
+LENET5_TARGETS = {
+    "8k": {"params": 0.0188},
+    "2.75k": {"params": 0.0065},
+    "2k": {"params": 0.0047, "macs": 0.0523},
+}
+CASES = {
+    "lenet300": Case(
+        kp.zoo.lenet300,
+        "mnist",
+        {"26k": {"macs": 0.1}, "9k": {"macs": 0.0338}, "4k": {"macs": 0.01502}},
+        epochs=40,
+        prune_inputs=True,
+    ),
+    "lenet5": Case(kp.zoo.lenet5, "mnist", LENET5_TARGETS, epochs=30),
+    "lenet5_fashion": Case(kp.zoo.lenet5, "fashion_mnist", LENET5_TARGETS, epochs=30),
+    "resnet20": Case(
+        kp.zoo.resnet20, "cifar10", {"30%": {"macs": 0.3}, "10%": {"macs": 0.1}}, 10, num_seeds=3
+    ),
+}
+
+
+def ours(case, model, x, y, seed, budget, optimizer=None, **options):
+    """One `fit` with the library's defaults, but for what an ablation changes."""
+    pm = kp.PrunableModel(
+        model, budget=budget, prune_inputs=case.prune_inputs, seed=seed, **options
+    )
+    pm.compile(optimizer or kp.KFAC(), loss=case.loss)
+    pm.fit(x, y, batch_size=case.batch_size, epochs=case.epochs, verbose=0)
+    return kp.compact(pm)
+
+
+def dense(case, model, x, y):
+    """Adam with cosine decay, nothing pruned."""
+    schedule = keras.optimizers.schedules.CosineDecay(case.adam_rate, peers.steps_of(case, x))
+    model.compile(keras.optimizers.Adam(schedule), loss=case.loss)
+    model.fit(x, y, batch_size=case.batch_size, epochs=case.epochs, verbose=0)
+    return model
+
+
+# Method: what trains and prunes. `s` is the strength of methods that know no budget.
+METHODS = {
+    "dense": lambda c, m, x, y, seed, budget, s: dense(c, m, x, y),
+    "ours": lambda c, m, x, y, seed, budget, s: ours(c, m, x, y, seed, budget),
+    "ours_penalty": lambda c, m, x, y, seed, budget, s: ours(
+        c, m, x, y, seed, budget, curvature=kp.SpectralRadius()
+    ),
+    "ours_adam": lambda c, m, x, y, seed, budget, s: ours(
+        c, m, x, y, seed, budget, keras.optimizers.AdamW(c.adam_rate, weight_decay=1e-2)
+    ),
+    "ours_kfac_saliency": lambda c, m, x, y, seed, budget, s: ours(
+        c, m, x, y, seed, budget, policy="kfac"
+    ),
+    "ours_proximal": lambda c, m, x, y, seed, budget, s: ours(
+        c, m, x, y, seed, budget, policy="proximal"
+    ),
+    "magnitude": lambda c, m, x, y, seed, budget, s: peers.one_shot(
+        c, m, x, y, seed, "magnitude", budget
+    ),
+    "taylor": lambda c, m, x, y, seed, budget, s: peers.one_shot(
+        c, m, x, y, seed, "taylor", budget
+    ),
+    "hard_concrete": lambda c, m, x, y, seed, budget, s: peers.hard_concrete(c, m, x, y, s),
+    "slimming": lambda c, m, x, y, seed, budget, s: peers.slimming(c, m, x, y, 0.1, budget),
+}
+# Methods without a budget run at these strengths instead of the targets.
+STRENGTHS = {"hard_concrete": (0.3, 1.0, 3.0), "dense": (0.0,)}
+
+
+def plans(case_name):
+    """`(method, name of the target, budget, strength)` of every run of a case and seed."""
+    case = CASES[case_name]
+    for method in METHODS_FLAG.value or METHODS:
+        if method in STRENGTHS:
+            for strength in STRENGTHS[method]:
+                yield method, f"{strength:g}", None, strength
+        else:
+            for target in TARGETS.value or case.targets:
+                yield method, target, kp.Budget(**case.targets[target]), None
+
+
+def load(case, split):
+    """Training data, and what error is measured on."""
+    data = kp.data.load(case.data, DATA_DIR.value)
+    if split == "validation":
+        data = kp.data.validation_split(data, VALIDATION)
+    return data
+
+
+def shown_to(model, x):
+    """Images in the shape that a model takes."""
+    return x.reshape(-1, *model.input_shape[1:])
+
+
+def trained(case, data, method, budget, strength, seed):
+    """The network that a method makes, and the seconds it takes."""
+    keras.utils.set_random_seed(seed)
+    model = case.network(data.input_shape, data.num_classes, seed=seed)
+    x = shown_to(model, data.x_train[: EXAMPLES.value])
+    y = data.y_train[: EXAMPLES.value]
+    start = time.perf_counter()
+    small = METHODS[method](case, model, x, y, seed, budget, strength)
+    return small, time.perf_counter() - start
+
+
+def measured(small, data):
+    """Error and size of a network."""
+    logits = small.predict(shown_to(small, data.x_test), batch_size=1000, verbose=0)
+    kernels = [w for w in small.trainable_weights if w.name == "kernel"]
+    return {
+        "error": round(100 * float(np.mean(np.argmax(logits, axis=1) != data.y_test)), 3),
+        "weights": sum(int(np.prod(w.shape)) for w in kernels),
+        "shapes": [list(w.shape) for w in kernels],
+        "macs": kp.inspect(small).macs,
+        "params": small.count_params(),
+    }
+
+
+def with_epochs(case):
+    """A case with the epochs of the command line."""
+    return dataclasses.replace(case, epochs=EPOCHS.value) if EPOCHS.value else case
+
+
+def run(split="test"):
+    """All runs that are not recorded yet."""
+    records = Records("frontier.jsonl", OUTPUT.value)
+    for name in CASES_FLAG.value or CASES:
+        case = with_epochs(CASES[name])
+        data = load(case, split)
+        seeds = SEEDS.value or range(case.num_seeds if split == "test" else 1)
+        for seed in map(int, seeds):
+            for method, target, budget, strength in plans(name):
+                key = {"case": name, "method": method, "target": target, "seed": seed}
+                key |= {"epochs": case.epochs, "examples": EXAMPLES.value, "split": split}
+                if key in records:
+                    continue
+                small, seconds = trained(case, data, method, budget, strength, seed)
+                records.add(key, measured(small, data) | {"seconds": round(seconds, 1)})
+                keras.backend.clear_session()
+                gc.collect()
+
+
+def cost(rounds=3):
+    """Seconds of whole runs relative to Adam on the dense network in the same round."""
+    records = Records("frontier_cost.jsonl", OUTPUT.value)
+    for name in CASES_FLAG.value or ("lenet300", "lenet5"):
+        case = with_epochs(CASES[name])
+        data = load(case, "test")
+        target, fractions = list(case.targets.items())[1]
+        for number in range(rounds):
+            key = {"case": name, "target": target, "epochs": case.epochs, "round": number}
+            if key in records:
+                continue
+            _, dense_s = trained(case, data, "dense", None, None, number)
+            _, ours_s = trained(case, data, "ours", kp.Budget(**fractions), None, number)
+            seconds = {"dense_s": round(dense_s, 1), "ours_s": round(ours_s, 1)}
+            records.add(key, {**seconds, "ratio": round(ours_s / dense_s, 3)})
+
+
+# Published weights and errors in percent (sources in docs/frontier.md).
+PUBLISHED = {
+    "lenet300": {
+        "SBP": (48_600, 1.55),
+        "L0": (26_600, 1.8),
+        "BC-GNJ": (28_600, 1.8),
+        "VIBNet": (9_600, 1.6),
+    },
+    "lenet5": {
+        "Sparse VD": (39_500, 0.75),
+        "GD": (5_900, 1.1),
+        "BC-GNJ": (4_070, 1.0),
+        "BC-GHS": (2_750, 1.0),
+        "L0-sep": (6_200, 1.0),
+    },
+}
+
+
+def plot():
+    """Error against weights, one panel per case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = {}
+    for line in Records("frontier.jsonl", OUTPUT.value).lines:
+        key = line["key"]
+        if key["split"] == "test":
+            of_method = points.setdefault(key["case"], {}).setdefault(key["method"], {})
+            of_method.setdefault(key["target"], []).append((line["weights"], line["error"]))
+    figure, axes = pyplot.subplots(
+        1, len(points), figsize=(5 * len(points), 4), squeeze=False, layout="constrained"
+    )
+    for axis, (name, methods) in zip(axes[0], points.items(), strict=True):
+        for method, targets in methods.items():
+            runs = sorted((np.array(of_target) for of_target in targets.values()), key=np.mean)
+            mean = np.array([of_target.mean(axis=0) for of_target in runs])
+            spread = [of_target[:, 1].std() for of_target in runs]
+            axis.errorbar(mean[:, 0], mean[:, 1], spread, marker="o", capsize=2, label=method)
+        for label, (weights, error) in PUBLISHED.get(name, {}).items():
+            axis.plot(weights, error, "k+")
+            axis.annotate(label, (weights, error), fontsize=7)
+        axis.set(title=name, xlabel="weights", ylabel="test error, %", xscale="log")
+        axis.legend(frameon=False, fontsize=7)
+    path = Path(OUTPUT.value or Records("frontier.jsonl").path.parent) / "frontier.png"
+    figure.savefig(path, dpi=120)
+    print(f"Written: {path}")
+
+
+def main(argv):
+    """Runs one of the commands."""
+    commands = {"run": run, "tune": lambda: run("validation"), "cost": cost, "plot": plot}
+    if len(argv) != 2 or argv[1] not in commands:
+        raise app.UsageError(f"Give one command: {', '.join(commands)}.")
+    commands[argv[1]]()
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,77 @@
+"""The methods that the frontier compares, and the file of finished runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from absl import flags
+
+import tf_kfacprune as kp
+
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
+
+
+@pytest.fixture(name="frontier", scope="module")
+def benchmark():
+    before = set(flags.FLAGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        module = importlib.import_module("frontier")
+        flags.FLAGS(["frontier"])
+        yield module
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture(name="task")
+def small_task(frontier):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    hidden = keras.layers.Dense(8, "relu")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2)(hidden))
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+    case = dataclasses.replace(frontier.CASES["lenet300"], epochs=3, batch_size=16, adam_rate=0.05)
+    return case, model, x, (x[:, 0] > 0).astype("int64")
+
+
+def test_finished_runs_are_known_when_the_file_is_opened_again(frontier, tmp_path):
+    frontier.Records("runs.jsonl", tmp_path).add({"seed": 0}, {"error": 1.5})
+    records = frontier.Records("runs.jsonl", tmp_path)
+    assert {"seed": 0} in records
+    assert {"seed": 1} not in records
+
+
+def test_every_method_has_runs_in_every_case(frontier):
+    for name, case in frontier.CASES.items():
+        plans = list(frontier.plans(name))
+        assert {method for method, *_ in plans} == set(frontier.METHODS)
+        of_ours = [budget for method, _, budget, _ in plans if method == "ours"]
+        assert [budget.targets for budget in of_ours] == list(case.targets.values())
+
+
+def test_fine_tuning_has_a_cosine_of_its_own(frontier):
+    schedule = frontier.peers.TwoCosines(0.1, 20, 30)
+    rates = [float(schedule(step)) for step in (0, 10, 19, 20, 25, 30)]
+    np.testing.assert_allclose(rates[:2], [0.1, 0.05], rtol=1e-5)
+    np.testing.assert_allclose(rates[3:], [0.1, 0.05, 0.0], rtol=1e-5, atol=1e-7)
+    assert rates[2] < 0.001
+
+
+@pytest.mark.parametrize("method", ["magnitude", "slimming"])
+def test_peers_with_a_budget_obey_it(frontier, task, method):
+    case, model, x, y = task
+    small = frontier.METHODS[method](case, model, x, y, 0, kp.Budget(params=0.4), None)
+    assert small.count_params() <= 0.4 * model.count_params()
+
+
+def test_a_high_price_closes_gates(frontier, task):
+    case, model, x, y = task
+    case = dataclasses.replace(case, adam_rate=0.5)  # far enough in twelve steps
+    small = frontier.peers.hard_concrete(case, model, x, y, strength=100.0)
+    assert small.count_params() < model.count_params()
