@@ -81,6 +81,11 @@ def flatness_records(part):
     return dict(sorted(groups.items()))
 
 
+def recorded_table(header, rows):
+    """A table, or a word if there is nothing in it."""
+    return table(header, rows) if rows else "No run has been recorded yet.\n"
+
+
 def mean_and_deviation(values, digits, unit=1):
     """`mean +- standard deviation over the runs`."""
     values = [unit * value for value in values]
@@ -109,7 +114,7 @@ def flatness_table(part):
             ]
         )
     header = ["network", "penalty", "seeds", "top eigenvalue", "scaled", "test error %"]
-    return table([*header, "training loss", "weight norm"], rows)
+    return recorded_table([*header, "training loss", "weight norm"], rows)
 
 
 def corruptions_table(part):
@@ -127,7 +132,7 @@ def corruptions_table(part):
                 *(mean_and_deviation(column, 1, 100) for column in columns),
             ]
         )
-    return table(["network", "penalty", *header], rows)
+    return recorded_table(["network", "penalty", *header], rows)
 
 
 def tracking_table():
@@ -146,7 +151,7 @@ def tracking_table():
             ]
         )
     header = ["network", "penalty", "runs", "rank correlation", "of the live figure"]
-    return table([*header, "estimate / exact"], rows)
+    return recorded_table([*header, "estimate / exact"], rows)
 
 
 def newest(name, key):
