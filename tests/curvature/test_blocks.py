@@ -131,6 +131,20 @@ def test_factors_on_a_sample_of_locations_are_right_on_average(name):
             assert not np.allclose(drawn[0], full, rtol=1e-2)
 
 
+def test_locations_are_sampled_under_xla_as_elsewhere():
+    (block,), record, g = _recorded(*CONTRACTIONS["Conv2D same"])
+
+    def factors(noise):
+        sample = LocationSample(0.4, noise)
+        return block.factor_a(record, g, sample=sample), block.factor_g(record, g, sample=sample)
+
+    noise = tf.constant(0.6)
+    for plain, compiled in zip(
+        factors(noise), tf.function(factors, jit_compile=True)(noise), strict=True
+    ):
+        np.testing.assert_allclose(to_numpy(compiled), to_numpy(plain), rtol=1e-4, atol=1e-5)
+
+
 def _beginnings(block):
     """Output rows that convolutions choose from, None for blocks that choose any location."""
     layer = block.layer

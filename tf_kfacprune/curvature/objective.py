@@ -51,12 +51,13 @@ class Objective:
     Args:
         loss: A loss as given to `compile`: name, function ``(y_true, y_pred) -> loss per example``
             (or their mean), or `keras.losses.Loss`.
+        weight: What it is multiplied by.
 
     Raises:
         InvalidArgumentError: If ``loss`` is none of these.
     """
 
-    def __init__(self, loss: Any) -> None:
+    def __init__(self, loss: Any, weight: float = 1.0) -> None:
         if isinstance(loss, str):
             loss = _named_loss(loss)
         if not callable(loss):
@@ -65,6 +66,7 @@ class Objective:
                 f"(y_true, y_pred). Received: loss={loss!r}"
             )
         self._loss = loss
+        self._weight = weight
         self._natural_loss, self._link = _at_natural_parameters(loss)
 
     def sum(self, y: Any, prediction: Any) -> Any:
@@ -77,7 +79,7 @@ class Objective:
         Returns:
             Scalar.
         """
-        return _summed(self._loss, y, prediction)
+        return self._weight * _summed(self._loss, y, prediction)
 
     def natural_parameters(self, prediction: Any) -> Any:
         """Where the network ends for the Gauss-Newton matrix: logits, or the output itself."""
@@ -85,7 +87,7 @@ class Objective:
 
     def sum_at(self, y: Any, natural: Any) -> Any:
         """`sum`, as a function of the natural parameters."""
-        return _summed(self._natural_loss, y, natural)
+        return self._weight * _summed(self._natural_loss, y, natural)
 
 
 def _named_loss(name: str) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -24,17 +25,30 @@ class Compiled:
     Args:
         loss: As given to `compile`.
         optimizer: The optimizer that takes the steps.
+        weights: `loss_weights` as given to `compile`.
     """
 
-    def __init__(self, loss: Any, optimizer: keras.optimizers.Optimizer) -> None:
+    def __init__(
+        self, loss: Any, optimizer: keras.optimizers.Optimizer, weights: Any = None
+    ) -> None:
         self._loss = loss
         several = isinstance(loss, (list, tuple, dict))
         found: Any = "several losses" if several else sampled_likelihood(loss)
-        self.sampled = None if isinstance(found, str) else found
-        self.exact = None if isinstance(found, str) else exact_likelihoods(loss)
+        self._weight = 1.0 if several else _single(weights)
+        if self._weight <= 0 and not isinstance(found, str):
+            found = f"the weight of the loss is {self._weight}, not positive"
+        self.sampled = None if isinstance(found, str) else self._weighted(found)
+        self.exact = None if isinstance(found, str) else self._weighted(exact_likelihoods(loss))
         self.reason = found if isinstance(found, str) else None
         # Keras serializes a schedule as a dictionary, a constant as a number.
         self.constant_learning_rate = isinstance(optimizer.get_config()["learning_rate"], float)
+
+    def _weighted(self, likelihood: Any) -> Any:
+        """A likelihood whose Fisher is that of the weighted loss: gradients enter it squared."""
+        if self._weight == 1.0:
+            return likelihood
+        root = math.sqrt(self._weight)
+        return lambda *args: keras.tree.map_structure(lambda nll: root * nll, likelihood(*args))
 
     def objective(self) -> Objective:
         """The loss as the objective of the quadratic model.
@@ -48,7 +62,13 @@ class Compiled:
                 f"needs one loss on one output. Received: loss={self._loss!r}. Use a fixed "
                 "learning rate and a fixed damping, or add the losses up in one of your own."
             )
-        return Objective(self._loss)
+        return Objective(self._loss, self._weight)
+
+
+def _single(weights: Any) -> float:
+    """The weight of the only loss."""
+    flat = keras.tree.flatten(weights)
+    return float(flat[0]) if len(flat) == 1 and flat[0] is not None else 1.0
 
 
 def inner_optimizer(optimizer: Any) -> Any:

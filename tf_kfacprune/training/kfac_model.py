@@ -136,7 +136,8 @@ class KFACModel(KFACSteps):
                 kfac.bind(self.blocks, self._network_blocks.reasons)
             # Before weights are loaded: an optimizer without variables would lose its state.
             self.optimizer.build(self.network_variables)
-        self._compiled = Compiled(loss, inner_optimizer(self.optimizer))
+        weights = args[0] if args else kwargs.get("loss_weights")
+        self._compiled = Compiled(loss, inner_optimizer(self.optimizer), weights)
         if kfac is not None and kfac.needs_quadratic_form:
             self._compiled.objective()
         users = [user for user in self._label_users() if user.labels != "data"]
