@@ -25,7 +25,10 @@ CASES = {
     "adaptive": {"kfac": {**EXACT, "learning_rate": "auto"}, "adapt_every": 2},
     "poisoned": {"kfac": {**EXACT, "inverse": "eigen", "use_ema": True}, "poison": 4},
     "pruned": {"kfac": EXACT, "macs": 0.5, "epochs": 4},
+    "switched": {"kfac": EXACT, "macs": 0.5, "epochs": 4, "policy": "taylor", "every": 3},
 }
+# Replicas sample labels of their own, so that one device cannot take the same steps.
+SAMPLED = {"curvature": {"kfac": EXACT, "macs": 0.5, "epochs": 4, "policy": "kfac", "every": 3}}
 TIMEOUT = 240
 
 
@@ -108,7 +111,7 @@ def one_device(folder):
 
 @pytest.fixture(scope="module")
 def mirrored(folder):
-    return _run("mirrored", CASES, folder)
+    return _run("mirrored", {**CASES, **SAMPLED}, folder)
 
 
 def _assert_same(found, expected):
@@ -125,7 +128,7 @@ def test_two_replicas_train_as_one_device_does(case, one_device, mirrored):
     _assert_same(mirrored[case], one_device[case])
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", [*CASES, *SAMPLED])
 def test_replicas_stay_equal_to_the_bit(case, mirrored):
     for name, (first, *others) in mirrored[case].items():
         for other in others:
@@ -141,9 +144,10 @@ def test_replicas_draw_different_labels(mirrored):
     assert not np.array_equal(first, second)
 
 
-def test_a_pruned_network_lands_on_its_budget_on_several_replicas(mirrored):
-    assert mirrored["pruned"]["settled"][0]
-    assert mirrored["pruned"]["cost"][0] <= 0.5
+@pytest.mark.parametrize("case", ["pruned", "switched", "curvature"])
+def test_a_pruned_network_lands_on_its_budget_on_several_replicas(case, mirrored):
+    assert mirrored[case]["settled"][0]
+    assert mirrored[case]["cost"][0] <= 0.5
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,10 @@ def train(strategy, case):
         net = network()
         if "macs" in case:
             budget = kp.Budget(macs=case["macs"])
-            model = kp.PrunableModel(net, budget, seed=0)
+            policy = case.get("policy", "hard_concrete")
+            if "every" in case:
+                policy = kp.ScheduledClosing(policy, case["every"])
+            model = kp.PrunableModel(net, budget, policy=policy, seed=0)
         else:
             model = kp.KFACModel(net, seed=0)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

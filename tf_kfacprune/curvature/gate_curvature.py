@@ -6,23 +6,28 @@ symbol    meaning                                                         shape
 `z`       gates                                                           (n,)
 `x`       what one gate layer reads                                       (batch, T, C)
 `h`       d loss / d (z x) at that place, per example and location        (batch, T, C)
-`d`       d loss / d z, per example: `sum_places sum_t x_t h_t`           (batch, n)
-`F`       diagonal of the Fisher of the gates, `E d^2`                    (n,)
+`d`       d loss / d z at that place, per example: `sum_t x_t h_t`        (batch, C)
+`D`       d loss / d z, summed over places and examples                   (n,)
+`F`       diagonal of the Fisher of the gates                             (n,)
 ========  ==============================================================  ==================
 
-In front of a contraction with weights W, `h = W^T g`, so `E x^2 E h^2 = A_jj (W_j^T G W_j)`: the
-quadratic form of K-FAC for the removal of neuron j from that contraction. The sum of these over
-all contractions that a gate stands in front of is the Kronecker-factored curvature of the gate;
-`E d^2` is what it approximates. Both are zero for no neuron only because it is closed: x is taken
-before the gate, h behind it.
+Kronecker-factored, as in K-FAC, and summed over the places at which a gate acts,
 
-Where gates act inside a layer (heads of attention, recurrent units) there is no x and no h. What is
-known is the sum over the batch, `D = sum d`. With labels sampled from the model the d of different
-examples are independent with mean zero, hence `E D^2 = sum E d^2`, and
+    F = sum_places E sum_t x_t^2 * E mean_t h_t^2.
 
-    F = (sum d_seen^2 + D^2 - (sum d_seen)^2) / batch
+In front of a Dense layer with weights W, `h = W^T g` and F is `A_jj (W_j^T G W_j)`, twice the
+quadratic form of K-FAC for the removal of neuron j. Layers that read through the same gate layer
+count as one, their weights side by side. A closed gate has a curvature like any other, that of
+reopening: x is taken before the gate, h behind it.
 
-is unbiased, with `d_seen` the part of d that gate layers show.
+Where gates act inside a layer (heads of attention, recurrent units) there is neither x nor h, but D
+is known. With labels sampled from the model, gradients of different examples are independent with
+mean zero, so that `E D^2` is the sum of the examples' squares, and what the places in sight do not
+explain,
+
+    (D^2 - (sum_places sum_examples d)^2) / batch,
+
+is added. It is zero for gates that act in sight only.
 
 References:
     Martens & Grosse 2015, section 3.1. LeCun, Denker, Solla 1989, "Optimal Brain Damage".
@@ -38,6 +43,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_kfacprune.curvature.blocks import Record
 from tf_kfacprune.curvature.capture import capture
 from tf_kfacprune.gates import GatedNetwork, GateEdge, NeuronGate
 
@@ -77,9 +83,8 @@ def gate_curvature(
     layers: Sequence[GateLayer],
     x: Any,
     mean_losses: Callable[[Any], Sequence[Any]],
-    factored: bool = True,
 ) -> Any:
-    """Curvature along each gate from one batch, in inference mode.
+    """F from one batch, in inference mode.
 
     Args:
         gated: The gated network, its gates neither held open nor settled.
@@ -87,48 +92,56 @@ def gate_curvature(
         x: Inputs in the structure of the model's inputs.
         mean_losses: Maps the model's outputs to losses, averaged over the batch, whose Fishers
             add up.
-        factored: Whether the curvature is Kronecker-factored.
 
     Returns:
         Tensor of shape `(num_gates,)`, float32.
     """
-    logits = [source.logits for source in gated.sources]
+    logits = [source.logits.value for source in gated.sources]
     with tf.GradientTape(persistent=True) as tape:
         outputs, records = capture(gated.net, x, layers, training=False)
         batch = tf.shape(keras.tree.flatten(x)[0])[0]
         losses = [loss * tf.cast(batch, loss.dtype) for loss in mean_losses(outputs)]
-    points = [record.s for record in records] + [v.value for v in logits]
     by_layer = {id(entry.layer): entry for entry in layers}
-    curvature: Any = 0.0
+    places = [_Place(by_layer[id(record.layer)], record, gated.num_gates) for record in records]
+    points = [*(record.s for record in records), *logits]
+    none = tf.zeros(gated.num_gates)  # where all gates act inside layers
+    curvature = none
     for loss in losses:
         found = tape.gradient(loss, points, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        per_example, kron = 0.0, 0.0
-        for record, h in zip(records, found[: len(records)], strict=True):
-            entry = by_layer[id(record.layer)]
-            inputs = record.x[0] if isinstance(entry.layer, GateEdge) else record.x
-            a = _locations(inputs, entry.layer.axis)
-            h = _locations(h, entry.layer.axis)
-            per_example += _by_gate(tf.reduce_sum(a * h, axis=1), entry.gates, gated.num_gates)
-            q = tf.reduce_mean(tf.reduce_sum(a**2, 1), 0) * tf.reduce_mean(h**2, (0, 1))
-            kron += _by_gate(q[None], entry.gates, gated.num_gates)[0]
-        squares = tf.reduce_sum(tf.square(per_example), axis=0)
-        total = tf.concat(found[len(records) :], axis=0)
-        inside = tf.square(total) - tf.square(tf.reduce_sum(per_example, axis=0))
-        b = tf.cast(batch, "float32")
-        curvature += (kron if factored else squares / b) + inside / b
+        h, slopes = found[: len(records)], found[len(records) :]
+        uses = list(zip(places, h, strict=True))
+        in_sight = sum((place.slope(g) for place, g in uses), none)
+        inside = tf.square(tf.concat(slopes, axis=0)) - tf.square(in_sight)
+        curvature += sum((place.curvature(g) for place, g in uses), none)
+        curvature += inside / tf.cast(batch, "float32")
     return curvature
 
 
-def _locations(tensor: Any, axis: int) -> Any:
-    """`(batch, ..., C, ...)` as `(batch, T, C)`, float32."""
-    tensor = tf.cast(tensor, "float32")
-    rank = len(tensor.shape)
-    order = [k for k in range(rank) if k != axis % rank] + [axis % rank]
-    moved = tf.transpose(tensor, order)
-    return tf.reshape(moved, [tf.shape(tensor)[0], -1, tensor.shape[axis]])
+class _Place:
+    """One use of a gate layer."""
 
+    def __init__(self, entry: GateLayer, record: Record, num_gates: int) -> None:
+        self._entry = entry
+        self._num_gates = num_gates
+        self._x = self._rows(record.x[0] if isinstance(entry.layer, GateEdge) else record.x)
 
-def _by_gate(per_channel: Any, gates: np.ndarray, num_gates: int) -> Any:
-    """Sums channels `(batch, C)` into gates `(batch, num_gates)`."""
-    summed = tf.math.unsorted_segment_sum(tf.transpose(per_channel), gates, num_gates + 1)
-    return tf.transpose(summed[:num_gates])
+    def curvature(self, h: Any) -> Any:
+        """`E sum_t x_t^2 * E mean_t h_t^2`, shape `(num_gates,)`."""
+        squares = tf.reduce_mean(tf.reduce_sum(tf.square(self._x), axis=1), axis=0)
+        return self._by_gate(squares * tf.reduce_mean(tf.square(self._rows(h)), axis=[0, 1]))
+
+    def slope(self, h: Any) -> Any:
+        """Sum of d over the examples, shape `(num_gates,)`."""
+        return self._by_gate(tf.reduce_sum(self._x * self._rows(h), axis=[0, 1]))
+
+    def _rows(self, tensor: Any) -> Any:
+        """`(batch, ..., C, ...)` as `(batch, T, C)`, float32."""
+        tensor = tf.cast(tensor, "float32")
+        rank = len(tensor.shape)
+        axis = self._entry.layer.axis % rank
+        moved = tf.transpose(tensor, [*(k for k in range(rank) if k != axis), axis])
+        return tf.reshape(moved, [tf.shape(tensor)[0], -1, tensor.shape[axis]])
+
+    def _by_gate(self, per_channel: Any) -> Any:
+        gates, count = self._entry.gates, self._num_gates
+        return tf.math.unsorted_segment_sum(per_channel, gates, count + 1)[:count]

@@ -129,18 +129,18 @@ class GateSource(keras.layers.Layer):
     def settle(self, keep: Any) -> None:
         """Enters `SETTLED`: closes every gate outside `keep` for good.
 
-        A gate that is kept although its own logit had closed it is set half open, so that the
-        settled network has exactly the neurons in `keep`.
+        A gate that is kept although its own logit had closed it is opened (a stochastic one half),
+        so that the settled network has exactly the neurons in `keep`.
 
         Args:
             keep: Array or tensor of shape `(n,)`, 1 to keep, 0 to close.
         """
         logits = ops.convert_to_tensor(self.logits)
         closed = self.distribution.deterministic(logits) <= 0
-        half_open = self.distribution.logit_of_value(0.5)
+        reopened_as = self.distribution.logit_of_value(self.distribution.reopened_value)
         keep = ops.cast(keep, self.keep.dtype)
         reopened = ops.logical_and(closed, keep > 0)
-        self.logits.assign(ops.where(reopened, half_open, logits))
+        self.logits.assign(ops.where(reopened, reopened_as, logits))
         self.keep.assign(keep)
         self.phase.assign(int(GatePhase.SETTLED))
 

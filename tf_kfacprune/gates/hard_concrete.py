@@ -41,6 +41,7 @@ class HardConcrete:
     zeta = 1.1
     stochastic = True
     initial_logit = 2.0
+    reopened_value = 0.5
     constraint = None
 
     @classmethod

@@ -38,6 +38,7 @@ class Proximal:
 
     stochastic = False
     initial_logit = 1.0
+    reopened_value = 1.0
     constraint = UnitInterval()
 
     @classmethod

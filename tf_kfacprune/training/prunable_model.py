@@ -29,7 +29,7 @@ from tf_kfacprune.training.curvature_penalty import CurvaturePenalty
 from tf_kfacprune.training.forward_state import ForwardState
 from tf_kfacprune.training.kfac_model import KFACModel
 from tf_kfacprune.training.phases_callback import PhasesCallback
-from tf_kfacprune.training.policies import PolicyState, PricedGates, ScheduledGates
+from tf_kfacprune.training.policies import check_kind_of_gates, policy_state
 from tf_kfacprune.training.pruning_plan import PruningPlan
 from tf_kfacprune.training.shrinking import ShrinkingCallback, Shrunk
 from tf_kfacprune.training.untracked import Untracked
@@ -141,15 +141,13 @@ class PrunableModel(KFACModel):
         gated = GatedNetwork(model, latency_table) if has_gates else None
         groups = None
         if budget is not None and gated is not None:
-            _check_kind(policy, gated)
+            check_kind_of_gates(policy, gated)
             groups = GateGroups(gated, round_to, min_channels)
             _check_reachable(budget, gated, groups)
         if curvature is not None and curvature.strength > 0:
             check_second_derivatives(model)
         kwargs.setdefault("name", f"prunable_{model.name}")
-        super().__init__(
-            model, max_skipped_steps=max_skipped_steps, seed=seed, **kwargs
-        )
+        super().__init__(model, max_skipped_steps=max_skipped_steps, seed=seed, **kwargs)
         self.budget = budget
         self.latency_table = latency_table
         self.curvature = curvature
@@ -164,11 +162,9 @@ class PrunableModel(KFACModel):
         self._shrunk_state = Untracked(None)
         self.controller = None
         if budget is not None and gated is not None and groups is not None:
-            plan = PruningPlan(
-                gated, budget.relative_to(gated.cost), self.phases, groups
-            )
+            plan = PruningPlan(gated, budget.relative_to(gated.cost), self.phases, groups)
             self.controller = BudgetController(
-                plan, _state_of(policy, plan, seed), name="budget"
+                plan, policy_state(policy, plan, seed), name="budget"
             )
         self.curvature_penalty = None
         if curvature is not None:
@@ -263,9 +259,7 @@ class PrunableModel(KFACModel):
         # The compiled optimizer stays the one whose learning rate callbacks and phases set.
         cond(self.controller.decays_now(), self._decay_learning_rate, lambda: None)
         trainer = self.shrunk.trainer
-        trainer.optimizer.learning_rate = tf.convert_to_tensor(
-            self.optimizer.learning_rate
-        )
+        trainer.optimizer.learning_rate = tf.convert_to_tensor(self.optimizer.learning_rate)
         results = trainer.train_step(data)
         self.optimizer.iterations.assign_add(1)
         self._end_step()
@@ -306,11 +300,7 @@ class PrunableModel(KFACModel):
         return [_add(g, p * scale) for g, p in zip(gradients, penalty, strict=True)]
 
     def _apply(
-        self,
-        gradients: Sequence[Any],
-        variables: Sequence[keras.Variable],
-        x: Any,
-        y: Any,
+        self, gradients: Sequence[Any], variables: Sequence[keras.Variable], x: Any, y: Any
     ) -> None:
         controller = self.controller
         if controller is None:
@@ -378,20 +368,11 @@ class PrunableModel(KFACModel):
         }
 
     @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: Any = None
-    ) -> PrunableModel:
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> PrunableModel:
         deserialize = keras.saving.deserialize_keras_object
         objects = {
             key: deserialize(config.get(key), custom_objects=custom_objects)
-            for key in (
-                "model",
-                "budget",
-                "curvature",
-                "policy",
-                "phases",
-                "latency_table",
-            )
+            for key in ("model", "budget", "curvature", "policy", "phases", "latency_table")
         }
         return cls(**{**config, **objects})
 
@@ -406,36 +387,13 @@ def _require_type(name: str, value: Any, kind: type, optional: bool = False) -> 
     require("PrunableModel", ok, name, expected, value)
 
 
-def _state_of(
-    policy: str | ScheduledClosing, plan: PruningPlan, seed: int | None
-) -> PolicyState:
-    if isinstance(policy, ScheduledClosing):
-        return ScheduledGates(plan, policy, seed, name="policy")
-    return PricedGates(plan, name="policy")
-
-
-def _check_kind(policy: str | ScheduledClosing, gated: GatedNetwork) -> None:
-    wanted = gate_kind(policy)
-    wrong = [source for source in gated.sources if source.kind != wanted]
-    if wrong:
-        raise InvalidArgumentError(
-            f"Policy {policy!r} needs gates of kind {wanted!r}. Received: gate layer "
-            f"{wrong[0].name!r} of kind {wrong[0].kind!r}. Build the gates of the model with "
-            f"kind={wanted!r}, or pass a policy that fits them: policy='hard_concrete' for "
-            "'hard_concrete', any other for 'deterministic'."
-        )
-
-
 def _check_reachable(budget: Budget, gated: GatedNetwork, groups: GateGroups) -> None:
     fractions = budget.relative_to(gated.cost).targets
     for measure, target in budget.targets.items():
         least = float(gated.cost.least(measure, groups.least))
         if fractions[measure] < least:
             least *= budget.unit(measure, gated.cost)
-            frozen = (
-                "; ".join(f"{f.layer}: {f.reason}" for f in gated.channels.frozen)
-                or "none"
-            )
+            frozen = "; ".join(f"{f.layer}: {f.reason}" for f in gated.channels.frozen) or "none"
             raise BudgetError(
                 f"Budget {measure}={target} cannot be reached on model {gated.net.name!r}: the "
                 f"least that pruning can reach is {measure}={least:.4g}, with {groups.floor}. "

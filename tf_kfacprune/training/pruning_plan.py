@@ -70,12 +70,13 @@ class PruningPlan:
         """Cost of the deterministic network relative to the dense one, a scalar tensor."""
         return self.gated.cost.fraction(measure, self.actual_openness())
 
-    def keep_within(self, targets: Mapping[str, Any], scores: Any) -> Any:
+    def keep_within(self, targets: Mapping[str, Any], scores: Any, *, fill: bool = True) -> Any:
         """Which gates stay open on a budget: 1 or 0, shape `(num_gates,)`.
 
         Args:
             targets: Largest fraction by measure.
             scores: How much each gate deserves to stay open, shape `(num_gates,)`.
+            fill: Whether to use up what is left behind the first gate that does not fit.
         """
         gated = self.gated
 
@@ -89,4 +90,5 @@ class PruningPlan:
             self.groups.counts,
             fraction,
             targets,
+            fill=fill,
         )

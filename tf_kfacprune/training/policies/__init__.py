@@ -1,7 +1,6 @@
 """Closing policies: what happens to the gates in a step of the prune phase."""
 
 from tf_kfacprune.training.policies.base import PolicyState
-from tf_kfacprune.training.policies.priced import PricedGates
-from tf_kfacprune.training.policies.scheduled import ScheduledGates
+from tf_kfacprune.training.policies.choice import check_kind_of_gates, policy_state
 
-__all__ = ["PolicyState", "PricedGates", "ScheduledGates"]
+__all__ = ["PolicyState", "check_kind_of_gates", "policy_state"]

@@ -19,7 +19,8 @@ same from both sides, so its running average stays right when a gate is switched
 
 References:
     LeCun, Denker, Solla 1989, "Optimal Brain Damage", equation 5. Molchanov et al. 2019,
-    "Importance Estimation for Neural Network Pruning", equation 8 (`taylor`).
+    "Importance Estimation for Neural Network Pruning", equation 8 (`taylor`). Fang et al. 2023,
+    "DepGraph: Towards Any Structural Pruning" (`magnitude` of coupled weights).
 """
 
 from __future__ import annotations
@@ -80,11 +81,17 @@ class RunningMean(keras.layers.Layer):
 class Criterion(keras.layers.Layer):
     """Base of the criteria; the layer keeps what has to be remembered from step to step.
 
+    Attributes:
+        per_cost: Whether saliencies are compared per cost saved: what a neuron is worth against
+            what its place would buy elsewhere.
+
     Args:
         plan: What is to be pruned and how far.
         seed: Seed of criteria that are random, or None.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
+
+    per_cost = True
 
     def __init__(self, plan: PruningPlan, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(dtype="float32", **kwargs)
@@ -152,29 +159,28 @@ class TaylorCriterion(Criterion):
 
 
 class MagnitudeCriterion(Criterion):
-    """Norm of the weights that multiply the neuron, in all layers that read it."""
+    """Norm of all kernel weights that would go with the neuron (Fang et al. 2023, section 3.3)."""
 
     def saliency(self) -> Any:
         gated = self._plan.gated
-        channels = gated.channels
-        squares: Any = tf.zeros(channels.num_neurons + 1)
-        for layer in dict.fromkeys(edge.layer for edge in channels.edges):
-            rule, roles = rule_for(layer), channels.roles(layer)
+        count = gated.channels.num_neurons
+        squares: Any = tf.zeros(count + 1)
+        for layer in dict.fromkeys(call.operation for call in gated.graph.calls):
+            rule, roles = rule_for(layer), gated.channels.roles(layer)
             for name, axes in rule.weight_roles(layer).items():
-                for role in rule.folded_roles(name):
-                    if role not in roles:
-                        continue
-                    weight = tf.square(tf.convert_to_tensor(weight_of(layer, name)))
-                    rest = [k for k, axis_role in enumerate(axes) if axis_role != role]
-                    per_channel = tf.reduce_sum(tf.cast(weight, "float32"), axis=rest)
-                    squares += tf.math.unsorted_segment_sum(
-                        per_channel, roles[role], channels.num_neurons + 1
-                    )
+                weight = tf.cast(tf.convert_to_tensor(weight_of(layer, name)), "float32")
+                for axis, role in enumerate(axes):
+                    if len(axes) > 1 and role in roles:
+                        rest = [k for k in range(len(axes)) if k != axis]
+                        per_channel = tf.reduce_sum(tf.square(weight), axis=rest)
+                        squares += tf.math.unsorted_segment_sum(per_channel, roles[role], count + 1)
         return self._plan.to_gates(tf.sqrt(squares[:-1]))
 
 
 class RandomCriterion(Criterion):
     """A random order of the neurons that never changes."""
+
+    per_cost = False
 
     def __init__(self, plan: PruningPlan, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(plan, seed, **kwargs)

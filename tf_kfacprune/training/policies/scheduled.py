@@ -51,18 +51,16 @@ class ScheduledGates(PolicyState):
     def _switch(self, progress: Any) -> None:
         plan = self._plan
         wanted = {m: target_fraction(t, progress) for m, t in plan.budget.targets.items()}
-        keep = plan.keep_within(wanted, self.scores())
+        keep = plan.keep_within(wanted, self.scores(), fill=False)
         for logits, part in zip(plan.logits, plan.split(keep), strict=True):
             logits.assign(part)
 
     def scores(self) -> Any:
         """Saliency per cost that closing the neuron saves, given which others are open now."""
         saliency = self.criterion.saliency()
-        if not self.per_cost:
+        if not self.criterion.per_cost:
             return saliency
         return saliency / tf.maximum(self._savings(), _LEAST_SAVING)
-
-    per_cost = True
 
     def _savings(self) -> Any:
         """What closing each gate saves of the costs in the budget, relative to the budget."""

@@ -1,0 +1,45 @@
+"""From the policy that was asked for to the state that carries it out."""
+
+from __future__ import annotations
+
+from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.gates import GatedNetwork
+from tf_kfacprune.pruning import ScheduledClosing, gate_kind
+from tf_kfacprune.training.policies.base import PolicyState
+from tf_kfacprune.training.policies.priced import PricedGates
+from tf_kfacprune.training.policies.scheduled import ScheduledGates
+from tf_kfacprune.training.pruning_plan import PruningPlan
+
+__all__ = ["check_kind_of_gates", "policy_state"]
+
+
+def policy_state(
+    policy: str | ScheduledClosing, plan: PruningPlan, seed: int | None
+) -> PolicyState:
+    """The state of a policy.
+
+    Args:
+        policy: A policy as `named_policy` returns it.
+        plan: What is to be pruned and how far.
+        seed: Seed of what is random in the policy, or None.
+    """
+    if isinstance(policy, ScheduledClosing):
+        return ScheduledGates(plan, policy, seed, name="policy")
+    return PricedGates(plan, name="policy")
+
+
+def check_kind_of_gates(policy: str | ScheduledClosing, gated: GatedNetwork) -> None:
+    """Checks that the gates of a network, which may be built by hand, are of a policy's kind.
+
+    Raises:
+        InvalidArgumentError: If they are not.
+    """
+    wanted = gate_kind(policy)
+    for source in gated.sources:
+        if source.kind != wanted:
+            raise InvalidArgumentError(
+                f"Policy {policy!r} of PrunableModel needs gates of kind {wanted!r}. Received: "
+                f"gate layer {source.name!r} of kind {source.kind!r}. Build the gates of the model "
+                f"with kind {wanted!r}, or pass a policy that fits them: 'hard_concrete' for that "
+                "kind, 'proximal' or a ScheduledClosing for 'deterministic'."
+            )
