@@ -11,6 +11,7 @@ from keras import ops
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates.gate_source import GateSource
 from tf_kfacprune.gates.insertion import describe_frozen
+from tf_kfacprune.gates.neuron_gate import GateEdge
 from tf_kfacprune.graph import ChannelGraph, CostModel, Graph, LatencyTable, analyze, trace
 from tf_kfacprune.graph.labels import NO_SLOT
 
@@ -59,7 +60,12 @@ class GatedNetwork:
                 f"No gate of model {net.name!r} can remove anything. "
                 f"{describe_frozen(self.channels)}"
             )
-        self.cost = CostModel(self.channels, self.sources, latency_table)
+        gates = [
+            call.operation
+            for call in self.graph.calls
+            if isinstance(call.operation, GateSource | GateEdge)
+        ]
+        self.cost = CostModel(self.channels, gates, latency_table)
         self.neuron_gates = self._gates_by_neuron()
 
     def openness(self, gate_vector: Any) -> Any:

@@ -89,7 +89,7 @@ class FileBytes:
         if isinstance(rule, IndexRule):  # the batch size is free: the new shape is computed
             return _records(operators=4, tensors=7, names=7, path=call.path)
         tensors = 1 if isinstance(rule, SpatialRule) and _has_window(operation) else 2
-        return _records(operators=1, tensors=tensors, names=2, path=call.path)
+        return _records(operators=1, tensors=tensors, names=tensors, path=call.path)
 
     def is_folded(self, call: Call) -> bool:
         """Whether a BatchNormalization disappears into the layer before it."""

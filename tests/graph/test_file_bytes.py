@@ -1,0 +1,67 @@
+"""Predicted sizes of `.tflite` files against the files that the converter writes."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from tf_kfacprune import PrunableModel, compact
+from tf_kfacprune.graph import CostModel, analyze
+from tf_kfacprune.pruning import Budget
+from tf_kfacprune.reporting.figures import tflite_size
+
+
+def convolutional():
+    inputs = keras.Input((12, 12, 3), name="image")
+    x = layers.Conv2D(24, 3, use_bias=False, name="conv1")(inputs)
+    x = layers.ReLU(name="relu1")(layers.BatchNormalization(name="bn1")(x))
+    x = layers.MaxPooling2D(name="pool")(x)
+    x = layers.Conv2D(32, 3, padding="same", activation="relu", name="conv2")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(10, name="logits")(x), name="convolutional")
+
+
+def dense():
+    inputs = keras.Input((200,), name="features")
+    x = layers.Dense(120, activation="relu", name="fc1")(inputs)
+    x = layers.Dense(60, activation="relu", name="fc2")(x)
+    return keras.Model(inputs, layers.Dense(10, name="logits")(x), name="dense")
+
+
+def different_weights(model):
+    """The converter stores equal weights once: after training none are equal."""
+    rng = np.random.default_rng(0)
+    for weight in model.weights:
+        weight.assign(rng.uniform(0.1, 1.0, weight.shape))
+
+
+@pytest.mark.parametrize(
+    ("build", "prune_inputs", "target"),
+    [(convolutional, False, 1.0), (convolutional, False, 0.3), (dense, True, 0.2)],
+    ids=["convolutional", "pruned", "inputs"],
+)
+def test_the_file_is_as_large_as_predicted(build, prune_inputs, target):
+    pm = PrunableModel(build(), Budget(bytes=target), prune_inputs=prune_inputs)
+    if target < 1.0:
+        rng = np.random.default_rng(0)
+        for logits in pm.controller.logits:
+            logits.assign(rng.normal(size=logits.shape))
+        pm.controller.land()
+    small = compact(pm)
+    different_weights(small)
+    predicted = pm.gated.cost.exact("bytes", pm.gated.kept_neurons())
+    assert tflite_size(small).raw == pytest.approx(predicted, rel=0.02)
+
+
+def test_a_normalization_that_cannot_be_folded_stores_scale_and_shift():
+    inputs = keras.Input((5,))
+    x = layers.Dense(8, name="fc")(inputs)
+    folded = keras.Model(inputs, layers.Dense(2, name="out")(layers.BatchNormalization()(x)))
+    plain = keras.Model(inputs, layers.Dense(2, name="out")(x))
+    relu = layers.Dense(8, activation="relu", name="fc")(inputs)
+    kept = keras.Model(inputs, layers.Dense(2, name="out")(layers.BatchNormalization()(relu)))
+    sizes = [CostModel(analyze(model)).dense("bytes") for model in (plain, folded, kept)]
+    assert sizes[0] == sizes[1]
+    assert sizes[2] > sizes[1] + 2 * 4 * 8
