@@ -5,7 +5,8 @@
 
 A table stands between two comments, `<!-- table: name -->` and `<!-- end -->`. The tables of layers
 and operations are made from the registry of channel rules, that of `keras.applications` from the
-records of `examples/benchmarks/applications.py`, those on flatness from `flatness.py` there.
+records of `examples/benchmarks/applications.py`, those on flatness and on budgets from
+`flatness.py` and `budgets.py` there.
 """
 
 import inspect
@@ -21,6 +22,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "examples" / "benchmarks" / "results"
 RECORDS = RESULTS / "applications.jsonl"
 FLATNESS = RESULTS / "flatness.jsonl"
+BUDGETS = RESULTS / "budgets.jsonl"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -247,6 +249,23 @@ def deploy_applications_table():
     return table(header, rows)
 
 
+def budgets_table():
+    """One row per run that the benchmark has recorded."""
+    if not BUDGETS.exists():
+        return "No run has been recorded yet.\n"
+    rows = []
+    for record in map(json.loads, BUDGETS.read_text().splitlines()):
+        row = [f"`{record['network']}`", record["measure"], record["seed"], record["asked"]]
+        if record["achieved"] is None:
+            rows.append([*row, "out of reach", "–", "–", "–", "–"])
+            continue
+        used = f"{100 * record['ratio']:.2f} %"
+        switched = [f"{record[name]} of {record['gates']}" for name in ("closed", "reopened")]
+        rows.append([*row, f"{record['achieved']:.5f}", used, f"{record['before']:.5f}", *switched])
+    header = ["network", "measure", "seed", "asked", "achieved", "used", "before"]
+    return table([*header, "closed", "reopened"], rows)
+
+
 TABLES = {
     "layers": lambda: rules_table(layers=True),
     "operations": lambda: rules_table(layers=False),
@@ -260,6 +279,7 @@ TABLES = {
     "flatness_pruned": lambda: flatness_table("prune"),
     "corruptions_pruned": lambda: corruptions_table("prune"),
     "tracking": tracking_table,
+    "budgets": budgets_table,
 }
 
 
