@@ -26,7 +26,7 @@ from tf_kfacprune.data import validation_split
 from tf_kfacprune.export import Metadata, keras_file, latency_table, saved_model, tflite
 from tf_kfacprune.export.atomic import atomic_directory
 from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.pruning import Budget
+from tf_kfacprune.pruning import POLICIES, Budget
 from tf_kfacprune.reporting import record, report, write_json_atomic
 from tf_kfacprune.training import PrunableModel
 
@@ -62,6 +62,9 @@ def _define(values: flags.FlagValues) -> None:
             "budget nothing is pruned.",
             flag_values=values,
         )
+    flags.DEFINE_enum(
+        "policy", POLICIES[0], POLICIES, "How gates find out whether to close.", flag_values=values
+    )
     flags.DEFINE_bool("prune_inputs", False, "Prune input features too.", flag_values=values)
     add_selection_flags(values)
     flags.DEFINE_integer(
@@ -143,6 +146,7 @@ def _train_into(folder: Path, values: flags.FlagValues) -> Any:
         budget=budget,
         latency_table=latency_table(network) if "latency" in asked else None,
         curvature=SpectralRadius(values.curvature) if values.curvature else None,
+        policy=values.policy,
         prune_inputs=values.prune_inputs,
         include=values.include or None,
         exclude=values.exclude,

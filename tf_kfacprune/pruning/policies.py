@@ -10,11 +10,12 @@ import keras
 
 from tf_kfacprune.validation import require
 
-__all__ = ["CRITERIA", "PRICED_POLICIES", "ScheduledClosing", "gate_kind", "named_policy"]
+__all__ = ["POLICIES", "ScheduledClosing", "gate_kind", "named_policy"]
 
 # Policies that train gates on loss and cost, and the kind of gate they need.
 PRICED_POLICIES = {"hard_concrete": "hard_concrete", "proximal": "deterministic"}
 CRITERIA = ("kfac", "taylor", "magnitude", "random")
+POLICIES = (*PRICED_POLICIES, *CRITERIA)
 _SWITCHES = "deterministic"
 
 
@@ -81,9 +82,8 @@ def named_policy(policy: Any) -> str | ScheduledClosing:
     """
     if isinstance(policy, ScheduledClosing):
         return policy
-    names = (*PRICED_POLICIES, *CRITERIA)
-    ok = isinstance(policy, str) and policy in names
-    require("PrunableModel", ok, "policy", f"one of {names} or a ScheduledClosing", policy)
+    ok = isinstance(policy, str) and policy in POLICIES
+    require("PrunableModel", ok, "policy", f"one of {POLICIES} or a ScheduledClosing", policy)
     return policy if policy in PRICED_POLICIES else ScheduledClosing(policy)
 
 
