@@ -32,6 +32,7 @@ from tf_kfacprune.export.serving import Signature, check_exportable
 from tf_kfacprune.graph import (
     Call,
     ChannelGraph,
+    ContractionRule,
     CostModel,
     LatencyTable,
     Value,
@@ -180,10 +181,10 @@ def _probe(call: Call, share_in: float, share_out: float) -> keras.Model:
     layer, rule = call.operation, rule_for(call.operation)
     config = layer.get_config()
     shapes = {value: list(value.shape[1:]) for value in call.inputs}
-    if _is_resizable(layer):
+    if _is_resizable(layer) and isinstance(rule, ContractionRule):
         (value,) = call.inputs
         axis = rule.channel_axis(call) - 1
-        shapes[value][axis] = max(1, round(share_in * shapes[value][axis]))
+        shapes[value][axis] = max(1, round(share_in * (shapes[value][axis] or 1)))
         out = max(1, round(share_out * rule.out_size(layer)))
         rule.edit_config(layer, config, lambda role: out if role == "out" else None, ())
     inputs = {v: keras.Input(shape, dtype=v.dtype) for v, shape in shapes.items()}
@@ -200,7 +201,8 @@ def _columns(probe: keras.Model) -> tuple[float, float, float, float]:
     """What the times of a one-layer model depend on."""
     (call, *_) = [c for c in analyze(probe).graph.calls if c.operation.weights]
     macs = CostModel(analyze(probe)).dense("macs")
-    return 1.0, float(macs), float(call.inputs[0].shape[-1]), float(call.outputs[0].shape[-1])
+    read, created = (value.shape[-1] or 1 for value in (call.inputs[0], call.outputs[0]))
+    return 1.0, float(macs), float(read), float(created)
 
 
 def nonnegative_fit(columns: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -69,7 +69,7 @@ class LatencyTable:
     """
 
     processor: str
-    layers: Mapping[str, tuple[float, float, float, float]]
+    layers: Mapping[str, tuple[float, ...]]
     per_value: float = 0.0
     overhead: float = 0.0
 
@@ -82,7 +82,7 @@ class LatencyTable:
                 "kp.export.latency_table(model, refresh=True)."
             )
 
-    def times(self, call: Call) -> tuple[float, float, float, float]:
+    def times(self, call: Call) -> tuple[float, ...]:
         """Times of the layer that is called."""
         signature = layer_signature(call)
         if signature not in self.layers:

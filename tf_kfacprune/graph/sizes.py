@@ -47,7 +47,7 @@ class Sizes:
         """Numbers of the presence factors of groups that may close completely."""
         return [-1 - self._deciding.index(group) for group in groups]
 
-    def term(self, product: Sequence[Extent], factors: Sequence[int] = ()) -> Term:
+    def term(self, product: Sequence[Extent | float], factors: Sequence[int] = ()) -> Term:
         """A product of extents and of sizes that have a number already."""
         coefficient, sizes = 1.0, [*factors]
         for extent in product:
