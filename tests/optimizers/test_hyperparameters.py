@@ -31,6 +31,12 @@ def test_damping_stays_within_its_range():
     assert _adapted(1.0, -1.0, maximum=1.1) == pytest.approx(1.1)
 
 
+def test_damping_may_begin_in_proportion_to_the_curvature():
+    rule = LevenbergMarquardt(None, minimum=1e-3)
+    assert float(rule.beginning(tf.constant(0.2))) == pytest.approx(6.0)
+    assert float(rule.beginning(tf.constant(1e-6))) == pytest.approx(1e-3)
+
+
 def test_config_round_trips():
     rule = LevenbergMarquardt(0.5, decay=0.9, every=3, minimum=1e-4, maximum=2.0)
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(rule))
@@ -40,7 +46,14 @@ def test_config_round_trips():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"initial": 0.0}, {"decay": 1.0}, {"every": 0}, {"minimum": 1.0}, {"maximum": 1e-3}],
+    [
+        {"initial": 0.0},
+        {"decay": 1.0},
+        {"every": 0},
+        {"minimum": 1.0, "initial": 0.1},
+        {"minimum": 1.0, "maximum": 0.5},
+        {"maximum": 1e-3, "initial": 0.1},
+    ],
     ids=lambda a: next(iter(a)),
 )
 def test_bad_arguments_are_named(arguments):

@@ -81,6 +81,14 @@ def test_eigenbases_precondition_with_the_blocks_and_exact_damping(inverse):
     np.testing.assert_allclose(to_numpy(got), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("inverse", ["cholesky", "eigen"])
+def test_the_mean_eigenvalue_is_that_of_the_whole_factors(inverse):
+    state = _state(inverse)
+    a, g = _filled(state)
+    expected = np.trace(a) / N_A * np.trace(g) / N_OUT
+    assert float(state.mean_eigenvalue(1.0)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_rows_are_rotated_block_by_block():
     state = _state("ekfac")
     _filled(state)

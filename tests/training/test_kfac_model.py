@@ -50,6 +50,7 @@ AUTO = {**FIXED, "learning_rate": "auto"}
         {**FIXED, "weight_sharing": "reduce"},
         {**FIXED, "max_factor_dim": 6},
         {**FIXED, "max_factor_dim": 6, "inverse": "ekfac"},
+        {**FIXED, "max_factor_dim": 6, "large_factors": "split", "inverse": "ekfac"},
         {**FIXED, "norm_constraint": 0.05},
         {**FIXED, "damping": kp.LevenbergMarquardt(0.1, every=2)},
         AUTO,
@@ -133,6 +134,16 @@ def test_convolutions_and_normalizations_of_every_kind_learn(learning_rate):
     model, history = _fit(network, kp.KFAC(**settings), x=x, y=x, loss="mse", epochs=4)
     assert not model.without_block
     assert len(model.blocks) == 9
+    assert history["loss"][-1] < history["loss"][0]
+
+
+def test_factors_on_a_part_of_the_locations_do():
+    keras.utils.set_random_seed(0)
+    x = np.random.default_rng(1).normal(size=(32, 8, 8, 2)).astype("float32")
+    inputs = keras.Input((8, 8, 2))
+    network = keras.Model(inputs, L.Dense(2)(L.Conv2D(4, 3, padding="same")(inputs)))
+    optimizer = kp.KFAC(**FIXED, location_fraction=0.25)
+    _, history = _fit(network, optimizer, x=x, y=x, loss="mse", epochs=3)
     assert history["loss"][-1] < history["loss"][0]
 
 
@@ -224,6 +235,23 @@ def test_a_loss_scale_changes_nothing_but_rounding():
     scaled, _ = _fit(_network(), kp.KFAC(**FIXED, loss_scale_factor=1024.0))
     for ours, theirs in zip(_weights(plain), _weights(scaled), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+SCALE_FREE = {**AUTO, "damping": kp.LevenbergMarquardt(every=2)}
+
+
+def test_a_weight_on_the_loss_changes_no_adaptive_step():
+    plain, _ = _fit(_network(), kp.KFAC(**SCALE_FREE))
+    scaled, _ = _fit(_network(), kp.KFAC(**SCALE_FREE), loss_weights=[100.0])
+    damping = [float(model.optimizer.current_damping) for model in (plain, scaled)]
+    assert damping[1] == pytest.approx(100 * damping[0], rel=0.01)
+    for ours, theirs in zip(_weights(plain), _weights(scaled), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+def test_larger_inputs_do_not_break_adaptive_steps():
+    _, history = _fit(_network(), kp.KFAC(**SCALE_FREE), x=10 * X, epochs=4)
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])

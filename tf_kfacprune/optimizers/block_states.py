@@ -97,6 +97,15 @@ class BlockState:
         a, g = self.block.factors(records, probes, **how)
         return [*self.a.statistics(a), *self.g.statistics(g)]
 
+    def mean_eigenvalue(self, debias: Any) -> Any:
+        """Mean eigenvalue of `A (x) G`, a scalar.
+
+        Args:
+            debias: Factor that makes the averages unbiased.
+        """
+        a = self.a.mean_eigenvalue(self.a.debiased(debias))
+        return tf.reduce_mean(a * self.g.mean_eigenvalue(self.g.debiased(debias)))
+
     @property
     def inverting(self) -> list[keras.Variable]:
         """The variables that invert the block."""

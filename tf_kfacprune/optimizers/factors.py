@@ -78,16 +78,6 @@ class Factor:
         """The averages times the number that makes them unbiased."""
         return [tf.convert_to_tensor(average) * debias for average in self.averages]
 
-
-class InvertedFactor(Factor):
-    """A factor and `(M + damping I)^-1`; arguments as for `Factor`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        initializer = "ones" if self.is_diagonal else _identities
-        self._inverse = self._variable("inverse", self._shape, initializer)
-        self.inverting = [self._inverse]
-
     def mean_eigenvalue(self, averages: Sequence[Any]) -> Any:
         """`tr M / n`, shape `k`.
 
@@ -98,6 +88,16 @@ class InvertedFactor(Factor):
         if self.is_diagonal:
             return ops.mean(factor, axis=-1)
         return ops.trace(factor, axis1=-2, axis2=-1) / float(self.n)
+
+
+class InvertedFactor(Factor):
+    """A factor and `(M + damping I)^-1`; arguments as for `Factor`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        initializer = "ones" if self.is_diagonal else _identities
+        self._inverse = self._variable("inverse", self._shape, initializer)
+        self.inverting = [self._inverse]
 
     def inverted(self, averages: Sequence[Any], damping: Any) -> list[Any]:
         """The damped inverse, the value for `inverting`.

@@ -18,6 +18,8 @@ Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 _GOOD = 0.25  # share of the predicted decrease on new examples above which damping falls
 
+_RELATIVE = 30.0  # first damping in units of the mean eigenvalue of the curvature
+
 
 def check_hyperparameter(
     owner: str, name: str, value: Any, is_valid: Callable[[Any], bool], expected: str
@@ -52,7 +54,9 @@ class LevenbergMarquardt:
     examples even a good step keeps only part of what it promised, hence the lower thresholds.
 
     Args:
-        initial: Damping to begin with, > 0, in units of the curvature of the compiled loss.
+        initial: Damping to begin with, > 0, in units of the curvature of the compiled loss. None
+            means 30 times the mean eigenvalue of the first factors, whatever the scale of loss and
+            inputs.
         decay: Factor per step, in (0, 1).
         every: Steps between comparisons, an integer >= 1; each costs one forward pass.
         minimum: Smallest damping, > 0.
@@ -70,23 +74,32 @@ class LevenbergMarquardt:
 
     def __init__(
         self,
-        initial: float = 1e-2,
+        initial: float | None = None,
         decay: float = 0.95,
         every: int = 5,
         minimum: float = 1e-8,
         maximum: float = 1e3,
     ) -> None:
         check = functools.partial(require, "LevenbergMarquardt")
-        check(initial > 0, "initial", "> 0", initial)
+        check(initial is None or initial > 0, "initial", "> 0 or None", initial)
         check(0 < decay < 1, "decay", "in (0, 1)", decay)
         require_count("LevenbergMarquardt", "every", every)
-        check(0 < minimum <= initial, "minimum", "> 0 and <= initial", minimum)
-        check(maximum >= initial, "maximum", ">= initial", maximum)
+        least = maximum if initial is None else initial
+        check(0 < minimum <= least, "minimum", "> 0, <= initial and <= maximum", minimum)
+        check(initial is None or maximum >= initial, "maximum", ">= initial", maximum)
         self.initial = initial
         self.decay = decay
         self.every = every
         self.minimum = minimum
         self.maximum = maximum
+
+    def beginning(self, mean_eigenvalue: Any) -> Any:
+        """The damping to begin with where `initial` is None, scalar tensor.
+
+        Args:
+            mean_eigenvalue: Of the Kronecker-factored curvature, scalar tensor.
+        """
+        return ops.clip(_RELATIVE * mean_eigenvalue, self.minimum, self.maximum)
 
     def adapted(self, damping: Any, actual: Any, predicted: Any) -> Any:
         """The damping after one comparison.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from tf_kfacprune.optimizers.hyperparameters import (
 from tf_kfacprune.optimizers.steps import dot
 
 __all__ = ["MeasuredSteps", "QuadraticForm"]
+
+_UNTIL_KNOWN = 1e-2  # damping of steps before the first factors
 
 QuadraticForm = Callable[[Sequence[Sequence[Any]]], Any]
 """Directions (each a list of tensors like `block_variables`) -> matrix of products D^T F D."""
@@ -46,7 +49,7 @@ class MeasuredSteps(FactorAverages):
         super().build(variables)
         self._damping_value: keras.Variable | None = None
         if isinstance(self.damping, LevenbergMarquardt):
-            initializer = keras.initializers.Constant(self.damping.initial)
+            initializer = keras.initializers.Constant(self.damping.initial or _UNTIL_KNOWN)
             self._damping_value = self.add_variable(
                 (), initializer, dtype="float32", name="damping"
             )
@@ -78,6 +81,25 @@ class MeasuredSteps(FactorAverages):
             yield
         finally:
             self._quadratic_form.value = None
+
+    def _average_in(self, flat: Sequence[Any]) -> None:
+        is_first = tf.equal(tf.convert_to_tensor(self._average_weight), 0.0)
+        super()._average_in(flat)
+        if isinstance(self.damping, LevenbergMarquardt) and self.damping.initial is None:
+            tf.cond(is_first, self._start_damping, lambda: None)
+
+    def _start_damping(self) -> None:
+        """Damping in proportion to the curvature, which has the scale of loss and inputs."""
+        if not isinstance(self.damping, LevenbergMarquardt) or self._damping_value is None:
+            return
+        debias = 1.0 / tf.convert_to_tensor(self._average_weight)
+        states = self._layout.states
+        sizes = [
+            float(math.prod(s.block.group_shape) * s.block.n_a * s.block.n_out) for s in states
+        ]
+        pairs = zip(states, sizes, strict=True)
+        trace = tf.add_n([state.mean_eigenvalue(debias) * size for state, size in pairs])
+        self._damping_value.assign(self.damping.beginning(trace / sum(sizes)))
 
     def damping_due(self) -> Any:
         """Boolean scalar tensor: whether the last step is to be judged now, before the next."""

@@ -80,6 +80,11 @@ class SplitFactor:
         """The averages times the number that makes them unbiased."""
         return self._gathered(lambda part: part.debiased(debias))
 
+    def mean_eigenvalue(self, averages: Sequence[Any]) -> Any:
+        """`tr M / n`, shape `k`."""
+        pairs = zip(self.parts, averages, strict=True)
+        return tf.add_n([part.mean_eigenvalue([m]) * (part.n / self.n) for part, m in pairs])
+
     def _each(self, tensor: Any, axis: int, apply: Callable[[Any, Any], Any]) -> Any:
         """Cuts a tensor along an axis, hands every block its piece, puts the results together."""
         pieces = tf.split(tensor, self.sizes, axis=axis)
@@ -91,11 +96,6 @@ class SplitInvertedFactor(SplitFactor):
     """Blocks of an `InvertedFactor`; arguments as for `SplitFactor`."""
 
     part_class = InvertedFactor
-
-    def mean_eigenvalue(self, averages: Sequence[Any]) -> Any:
-        """`tr M / n`, shape `k`."""
-        pairs = zip(self.parts, averages, strict=True)
-        return tf.add_n([part.mean_eigenvalue([m]) * (part.n / self.n) for part, m in pairs])
 
     def inverted(self, averages: Sequence[Any], damping: Any) -> list[Any]:
         """The damped inverses, the values for `inverting`."""
