@@ -15,7 +15,6 @@ line each; what is there already is skipped.
 
 import gc
 import inspect
-import json
 import os
 import platform
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from absl import app, flags
+from records import Records
 
 import tf_kfacprune as kp
 from tf_kfacprune.compaction import random_inputs
@@ -82,24 +82,6 @@ TIMED = {
 }
 
 
-class Records:
-    """A file of JSON lines that knows which keys it has."""
-
-    def __init__(self, name):
-        folder = Path(OUTPUT.value or Path(__file__).parent / "results")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / name
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.done = [json.loads(line)["key"] for line in lines]
-
-    def add(self, key, values):
-        """Appends one line and shows it."""
-        line = json.dumps({"key": key, **values})
-        with self.path.open("a") as stream:
-            stream.write(line + "\n")
-        print(line, flush=True)
-
-
 def weights_of(model):
     """Number of weights without biases."""
     return sum(int(np.prod(w.shape)) for w in model.trainable_weights if "kernel" in w.path)
@@ -136,12 +118,12 @@ def closed_at_random(model, kept, seed=0):
 
 def networks():
     """Prunes on real data and checks the accuracy of every format."""
-    records = Records("deploy_networks.jsonl")
+    records = Records("deploy_networks.jsonl", OUTPUT.value)
     for name in NETWORKS.value or CASES:
         build, data_name, _, budget = CASES[name]
         epochs = EPOCHS.value or (10 if name == "lenet5" else 5)
         key = {"network": name, "epochs": epochs, "examples": EXAMPLES.value}
-        if key in records.done:
+        if key in records:
             continue
         data = kp.data.load(data_name, DATA_DIR.value)
         keras.utils.set_random_seed(0)
@@ -183,12 +165,12 @@ def networks():
 
 def latency():
     """Times compact against dense networks in every format."""
-    records = Records("deploy_latency.jsonl")
+    records = Records("deploy_latency.jsonl", OUTPUT.value)
     for name in NETWORKS.value or TIMED:
         network, kept = TIMED[name]
         build, _, shape, _ = CASES[network]
         key = {"network": name, "threads": THREADS.value, "blocks": BLOCKS.value}
-        if key in records.done:
+        if key in records:
             continue
         dense = build(shape, 10, seed=0)
         images = np.random.default_rng(0).random((64, *shape), "float32")
@@ -216,12 +198,12 @@ def processor():
 
 def applications():
     """Converts compact models of keras.applications."""
-    records = Records("deploy_applications.jsonl")
+    records = Records("deploy_applications.jsonl", OUTPUT.value)
     every = dict(inspect.getmembers(keras.applications, inspect.isfunction))
     for name in MODELS.value or every:
         for quantization in (None, "int8"):
             key = {"model": name, "size": SIZE.value, "quantization": quantization}
-            if key not in records.done:
+            if key not in records:
                 start = time.perf_counter()
                 values = converted(every[name], quantization)
                 records.add(key, values | {"seconds": round(time.perf_counter() - start, 1)})
