@@ -165,7 +165,7 @@ def measured(model, data, y_train):
         "corrupted": spoilt,
         "top": plain.top,
         "top_scaled": scaled.top,
-        "converged": plain.converged and scaled.converged,
+        "converged": bool(plain.converged and scaled.converged),
         "kfac_radius": estimate.radius,
         "weight_norm": plain.weight_norm,
         "parameters": plain.num_parameters,
@@ -192,9 +192,10 @@ def append(entry):
     """Writes one finished run."""
     path = results_path()
     path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(entry)
     with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
-    print(entry, flush=True)
+        file.write(line + "\n")
+    print(line, flush=True)
 
 
 def runs():
