@@ -266,6 +266,28 @@ def budgets_table():
     return table([*header, "closed", "reopened"], rows)
 
 
+def frontier_table():
+    """Error and size of every method, mean and deviation over the seeds."""
+    groups = {}
+    path = RESULTS / "frontier.jsonl"
+    for record in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+        key = record["key"]
+        if key["split"] == "test" and key["examples"] is None:
+            group = key["case"], key["method"], key["target"], key["epochs"]
+            groups.setdefault(group, []).append(record)
+    rows = [
+        [
+            *group,
+            len(runs),
+            mean_and_deviation([run["error"] for run in runs], 2),
+            *(mean_and_deviation([run[name] for run in runs], 0) for name in ("weights", "macs")),
+        ]
+        for group, runs in groups.items()
+    ]
+    header = ["case", "method", "size or strength", "epochs", "seeds", "error %", "weights", "MACs"]
+    return recorded_table(header, rows)
+
+
 TABLES = {
     "layers": lambda: rules_table(layers=True),
     "operations": lambda: rules_table(layers=False),
@@ -280,6 +302,7 @@ TABLES = {
     "corruptions_pruned": lambda: corruptions_table("prune"),
     "tracking": tracking_table,
     "budgets": budgets_table,
+    "frontier": frontier_table,
 }
 
 
