@@ -144,9 +144,18 @@ def test_a_coarse_block_is_exchanged_for_finer_ones_where_the_budget_is_far():
     # 30 + 30 leave 40 of 100 unused, for which the next block of 45 is too large.
     counts = [OpenCounts(2, least=0), OpenCounts(2, least=0)]
     scores = np.array([4.0, 3.0, 2.0, 1.0], "float32")
-    weights = np.array([30.0, 30.0, 45.0, 45.0], "float32")
-    keep = land(scores, counts, weights, 100 / 150)
+    weights = np.array([30.0, 30.0, 45.0, 60.0], "float32")
+    keep = land(scores, counts, weights, 100 / 165)
     assert keep.tolist() == [True, False, True, False]
+
+
+def test_finer_blocks_make_room_for_a_coarse_one_where_the_budget_is_far():
+    # 40 + 40 + 10 x 3 leave 11 of 121 unused; a third 40 fits without the small ones.
+    counts = [OpenCounts(3, least=0), OpenCounts(10, least=0)]
+    scores = np.arange(13, 0, -1).astype("float32")
+    weights = np.array([40.0] * 3 + [3.0] * 10, "float32")
+    keep = land(scores, counts, weights, 121 / 150)
+    assert keep.tolist() == [True] * 3 + [False] * 10
 
 
 def land(scores, counts, weights, target, **options):

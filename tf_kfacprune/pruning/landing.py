@@ -89,7 +89,7 @@ def land_on_budget(
     Blocks of gates (single ones, unless channel counts are rounded) open one after another, the
     highest mean rank of scores first, until one does not fit. From then on its group stays as it
     is, and the others go on, until nothing fits any more. A network that is still more than 5 %
-    below the budget exchanges one block for others if that brings it closer.
+    below the budget exchanges blocks of one group for those of others if that brings it closer.
 
     Opening gates only ever raises the cost, so that what does not fit once will not fit later, and
     bisection finds it: at most one bisection per group. Runs inside a `tf.function`.
@@ -167,16 +167,7 @@ class _Landing:
         def opened(place: Any) -> Any:
             return ops.logical_or(is_open, ops.logical_and(may_open, self.order >= place))
 
-        def halve(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
-            low, high = bounds
-            middle = (low + high) // 2
-            fits = load(opened(middle)) <= 1.0
-            return ops.where(fits, low, middle + 1), ops.where(fits, middle, high)
-
-        start = (ops.convert_to_tensor(0, "int32"), ops.convert_to_tensor(blocks.count, "int32"))
-        steps = math.ceil(math.log2(blocks.count + 1)) + 1
-        place, _ = ops.fori_loop(0, steps, halve, start)
-        place = ops.minimum(place, blocks.count)  # past the end if not even `is_open` fits
+        place = self._first_that_fits(opened, load)
         misfit = ops.take(self._block_at, ops.maximum(place - 1, 0))
         its_group = ops.equal(np.arange(blocks.groups), ops.take(blocks.group, misfit))
         return opened(place), ops.logical_or(stopped, its_group)
@@ -196,10 +187,11 @@ class _Landing:
         return ops.logical_and(ops.logical_not(is_open), goes_on)
 
     def exchanged(self, is_open: Any, load: Load) -> Any:
-        """Closes the last block of one group after the other to make room for better fillings.
+        """Makes room for better fillings, by one group after the other.
 
-        Does nothing for a network that is within `TOLERANCE` of its budget, and goes on only until
-        one is.
+        The group's last block closes and others open instead, or its next block opens and others
+        with the lowest scores close instead, whichever comes closer. Does nothing for a network
+        that is within `TOLERANCE` of its budget, and goes on only until one is.
         """
         number = np.arange(self.blocks.groups, dtype="int32")
 
@@ -209,12 +201,50 @@ class _Landing:
             return ops.logical_and(some_closed, load(is_open) < 1.0 - TOLERANCE)
 
         def exchange(group: Any, is_open: Any) -> tuple[Any, Any]:
-            own = ops.logical_and(is_open, ops.equal(self.blocks.group, group))
-            last = ops.min(ops.where(own, self.order, self.blocks.count))
-            fewer = ops.logical_and(is_open, ops.not_equal(self.order, last))
-            trial = self.filled(fewer, ops.equal(number, group), load)
-            return group + 1, ops.where(load(trial) > load(is_open), trial, is_open)
+            best = is_open
+            for change in (self._without_last, self._with_next):
+                trial = self.filled(change(group, is_open, load), ops.equal(number, group), load)
+                share = load(trial)
+                better = ops.logical_and(share <= 1.0, share > load(best))
+                best = ops.where(better, trial, best)
+            return group + 1, best
 
         start = (ops.convert_to_tensor(0, "int32"), is_open)
         _, is_open = ops.while_loop(too_low, exchange, start, maximum_iterations=self.blocks.groups)
         return is_open
+
+    def _without_last(self, group: Any, is_open: Any, load: Load) -> Any:
+        """Closes the last block of a group."""
+        del load
+        own = ops.logical_and(is_open, ops.equal(self.blocks.group, group))
+        last = ops.min(ops.where(own, self.order, self.blocks.count))
+        return ops.logical_and(is_open, ops.not_equal(self.order, last))
+
+    def _with_next(self, group: Any, is_open: Any, load: Load) -> Any:
+        """Opens the next block of a group and closes those of other groups until it fits."""
+        own = ops.equal(self.blocks.group, group)
+        closed = ops.logical_and(own, ops.logical_not(is_open))
+        following = ops.max(ops.where(closed, self.order, -1))
+        more = ops.logical_or(is_open, ops.equal(self.order, following))
+
+        def kept(place: Any) -> Any:
+            return ops.logical_and(more, ops.logical_or(own, self.order >= place))
+
+        return kept(self._first_that_fits(kept, load))
+
+    def _first_that_fits(self, is_open_from: Callable[[Any], Any], load: Load) -> Any:
+        """The first place at which a set of open blocks that shrinks with it fits, by bisection.
+
+        Past the last place if none does.
+        """
+
+        def halve(_: Any, bounds: tuple[Any, Any]) -> tuple[Any, Any]:
+            low, high = bounds
+            middle = (low + high) // 2
+            fits = load(is_open_from(middle)) <= 1.0
+            return ops.where(fits, low, middle + 1), ops.where(fits, middle, high)
+
+        count = self.blocks.count
+        start = (ops.convert_to_tensor(0, "int32"), ops.convert_to_tensor(count, "int32"))
+        place, _ = ops.fori_loop(0, math.ceil(math.log2(count + 1)) + 1, halve, start)
+        return ops.minimum(place, count)
