@@ -1,14 +1,15 @@
 # Two commands, nothing to set up first:
 #   make demo   train, prune and export on the digits data; prints the before/after table
 #   make test   format, lint, types, tests
-# Both create .venv with a suitable Python and install into it; PYTHON=... picks the interpreter.
+# And `make coverage` for the tests with the share of lines that they reach.
+# All create .venv with a suitable Python and install into it; PYTHON=... picks the interpreter.
 
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 PYTHON ?=
 
-.PHONY: demo test clean
+.PHONY: demo test coverage clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -18,6 +19,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy tf_kfacprune
+	$(BIN)/python -m pytest -n $(JOBS)
+
+# Apart from `test`, because counting lines takes time.
+coverage: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
 
 # The stamps keep the installation from being repeated until the requirements change.

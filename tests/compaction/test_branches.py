@@ -294,7 +294,7 @@ def test_half_precision_branches_stay_half():
     assert small.get_layer("add1_constant").compute_dtype == "float16"
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(share=st.floats(0.0, 1.0), seed=st.integers(0, 99), min_channels=st.sampled_from([None, 1]))
 def test_landing_may_remove_branches_unless_a_minimum_is_given(share, seed, min_channels):
     model = bottlenecks()

@@ -50,7 +50,9 @@ def draws(groups):
 
 @pytest.mark.parametrize("round_to", [None, 8])
 @pytest.mark.parametrize("measure", ["macs", "params"])
-@pytest.mark.parametrize("name", ["lenet300", "lenet5", "resnet20"])
+@pytest.mark.parametrize(
+    "name", ["lenet300", "lenet5", pytest.param("resnet20", marks=pytest.mark.slow)]
+)
 def test_every_budget_is_obeyed_and_used_up(name, measure, round_to):
     gated, groups = network(name, round_to)
     least = gated.cost.least(measure, groups.least)

@@ -329,7 +329,9 @@ def test_network_variables_leave_the_gates_to_their_own_optimizer():
     assert not any("logits" in path for path in paths)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)]
+)
 def test_mixed_precision_trains_prunes_and_compacts(policy):
     keras.config.set_dtype_policy(policy)
     try:
