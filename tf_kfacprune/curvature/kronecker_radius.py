@@ -115,9 +115,8 @@ def spectral_radius(
         found = []
         for block in blocks:
             uses = [k for k, record in enumerate(records) if record.layer is block.layer]
-            a = [block.factor_a(records[k], None) for k in uses]
-            g = [block.factor_g(records[k], probe[k]) for probe in probes for k in uses]
-            found.append((sum(a), sum(g) / len(uses)))
+            of_uses = [[probe[k] for k in uses] for probe in probes]
+            found.append(block.factors([records[k] for k in uses], of_uses))
         return found
 
     totals: list[list[Any]] = [[0.0, 0.0] for _ in blocks]
