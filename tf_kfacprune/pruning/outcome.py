@@ -74,7 +74,7 @@ def budget_outcomes(
         achieved = targets[measure] * loads[measure] * unit
         reason = None
         if achieved != asked:
-            reason = _reason(measure, budget, gated, loads, cheapest, settled)
+            reason = _reason(measure, budget, gated, targets, loads, cheapest, settled)
         outcomes[measure] = BudgetOutcome(asked, achieved, reason)
     return outcomes
 
@@ -83,6 +83,7 @@ def _reason(
     measure: str,
     budget: Budget,
     gated: GatedNetwork,
+    targets: dict[str, float],
     loads: dict[str, float],
     cheapest: _Reopening | None,
     settled: bool,
@@ -94,7 +95,6 @@ def _reason(
     over = max(cheapest.loads, key=lambda m: cheapest.loads[m])
     if cheapest.loads[over] <= 1.0:
         return f"the gates were not set by the budget: {cheapest.name} could reopen"
-    targets = budget.relative_to(gated.cost).targets
     value = cheapest.loads[over] * targets[over] * budget.unit(over, gated.cost)
     text = (
         f"the cheapest that could reopen, {cheapest.name}, would make {over}={value:.6g} of "
@@ -116,6 +116,7 @@ def _reopenings(
     is_open: np.ndarray, gated: GatedNetwork, groups: GateGroups, targets: dict[str, float]
 ) -> Iterator[_Reopening]:
     """For each group the next gates that may open together."""
+    names = [group.name for group in gated.channels.groups]
     for number, counts in enumerate(groups.counts):
         closed = np.flatnonzero((groups.of_gate == number) & ~is_open)
         if counts.size - len(closed) + counts.step > counts.most or not len(closed):
@@ -123,6 +124,5 @@ def _reopenings(
         trial = is_open.copy()
         trial[closed[: counts.step]] = True
         what = "1 neuron" if counts.step == 1 else f"{counts.step} neurons"
-        names = [group.name for group in gated.channels.groups]
         where = f" of {names[number]}" if number < len(names) else ""
         yield _Reopening(f"{what}{where}", _loads(trial, gated, targets))

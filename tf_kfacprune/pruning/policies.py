@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import keras
 
-from tf_kfacprune.validation import require
+from tf_kfacprune.validation import require, require_count
 
 __all__ = ["POLICIES", "ScheduledClosing", "gate_kind", "named_policy"]
 
@@ -51,10 +50,9 @@ class ScheduledClosing:
     every: int = 20
 
     def __post_init__(self) -> None:
-        check = functools.partial(require, "ScheduledClosing")
-        check(self.criterion in CRITERIA, "criterion", f"one of {CRITERIA}", self.criterion)
-        is_count = isinstance(self.every, int) and not isinstance(self.every, bool)
-        check(is_count and self.every >= 1, "every", "an integer >= 1", self.every)
+        known = self.criterion in CRITERIA
+        require("ScheduledClosing", known, "criterion", f"one of {CRITERIA}", self.criterion)
+        require_count("ScheduledClosing", "every", self.every)
 
     @property
     def labels(self) -> str:
