@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import keras
-import pytest
 
 from tf_kfacprune.graph import ChannelRule, rule_for
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "channels.md"
-
-
-@pytest.fixture(name="generate", scope="module")
-def generator():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_generated_tables_are_up_to_date(generate):
