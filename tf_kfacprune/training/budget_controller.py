@@ -123,6 +123,14 @@ class BudgetController(keras.layers.Layer):
         cosine = 0.5 * (1.0 + tf.cos(math.pi * tf.clip_by_value(progress, 0.0, 1.0)))
         return tf.convert_to_tensor(self.base_learning_rate) * cosine
 
+    def steps_since_landing(self) -> Any:
+        """Steps since the network landed, a scalar tensor; very many if it has not."""
+        since = tf.convert_to_tensor(self.step) - tf.convert_to_tensor(self.prune_end)
+        landed = tf.equal(self.phase(), int(GatePhase.SETTLED))
+        if self._plan.budget.is_open:  # on an open budget nothing ever lands
+            landed = tf.constant(False)
+        return tf.where(landed, since, since.dtype.max)
+
     def decays_now(self) -> Any:
         """Boolean scalar tensor: whether `learning_rate` applies at this step."""
         settled = tf.equal(self.phase(), int(GatePhase.SETTLED))

@@ -31,6 +31,7 @@ from tf_kfacprune.training.kfac_model import KFACModel
 from tf_kfacprune.training.phases_callback import PhasesCallback
 from tf_kfacprune.training.policies import check_kind_of_gates, policy_state
 from tf_kfacprune.training.pruning_plan import PruningPlan
+from tf_kfacprune.training.running_statistics import forgetting_momentum
 from tf_kfacprune.training.shrinking import ShrinkingCallback, Shrunk
 from tf_kfacprune.training.untracked import Untracked
 from tf_kfacprune.validation import require
@@ -254,16 +255,24 @@ class PrunableModel(KFACModel):
     # ---- one training step
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        if self.shrunk is None or self.controller is None:
+        if self.controller is None:
             return super().train_step(data)
+        net = self.net if self.shrunk is None else self.shrunk.trainer.net
+        with forgetting_momentum(net, self.controller.steps_since_landing()):
+            if self.shrunk is None:
+                return super().train_step(data)
+            return self._shrunk_step(data, self.shrunk.trainer, self.controller)
+
+    def _shrunk_step(
+        self, data: Any, trainer: PrunableModel, controller: BudgetController
+    ) -> dict[str, Any]:
         # The compiled optimizer stays the one whose learning rate callbacks and phases set.
-        cond(self.controller.decays_now(), self._decay_learning_rate, lambda: None)
-        trainer = self.shrunk.trainer
+        cond(controller.decays_now(), self._decay_learning_rate, lambda: None)
         trainer.optimizer.learning_rate = tf.convert_to_tensor(self.optimizer.learning_rate)
         results = trainer.train_step(data)
         self.optimizer.iterations.assign_add(1)
         self._end_step()
-        return {**results, **self.controller.figures()}
+        return {**results, **controller.figures()}
 
     def get_metrics_result(self) -> dict[str, Any]:
         # A resumed run may never take a step of its own that would build its metrics.
