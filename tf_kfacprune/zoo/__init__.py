@@ -7,6 +7,7 @@ from tf_kfacprune.zoo.networks import (
     digits_cnn,
     lenet5,
     lenet300,
+    mobilenetv2,
     resnet20,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "digits_cnn",
     "lenet5",
     "lenet300",
+    "mobilenetv2",
     "resnet20",
 ]

@@ -20,6 +20,7 @@ __all__ = [
     "digits_cnn",
     "lenet5",
     "lenet300",
+    "mobilenetv2",
     "resnet20",
 ]
 
@@ -155,10 +156,70 @@ def resnet20(
     return keras.Model(inputs, _logits(x, num_classes, seeds), name="resnet20")
 
 
+def mobilenetv2(
+    input_shape: Shape = (32, 32, 3), num_classes: int = 10, seed: int | None = None
+) -> keras.Model:
+    """MobileNetV2 for small images: seven inverted residual blocks, 16-24-32-64 channels.
+
+    Each block widens by 1 x 1 convolutions, filters every channel by itself, and narrows again.
+    Images are halved three times. (`keras.applications.MobileNetV2` halves them five times, and of
+    32 x 32 pixels leaves one.)
+
+    Args:
+        input_shape: ``(height, width, channels)`` of one image.
+        num_classes: Number of logits.
+        seed: Seed of the initial weights, or None for random ones.
+
+    Returns:
+        A built Functional model.
+
+    References:
+        Sandler, Howard, Zhu, Zhmoginov & Chen 2018, "MobileNetV2: Inverted Residuals and Linear
+        Bottlenecks", section 3.
+    """
+    seeds = _seeds(seed)
+
+    def convolve(x: Any, filters: int, size: int, strides: int, name: str) -> Any:
+        initializer = keras.initializers.HeNormal(seed=next(seeds))
+        options = {"padding": "same", "use_bias": False, "name": f"{name}_conv"}
+        if filters:
+            layer = layers.Conv2D(filters, size, strides, kernel_initializer=initializer, **options)
+        else:
+            layer = layers.DepthwiseConv2D(
+                size, strides, depthwise_initializer=initializer, **options
+            )
+        return layers.BatchNormalization(name=f"{name}_bn")(layer(x))
+
+    def activate(x: Any, name: str) -> Any:
+        return layers.ReLU(6.0, name=f"{name}_relu")(x)
+
+    def block(x: Any, filters: int, strides: int, expansion: int, name: str) -> Any:
+        y, channels = x, x.shape[-1]
+        if expansion > 1:
+            expanded = convolve(y, expansion * channels, 1, 1, f"{name}_expand")
+            y = activate(expanded, f"{name}_expand")
+        y = activate(convolve(y, 0, 3, strides, f"{name}_depthwise"), f"{name}_depthwise")
+        y = convolve(y, filters, 1, 1, f"{name}_project")
+        same = strides == 1 and filters == channels
+        return layers.Add(name=f"{name}_add")([x, y]) if same else y
+
+    inputs = keras.Input(tuple(input_shape), name="image")
+    x = activate(convolve(inputs, 16, 3, 2, "stem"), "stem")
+    x = block(x, 16, 1, 1, "stage1_block1")
+    for stage, filters in enumerate((24, 32, 64), start=2):
+        for number in (1, 2):
+            strides = 2 if stage > 2 and number == 1 else 1
+            x = block(x, filters, strides, 6, f"stage{stage}_block{number}")
+    x = activate(convolve(x, 256, 1, 1, "head"), "head")
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.Model(inputs, _logits(x, num_classes, seeds), name="mobilenetv2")
+
+
 _BUILDERS: dict[str, tuple[Callable[..., keras.Model], tuple[int, ...]]] = {
     "digits_cnn": (digits_cnn, (8, 8, 1)),
     "lenet300": (lenet300, (28, 28, 1)),
     "lenet5": (lenet5, (28, 28, 1)),
+    "mobilenetv2": (mobilenetv2, (32, 32, 3)),
     "resnet20": (resnet20, (32, 32, 3)),
 }
 NAMES = tuple(_BUILDERS)
