@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,10 @@ def generator():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(name="results")
+def results_folder(generate, monkeypatch, tmp_path):
+    """An empty folder in place of that of the records."""
+    monkeypatch.setattr(sys.modules["tables.markdown"], "RESULTS", tmp_path)
+    return tmp_path

@@ -20,22 +20,22 @@ def test_generated_tables_are_up_to_date(generate):
 
 
 def test_every_layer_in_the_table_has_a_rule_and_every_rule_says_what_it_does(generate):
-    names = re.findall(r"`(\w+)`", generate.rules_table(layers=True))
+    names = re.findall(r"`(\w+)`", generate.TABLES["layers"]())
     expected = {"Dense", "Conv2D", "Add", "LSTM", "GroupQueryAttention", "TimeDistributed"}
     assert expected <= set(names)
-    for layers in (True, False):
-        for row in generate.rules_table(layers).splitlines()[2:]:
+    for name in ("layers", "operations"):
+        for row in generate.TABLES[name]().splitlines()[2:]:
             assert len(row.split("|")[2].strip()) > 20, row
 
 
 def test_layers_that_are_not_in_the_table_have_no_rule(generate):
-    table = generate.rules_table(layers=True)
+    table = generate.TABLES["layers"]()
     unlisted = keras.layers.Lambda(lambda x: x)
     assert "`Lambda`" not in table
     assert type(rule_for(unlisted)) is ChannelRule
 
 
-def test_a_record_of_the_benchmark_makes_a_row(generate, monkeypatch, tmp_path):
+def test_a_record_of_the_benchmark_makes_a_row(generate, results):
     record = {
         "model": "Tiny",
         "params": 1_230_000,
@@ -47,10 +47,9 @@ def test_a_record_of_the_benchmark_makes_a_row(generate, monkeypatch, tmp_path):
         "seconds": {"analyze": 0.02, "inspect": 0.31, "compact_hard": 1.2, "compact_soft": 4.6},
         "tflite": {"bytes": 100},
     }
-    path = tmp_path / "applications.jsonl"
+    path = results / "applications.jsonl"
     path.write_text(json.dumps({**record, "num_branches": 9}) + "\n" + json.dumps(record) + "\n")
-    monkeypatch.setattr(generate, "RECORDS", path)
-    row = generate.applications_table().splitlines()[-1]
+    row = generate.TABLES["applications"]().splitlines()[-1]
     assert row == "| `Tiny` | 1.2M | 98.7 % | 4 | 3e-06 | 0.0 | 0.3 | 5 | yes |"
 
 

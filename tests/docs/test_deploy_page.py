@@ -6,18 +6,10 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 import tf_kfacprune as kp
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "deploy.md"
-
-
-@pytest.fixture(name="results")
-def results_folder(generate, monkeypatch, tmp_path):
-    monkeypatch.setattr(generate, "RESULTS", tmp_path)
-    return tmp_path
 
 
 def test_generated_tables_are_up_to_date(generate):
@@ -48,9 +40,9 @@ def test_latencies_make_rows_of_sizes_and_of_times(generate, results):
     ]
     record = {"key": {"network": "net"}, "rows": rows}
     (results / "deploy_latency.jsonl").write_text(json.dumps(record) + "\n")
-    last = generate.deploy_sizes_table().splitlines()[-1]
+    last = generate.TABLES["deploy_sizes"]().splitlines()[-1]
     assert last == "| net | float32 | 4,000 | 1,000 | 900 | 64 |"
-    last = generate.deploy_times_table().splitlines()[-1]
+    last = generate.TABLES["deploy_times"]().splitlines()[-1]
     assert last == "| net | 1 | 160 | 0.125 | 0.250 | - | - | - | - | 2.0 |"
 
 
@@ -59,7 +51,7 @@ def test_failures_are_shown_beside_what_works(generate, results):
     network = {"key": {"network": "net", "epochs": 3, "examples": None}, "formats": formats}
     network |= {"weights": 1234, "keras_accuracy": 0.5}
     (results / "deploy_networks.jsonl").write_text(json.dumps(network) + "\n")
-    last = generate.deploy_accuracy_table().splitlines()[-1]
+    last = generate.TABLES["deploy_accuracy"]().splitlines()[-1]
     assert last == (
         "| net | 3 x all | 1,234 | 50.00 % | +0.00 | failed | failed | -0.40 | failed |"
     )
@@ -68,5 +60,5 @@ def test_failures_are_shown_beside_what_works(generate, results):
     keys = [{"model": "Net", "quantization": name} for name in (None, "int8")]
     lines = [json.dumps({"key": k} | v) for k, v in zip(keys, (works, fails), strict=True)]
     (results / "deploy_applications.jsonl").write_text("\n".join(lines) + "\n")
-    last = generate.deploy_applications_table().splitlines()[-1]
+    last = generate.TABLES["deploy_applications"]().splitlines()[-1]
     assert last == "| `Net` | 2.0M | 1.0e-06 | 8.0 MB | no a\\|b |  |"

@@ -1,0 +1,43 @@
+"""What happens to channels, layer by layer and model by model."""
+
+import inspect
+
+from tables.markdown import newest, recorded_table, table
+from tf_kfacprune.graph.rules import registered_rules
+
+
+def rules_table(layers):
+    """What happens to the channels of every layer (or operation), by rule."""
+    by_rule = {}
+    for name, is_layer, rule in registered_rules():
+        if is_layer == layers:
+            by_rule.setdefault(type(rule), []).append(f"`{name}`")
+    rows = []
+    for rule, names in by_rule.items():
+        first = inspect.getdoc(rule).split("\n\n")[0].replace("\n", " ")
+        rows.append([", ".join(names), first.replace("|", "\\|")])
+    return table(["layers" if layers else "operations", "channels"], rows)
+
+
+def applications_table():
+    """One row per model that the benchmark has recorded, the newest record of each."""
+    rows = []
+    for name, record in sorted(newest("applications.jsonl", lambda r: r["model"]).items()):
+        errors = [record[k]["error"] for k in ("hard", "soft", "branches") if k in record]
+        seconds = record["seconds"]
+        tflite = record.get("tflite", {})
+        rows.append(
+            [
+                f"`{name}`",
+                f"{record['params'] / 1e6:.1f}M",
+                f"{100 * record['prunable_share']:.4g} %",
+                record["num_branches"],
+                f"{max(errors):.0e}",
+                f"{seconds['analyze']:.1f}",
+                f"{seconds['inspect']:.1f}",
+                f"{max(s for k, s in seconds.items() if k.startswith('compact')):.0f}",
+                "yes" if "bytes" in tflite else "no" if "error" in tflite else "not tried",
+            ]
+        )
+    header = ["model", "params", "prunable", "branches", "error"]
+    return recorded_table([*header, "analyze s", "inspect s", "compact s", "`.tflite` runs"], rows)

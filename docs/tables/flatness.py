@@ -1,0 +1,76 @@
+"""Curvature and generalization with and without the penalty."""
+
+import statistics
+
+from tables.markdown import mean_and_deviation, recorded_table, records
+
+
+def flatness_records(part):
+    """Runs of a part of the benchmark on the test set: (network, label noise, strength) -> runs."""
+    groups = {}
+    for record in records("flatness.jsonl"):
+        if record["part"] == part and not record["validation"]:
+            key = record["network"], record.get("label_noise", 0.0), record["strength"]
+            groups.setdefault(key, []).append(record)
+    return dict(sorted(groups.items()))
+
+
+def flatness_table(part):
+    """Curvature and error with and without the penalty, over the seeds."""
+    rows = []
+    for (network, noise, strength), runs in flatness_records(part).items():
+
+        def of(name, digits, unit=1, runs=runs):
+            return mean_and_deviation([run[name] for run in runs], digits, unit)
+
+        rows.append(
+            [
+                f"{network}, {noise:.0%} wrong labels" if noise else network,
+                f"{strength:g}" if strength else "none",
+                len(runs),
+                of("top", 2),
+                of("top_scaled", 0),
+                of("test_error", 2, 100),
+                of("train_loss", 3),
+                of("weight_norm", 1),
+            ]
+        )
+    header = ["network", "penalty", "seeds", "top eigenvalue", "scaled", "test error %"]
+    return recorded_table([*header, "training loss", "weight norm"], rows)
+
+
+def corruptions_table(part):
+    """Accuracy on spoilt test images with and without the penalty."""
+    rows, header = [], []
+    for (network, noise, strength), runs in flatness_records(part).items():
+        names = list(runs[0]["corrupted"])
+        header = [*names, "mean"]
+        columns = [[run["corrupted"][name] for run in runs] for name in names]
+        columns.append([statistics.mean(run["corrupted"].values()) for run in runs])
+        rows.append(
+            [
+                f"{network}, {noise:.0%} wrong labels" if noise else network,
+                f"{strength:g}" if strength else "none",
+                *(mean_and_deviation(column, 1, 100) for column in columns),
+            ]
+        )
+    return recorded_table(["network", "penalty", *header], rows)
+
+
+def tracking_table():
+    """How the K-FAC estimate follows the exact eigenvalue along runs."""
+    rows = []
+    for (network, _, strength), runs in flatness_records("track").items():
+        ratios = [estimate / exact for run in runs for _, exact, estimate, _ in run["track"]]
+        rows.append(
+            [
+                network,
+                f"{strength:g}" if strength else "none",
+                len(runs),
+                mean_and_deviation([run["rank_correlation"] for run in runs], 2),
+                mean_and_deviation([run["rank_correlation_live"] for run in runs], 2),
+                f"{min(ratios):.2f} to {max(ratios):.2f}",
+            ]
+        )
+    header = ["network", "penalty", "runs", "rank correlation", "of the live figure"]
+    return recorded_table([*header, "estimate / exact"], rows)
