@@ -8,7 +8,8 @@ from tables.markdown import mean_and_deviation, recorded_table, records
 def flatness_records(part):
     """Runs of a part of the benchmark on the test set: (network, label noise, strength) -> runs."""
     groups = {}
-    for record in records("flatness.jsonl"):
+    for line in records("flatness.jsonl"):
+        record = {**line["key"], **line}
         if record["part"] == part and not record["validation"]:
             key = record["network"], record.get("label_noise", 0.0), record["strength"]
             groups.setdefault(key, []).append(record)

@@ -13,13 +13,12 @@ images. The curvature is that of the training loss on all training images, in in
 Each finished run appends one line to `results/flatness.jsonl`; what is in there is not run again.
 """
 
-import json
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
 from absl import app, flags
+from records import Records
 
 import tf_kfacprune as kp
 
@@ -29,7 +28,7 @@ SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds.")
 LABEL_NOISE = flags.DEFINE_list("label_noise", ["0", "0.2", "0.4"], "Shares of wrong labels.")
 STRENGTHS = flags.DEFINE_list("strengths", None, "Strengths; default: 0 and the network's.")
 VALIDATION = flags.DEFINE_integer("validation", 0, "Hold out so many training images.")
-OUTPUT = flags.DEFINE_string("output", None, "JSONL file; default: results/ beside this script.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder of the records; default: results/.")
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 SIZE = 28
@@ -172,30 +171,9 @@ def measured(model, data, y_train):
     }
 
 
-def results_path():
-    """Where the lines go."""
-    if OUTPUT.value:
-        return Path(OUTPUT.value)
-    return Path(__file__).parent / "results" / "flatness.jsonl"
-
-
-def is_done(key):
-    """Whether a run is in the file."""
-    path = results_path()
-    if not path.exists():
-        return False
-    lines = map(json.loads, path.read_text().splitlines())
-    return any(all(line.get(k) == v for k, v in key.items()) for line in lines)
-
-
-def append(entry):
-    """Writes one finished run."""
-    path = results_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(entry)
-    with path.open("a") as file:
-        file.write(line + "\n")
-    print(line, flush=True)
+def finished():
+    """The runs that are recorded."""
+    return Records("flatness.jsonl", OUTPUT.value)
 
 
 def runs():
@@ -221,24 +199,24 @@ def key_of(part, name, settings, seed, strength):
 
 def run_train():
     """The compact architecture, with and without the penalty."""
-    data = load()
+    records, data = finished(), load()
     for share in map(float, LABEL_NOISE.value):
         for name, settings, seed, strength in runs():
             key = {**key_of("train", name, settings, seed, strength), "label_noise": share}
-            if is_done(key):
+            if key in records:
                 continue
             labels = with_wrong_labels(data.y_train, share, seed)
             model = settings["compact"](seed)
             _, seconds = fitted(model, settings, strength, seed, data.x_train, labels)
-            append({**key, **measured(model, data, labels), "cpu_seconds": seconds})
+            records.add(key, {**measured(model, data, labels), "cpu_seconds": seconds})
 
 
 def run_prune():
     """From the dense network to a budget, with and without the penalty."""
-    data = load()
+    records, data = finished(), load()
     for name, settings, seed, strength in runs():
         key = {**key_of("prune", name, settings, seed, strength), "budget": settings["budget"]}
-        if is_done(key):
+        if key in records:
             continue
         budget = kp.Budget(**settings["budget"])
         trainer, seconds = fitted(
@@ -246,7 +224,7 @@ def run_prune():
             budget=budget,
         )  # fmt: skip
         small = kp.compact(trainer)
-        append({**key, **measured(small, data, data.y_train), "cpu_seconds": seconds})
+        records.add(key, {**measured(small, data, data.y_train), "cpu_seconds": seconds})
 
 
 class Tracker(keras.callbacks.Callback):
@@ -277,10 +255,10 @@ def rank_correlation(a, b):
 
 def run_track():
     """The K-FAC estimate beside the exact eigenvalue, along a run with and without the penalty."""
-    data = load()
+    records, data = finished(), load()
     for name, settings, seed, strength in runs():
         key = key_of("track", name, settings, seed, strength)
-        if is_done(key):
+        if key in records:
             continue
         steps = settings["epochs"] * -(-len(data.x_train) // settings["batch_size"])
         moments = np.unique(np.geomspace(10, steps, 24).astype(int))
@@ -292,12 +270,12 @@ def run_track():
             "rank_correlation": rank_correlation(exact, estimate),
             "rank_correlation_live": rank_correlation(exact, live),
         }
-        append({**key, **correlations, "track": tracker.track})
+        records.add(key, {**correlations, "track": tracker.track})
 
 
-def records_of(part):
-    """Finished runs on the test set."""
-    lines = map(json.loads, results_path().read_text().splitlines())
+def runs_of(part):
+    """Finished runs on the test set, keys and values side by side."""
+    lines = [{**line["key"], **line} for line in finished().lines]
     return [line for line in lines if line["part"] == part and not line["validation"]]
 
 
@@ -311,7 +289,7 @@ def run_plot():
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for part, marker in (("train", "o"), ("prune", "s")):
         groups = {}
-        for run in records_of(part):
+        for run in runs_of(part):
             if not run.get("label_noise"):
                 penalty = "penalty" if run["strength"] else "no penalty"
                 groups.setdefault((run["network"], penalty), []).append(run)
@@ -320,7 +298,7 @@ def run_plot():
             label = f"{network}, {'pruned, ' if part == 'prune' else ''}{penalty}"
             left.scatter([run["top"] for run in runs], errors, marker=marker, label=label)
     left.set(xlabel="top eigenvalue of the Hessian", ylabel="test error %", xscale="log")
-    for run in records_of("track"):
+    for run in runs_of("track"):
         steps, exact, estimate, _ = zip(*run["track"], strict=True)
         label = f"{run['network']}, {'penalty' if run['strength'] else 'no penalty'}"
         (line,) = right.plot(steps, exact, label=f"{label}: exact")
@@ -328,7 +306,7 @@ def run_plot():
     right.set(xlabel="step", ylabel="top eigenvalue", xscale="log", yscale="log")
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=7)
-    path = results_path().with_suffix(".png")
+    path = finished().path.with_suffix(".png")
     figure.savefig(path, dpi=120)
     print(f"Written: {path}")
 

@@ -12,15 +12,14 @@ Each finished run appends one line to `results/optimizer.jsonl`; what is in ther
 """
 
 import gc
-import json
 import platform
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
+from records import Records
 
 import tf_kfacprune as kp
 
@@ -29,7 +28,7 @@ OPTIMIZERS = flags.DEFINE_list("optimizers", None, "Names of optimizers; default
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the final runs.")
 SECONDS = flags.DEFINE_float("seconds", None, "Seconds of training per run; default: the task's.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where mnist.npz and cifar10 lie.")
-OUTPUT = flags.DEFINE_string("output", None, "JSONL file; default: results/ beside this script.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder of the records; default: results/.")
 
 TUNING_SEED = 100
 NUM_EVALUATED = 10_000
@@ -193,43 +192,24 @@ def train(task, name, rate, seed, seconds):
     return curve
 
 
-def results_path():
-    """Where the lines go."""
-    if OUTPUT.value:
-        return Path(OUTPUT.value)
-    return Path(__file__).parent / "results" / "optimizer.jsonl"
-
-
-def lines():
-    """All finished runs."""
-    path = results_path()
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def append(entry):
-    """Writes one finished run."""
-    path = results_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+def finished():
+    """The runs that are recorded."""
+    return Records("optimizer.jsonl", OUTPUT.value)
 
 
 def curve_of(task, name, rate, seed):
-    """The curve of a run, from the file if it is there."""
+    """The curve of a run, recorded now or before."""
     seconds = SECONDS.value or BENCHMARKS[task][5]
-    key = {"task": task, "optimizer": name, "rate": rate, "seed": seed, "seconds": seconds}
-    for line in lines():
-        if all(line.get(k) == v for k, v in key.items()):
-            return line["curve"]
-    curve = train(task, name, rate, seed, seconds)
-    append({**key, "curve": curve, "machine": platform.processor() or platform.machine()})
-    steps, clock, loss = curve[-1]
-    print(
-        f"{task:<18} {name:<10} rate {rate} seed {seed}: {steps} steps, {clock:.0f} s, {loss:.4g}"
-    )
-    return curve
+    key = {"part": "curves", "task": task, "optimizer": name}
+    key |= {"rate": rate, "seed": seed, "seconds": seconds}
+    records = finished()
+    line = records.get(key)
+    if line is None:
+        machine = platform.processor() or platform.machine()
+        line = records.add(
+            key, {"curve": train(task, name, rate, seed, seconds), "machine": machine}
+        )
+    return line["curve"]
 
 
 def final_loss(curve):
@@ -250,49 +230,53 @@ def run_curves():
                 curve_of(task, name, best, seed)
 
 
-def run_step_cost(block=50, rounds=7):
-    """Median over rounds of the time of a block of steps, relative to Adam's in the same round."""
+def run_step_cost():
+    """Records what steps cost relative to Adam's."""
+    records = finished()
+    names = OPTIMIZERS.value or ("adam", "kfac", "kfac_auto")
     for task in TASKS.value or ("autoencoder_small", "autoencoder", "lenet5", "resnet20"):
-        _, data, *_ = BENCHMARKS[task]
-        batch = BENCHMARKS[task][4]
-        x, y = (part[:batch] for part in data())
-        iterator = iter(tf.data.Dataset.from_tensors((x, y)).repeat())
-        models = {
-            name: compiled(task, name, 1e-3, 0)
-            for name in OPTIMIZERS.value or ("adam", "kfac", "kfac_auto")
-        }
-        for model in models.values():
-            for _ in range(3):
+        key = {"part": "step_cost", "task": task, "optimizers": list(names)}
+        if key not in records:
+            records.add(key, step_costs(task, names, rounds=3 if task == "resnet20" else 7))
+
+
+def step_costs(task, names, rounds, count=50):
+    """Median over rounds of the time of `count` steps, relative to Adam's in the same round.
+
+    Fifty steps are a whole period of `KFAC`, with updates of factors and inverses.
+    """
+    _, data, _, _, batch, *_ = BENCHMARKS[task]
+    x, y = (part[:batch] for part in data())
+    iterator = iter(tf.data.Dataset.from_tensors((x, y)).repeat())
+    models = {name: compiled(task, name, 1e-3, 0) for name in names}
+    for model in models.values():
+        for _ in range(3):
+            model.train_function(iterator)
+        model.optimizer.iterations.assign(1000)  # past the first steps, which invert more often
+    times = {name: [] for name in models}
+    gc.disable()
+    for _ in range(rounds):
+        for name, model in models.items():
+            start = time.perf_counter()
+            for _ in range(count):
                 model.train_function(iterator)
-        count = block if task != "resnet20" else 20
-        times = {name: [] for name in models}
-        gc.disable()
-        for _ in range(rounds):
-            for name, model in models.items():
-                start = time.perf_counter()
-                for _ in range(count):
-                    model.train_function(iterator)
-                keras.ops.convert_to_numpy(model.trainable_variables[0])
-                times[name].append((time.perf_counter() - start) / count)
-        gc.enable()
-        reference = np.array(times["adam"])
-        ratios = {n: round(float(np.median(np.array(t) / reference)), 3) for n, t in times.items()}
-        floor = arithmetic_floor(models["adam"], batch)
-        print(f"{task:<18} batch {batch}: {ratios}, arithmetic floor {floor:.2f}")
-        milliseconds = {n: round(1e3 * float(np.median(t)), 2) for n, t in times.items()}
-        append(
-            {"step_cost": task, "batch": batch, "ratios": ratios, "floor": round(floor, 3)}
-            | {"milliseconds": milliseconds}
-        )
+            keras.ops.convert_to_numpy(model.trainable_variables[0])
+            times[name].append((time.perf_counter() - start) / count)
+    gc.enable()
+    reference = np.array(times["adam"])
+    ratios = {n: round(float(np.median(np.array(t) / reference)), 3) for n, t in times.items()}
+    milliseconds = {n: round(1e3 * float(np.median(t)), 2) for n, t in times.items()}
+    floor = arithmetic_floor(models["adam"], batch)
+    return {"batch": batch, "ratios": ratios, "floor": floor, "milliseconds": milliseconds}
 
 
 def arithmetic_floor(model, batch):
-    """1 + sum n_in n_out (n_in + n_out) / (3 B sum n_in n_out), for Dense networks."""
-    shapes = [tuple(v.shape) for v in model.trainable_variables if len(v.shape) == 2]
-    if not shapes:
-        return float("nan")
+    """1 + sum n_in n_out (n_in + n_out) / (3 B sum n_in n_out); None unless all is Dense."""
+    shapes = [tuple(v.shape) for v in model.trainable_variables if v.name == "kernel"]
+    if any(len(shape) != 2 for shape in shapes):
+        return None
     work = sum(a * b * (a + b) for a, b in shapes)
-    return 1.0 + work / (3.0 * batch * sum(a * b for a, b in shapes))
+    return round(1.0 + work / (3.0 * batch * sum(a * b for a, b in shapes)), 3)
 
 
 def run_plot():
@@ -303,9 +287,10 @@ def run_plot():
     from matplotlib import pyplot
 
     curves = {}
-    for line in lines():
-        if "curve" in line and line["seed"] != TUNING_SEED:
-            curves.setdefault((line["task"], line["optimizer"]), []).append(line["curve"])
+    for line in finished().lines:
+        key = line["key"]
+        if key["part"] == "curves" and key["seed"] != TUNING_SEED:
+            curves.setdefault((key["task"], key["optimizer"]), []).append(line["curve"])
     tasks = [task for task in BENCHMARKS if any(t == task for t, _ in curves)]
     figure, axes = pyplot.subplots(
         len(tasks), 2, figsize=(10, 3.2 * len(tasks)), squeeze=False, layout="constrained"
@@ -329,7 +314,7 @@ def run_plot():
             axis.set(title=task, xlabel=label, ylabel="training loss", yscale="log")
             axis.set(xscale="log")
             axis.legend(frameon=False)
-    path = results_path().with_suffix(".png")
+    path = finished().path.with_suffix(".png")
     figure.savefig(path, dpi=120)
     print(f"\nWritten: {path}")
 

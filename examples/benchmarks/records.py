@@ -21,12 +21,17 @@ class Records:
         self.lines = [json.loads(line) for line in lines]
 
     def __contains__(self, key):
-        return any(line["key"] == key for line in self.lines)
+        return self.get(key) is not None
+
+    def get(self, key):
+        """The line of a run, or None."""
+        return next((line for line in self.lines if line["key"] == key), None)
 
     def add(self, key, values):
-        """Appends one line and shows it."""
+        """Appends one line, shows it and returns it."""
         self.lines.append({"key": key, **values})
-        line = json.dumps(self.lines[-1])
+        text = json.dumps(self.lines[-1])
         with self.path.open("a") as stream:
-            stream.write(line + "\n")
-        print(line, flush=True)
+            stream.write(text + "\n")
+        print(text, flush=True)
+        return self.lines[-1]

@@ -17,7 +17,9 @@ def benchmark():
     before = set(flags.FLAGS)
     spec = importlib.util.spec_from_file_location("flatness", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        spec.loader.exec_module(module)
     yield module
     for name in set(flags.FLAGS) - before:
         delattr(flags.FLAGS, name)
