@@ -43,7 +43,7 @@ def network(data: kp.data.Dataset) -> keras.Model:
 def trained(model: keras.Model, x, y, budget: kp.Budget | None) -> kp.PrunableModel:
     """Trains from random weights; with a budget it prunes in the same run."""
     pm = kp.PrunableModel(model, budget=budget, seed=FLAGS.seed)
-    pm.compile(optimizer=kp.KFAC(weight_decay=0.1), loss=LOSS, metrics=["accuracy"])
+    pm.compile(loss=LOSS, metrics=["accuracy"])
     pm.fit(x, y, batch_size=FLAGS.batch_size, epochs=FLAGS.epochs, verbose=2)
     return pm
 

@@ -8,8 +8,9 @@ def frontier_table():
     groups = {}
     for record in records("frontier.jsonl"):
         key = record["key"]
-        if key["split"] == "test" and key["examples"] is None:
-            group = key["case"], key["method"], key["target"], key["epochs"]
+        if key["split"] == "test":
+            trained = f"{key['epochs']} x {key['examples'] or 'all'}"
+            group = key["case"], trained, key["method"], key["target"]
             groups.setdefault(group, []).append(record)
     rows = [
         [
@@ -20,5 +21,5 @@ def frontier_table():
         ]
         for group, runs in groups.items()
     ]
-    header = ["case", "method", "size or strength", "epochs", "seeds", "error %", "weights", "MACs"]
-    return recorded_table(header, rows)
+    header = ["case", "epochs x images", "method", "size or strength", "seeds"]
+    return recorded_table([*header, "error %", "weights", "MACs"], rows)

@@ -32,7 +32,7 @@ METHODS_FLAG = flags.DEFINE_list("methods", None, "Names of methods; default: al
 TARGETS = flags.DEFINE_list("targets", None, "Names of targets; default: all of the case.")
 SEEDS = flags.DEFINE_list("seeds", None, "Seeds; default: 5 of them, 3 for CIFAR-10.")
 EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs; default: the case's.")
-EXAMPLES = flags.DEFINE_integer("examples", None, "Training images; default: all.")
+EXAMPLES = flags.DEFINE_integer("examples", None, "Training images; default: the case's.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the data; Keras downloads without it.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the records; default: results/.")
 
@@ -47,13 +47,25 @@ class Case:
     data: str
     targets: dict
     epochs: int
+    ablated: tuple = ()  # targets at which our own method is varied
+    examples: int | None = None
     prune_inputs: bool = False
-    batch_size: int = 128
+    batch_size: int = 256
     adam_rate: float = 1e-3
     num_seeds: int = 5
     loss: keras.losses.Loss = dataclasses.field(
         default_factory=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
+
+
+def lenet300(input_shape, num_classes, seed):
+    """LeNet-300-100 with Dropout on the pixels, which no small network does without."""
+    network = kp.zoo.lenet300(input_shape, num_classes, seed)
+    inputs = keras.Input(network.input_shape[1:])
+    x = keras.layers.Dropout(0.1, seed=seed)(inputs)
+    for layer in network.layers[1:]:
+        x = layer(x)
+    return keras.Model(inputs, x)
 
 
 # LeNet-300-100 has 266,200 weights, LeNet-5 430,500 and 2.29 million MACs.
@@ -64,16 +76,23 @@ LENET5_TARGETS = {
 }
 CASES = {
     "lenet300": Case(
-        kp.zoo.lenet300,
+        lenet300,
         "mnist",
         {"26k": {"macs": 0.1}, "9k": {"macs": 0.0338}, "4k": {"macs": 0.01502}},
         epochs=40,
+        ablated=("9k",),
         prune_inputs=True,
     ),
-    "lenet5": Case(kp.zoo.lenet5, "mnist", LENET5_TARGETS, epochs=30),
-    "lenet5_fashion": Case(kp.zoo.lenet5, "fashion_mnist", LENET5_TARGETS, epochs=30),
+    "lenet5": Case(kp.zoo.lenet5, "mnist", LENET5_TARGETS, epochs=15),
+    "lenet5_fashion": Case(kp.zoo.lenet5, "fashion_mnist", LENET5_TARGETS, epochs=15),
     "resnet20": Case(
-        kp.zoo.resnet20, "cifar10", {"30%": {"macs": 0.3}, "10%": {"macs": 0.1}}, 10, num_seeds=3
+        kp.zoo.resnet20,
+        "cifar10",
+        {"30%": {"macs": 0.3}},
+        epochs=10,
+        examples=10_000,
+        batch_size=128,
+        num_seeds=3,
     ),
 }
 
@@ -83,7 +102,7 @@ def ours(case, model, x, y, seed, budget, optimizer=None, **options):
     pm = kp.PrunableModel(
         model, budget=budget, prune_inputs=case.prune_inputs, seed=seed, **options
     )
-    pm.compile(optimizer or kp.KFAC(), loss=case.loss)
+    pm.compile(optimizer, loss=case.loss)
     pm.fit(x, y, batch_size=case.batch_size, epochs=case.epochs, verbose=0)
     return kp.compact(pm)
 
@@ -100,18 +119,6 @@ def dense(case, model, x, y):
 METHODS = {
     "dense": lambda c, m, x, y, seed, budget, s: dense(c, m, x, y),
     "ours": lambda c, m, x, y, seed, budget, s: ours(c, m, x, y, seed, budget),
-    "ours_penalty": lambda c, m, x, y, seed, budget, s: ours(
-        c, m, x, y, seed, budget, curvature=kp.SpectralRadius()
-    ),
-    "ours_adam": lambda c, m, x, y, seed, budget, s: ours(
-        c, m, x, y, seed, budget, keras.optimizers.AdamW(c.adam_rate, weight_decay=1e-2)
-    ),
-    "ours_kfac_saliency": lambda c, m, x, y, seed, budget, s: ours(
-        c, m, x, y, seed, budget, policy="kfac"
-    ),
-    "ours_proximal": lambda c, m, x, y, seed, budget, s: ours(
-        c, m, x, y, seed, budget, policy="proximal"
-    ),
     "magnitude": lambda c, m, x, y, seed, budget, s: peers.one_shot(
         c, m, x, y, seed, "magnitude", budget
     ),
@@ -120,6 +127,20 @@ METHODS = {
     ),
     "hard_concrete": lambda c, m, x, y, seed, budget, s: peers.hard_concrete(c, m, x, y, s),
     "slimming": lambda c, m, x, y, seed, budget, s: peers.slimming(c, m, x, y, 0.1, budget),
+}
+# Ours with one thing changed; made anew for every run.
+ABLATIONS = {
+    "ours_penalty": lambda: {"curvature": kp.SpectralRadius()},
+    "ours_adam": lambda: {"optimizer": keras.optimizers.AdamW(1e-3, weight_decay=1e-2)},
+    "ours_hard_concrete": lambda: {"policy": "hard_concrete"},
+    "ours_proximal": lambda: {"policy": "proximal"},
+    "ours_taylor": lambda: {"policy": "taylor"},
+}
+METHODS |= {
+    name: lambda c, m, x, y, seed, budget, s, change=change: ours(
+        c, m, x, y, seed, budget, **change()
+    )
+    for name, change in ABLATIONS.items()
 }
 # Methods without a budget run at these strengths instead of the targets.
 STRENGTHS = {"hard_concrete": (0.3, 1.0, 3.0), "dense": (0.0,)}
@@ -133,7 +154,7 @@ def plans(case_name):
             for strength in STRENGTHS[method]:
                 yield method, f"{strength:g}", None, strength
         else:
-            for target in TARGETS.value or case.targets:
+            for target in TARGETS.value or (case.ablated if method in ABLATIONS else case.targets):
                 yield method, target, kp.Budget(**case.targets[target]), None
 
 
@@ -154,8 +175,8 @@ def trained(case, data, method, budget, strength, seed):
     """The network that a method makes, and the seconds it takes."""
     keras.utils.set_random_seed(seed)
     model = case.network(data.input_shape, data.num_classes, seed=seed)
-    x = shown_to(model, data.x_train[: EXAMPLES.value])
-    y = data.y_train[: EXAMPLES.value]
+    x = shown_to(model, data.x_train[: case.examples])
+    y = data.y_train[: case.examples]
     start = time.perf_counter()
     small = METHODS[method](case, model, x, y, seed, budget, strength)
     return small, time.perf_counter() - start
@@ -174,22 +195,23 @@ def measured(small, data):
     }
 
 
-def with_epochs(case):
-    """A case with the epochs of the command line."""
-    return dataclasses.replace(case, epochs=EPOCHS.value) if EPOCHS.value else case
+def chosen(name):
+    """A case, with what the command line changes about it."""
+    changes = {"epochs": EPOCHS.value, "examples": EXAMPLES.value}
+    return dataclasses.replace(CASES[name], **{k: v for k, v in changes.items() if v})
 
 
 def run(split="test"):
     """All runs that are not recorded yet."""
     records = Records("frontier.jsonl", OUTPUT.value)
     for name in CASES_FLAG.value or CASES:
-        case = with_epochs(CASES[name])
+        case = chosen(name)
         data = load(case, split)
         seeds = SEEDS.value or range(case.num_seeds if split == "test" else 1)
         for seed in map(int, seeds):
             for method, target, budget, strength in plans(name):
                 key = {"case": name, "method": method, "target": target, "seed": seed}
-                key |= {"epochs": case.epochs, "examples": EXAMPLES.value, "split": split}
+                key |= {"epochs": case.epochs, "examples": case.examples, "split": split}
                 if key in records:
                     continue
                 small, seconds = trained(case, data, method, budget, strength, seed)
@@ -202,7 +224,7 @@ def cost(rounds=3):
     """Seconds of whole runs relative to Adam on the dense network in the same round."""
     records = Records("frontier_cost.jsonl", OUTPUT.value)
     for name in CASES_FLAG.value or ("lenet300", "lenet5"):
-        case = with_epochs(CASES[name])
+        case = chosen(name)
         data = load(case, "test")
         target, fractions = list(case.targets.items())[1]
         for number in range(rounds):

@@ -154,8 +154,24 @@ def test_gates_built_by_hand_must_be_of_the_kind_of_the_policy():
     x = layers.Dense(6)(inputs)
     net = keras.Model(inputs, kp.layers.GatedDense(2, gate="deterministic", name="head")(x))
     with pytest.raises(InvalidArgumentError, match=r"'hard_concrete'.*'head_gate'.*'proximal'"):
-        kp.PrunableModel(net, kp.Budget(macs=0.5))
+        kp.PrunableModel(net, kp.Budget(macs=0.5), policy="hard_concrete")
     kp.PrunableModel(net, kp.Budget(macs=0.5), policy="taylor")
+
+
+@pytest.mark.parametrize(
+    ("gate", "policy"),
+    [("deterministic", kp.ScheduledClosing("kfac")), ("hard_concrete", "hard_concrete")],
+)
+def test_by_default_the_policy_fits_gates_built_by_hand(gate, policy):
+    inputs = keras.Input((4,))
+    x = layers.Dense(6)(inputs)
+    net = keras.Model(inputs, kp.layers.GatedDense(2, gate=gate, name="head")(x))
+    assert kp.PrunableModel(net, kp.Budget(macs=0.5)).policy == policy
+
+
+def test_by_default_neurons_are_closed_by_their_curvature():
+    model = kp.PrunableModel(_network(), kp.Budget(macs=0.5))
+    assert model.policy == kp.ScheduledClosing("kfac", every=20)
 
 
 def test_curvature_without_a_likelihood_falls_back_with_a_warning():

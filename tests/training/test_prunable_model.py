@@ -125,13 +125,28 @@ def test_a_learning_rate_schedule_of_the_user_is_left_alone():
 
 def test_history_has_cost_neurons_price_and_radius():
     model = kp.PrunableModel(
-        _network(), budget=kp.Budget(macs=0.3), curvature=kp.SpectralRadius(1e-3)
+        _network(),
+        budget=kp.Budget(macs=0.3),
+        curvature=kp.SpectralRadius(1e-3),
+        policy="hard_concrete",
     )
     history = _fit(model, epochs=3)
     expected = {"loss", "accuracy", "macs", "expected_macs", "params", "expected_params"}
     expected |= {"neurons", "lambda", "spectral_radius", "skipped_steps"}
     assert set(history) == expected
     assert history["spectral_radius"][-1] > 0
+
+
+def test_without_an_optimizer_it_is_kfac_with_weight_decay():
+    model = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.3))
+    model.compile(loss="sparse_categorical_crossentropy")
+    assert isinstance(model.optimizer, kp.KFAC)
+    assert model.optimizer.weight_decay == 0.03
+    assert float(keras.ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(0.03)
+    plain = kp.KFACModel(_network())
+    plain.compile(loss="sparse_categorical_crossentropy")
+    assert isinstance(plain.optimizer, kp.KFAC)
+    assert plain.optimizer.weight_decay is None
 
 
 def test_the_penalty_leads_to_a_smaller_spectral_radius():

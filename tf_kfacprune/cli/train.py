@@ -25,14 +25,14 @@ from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.data import validation_split
 from tf_kfacprune.export import Metadata, keras_file, latency_table, saved_model, tflite
 from tf_kfacprune.export.atomic import atomic_directory
-from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.pruning import POLICIES, Budget
 from tf_kfacprune.reporting import record, report, write_json_atomic
 from tf_kfacprune.training import PrunableModel
 
 __all__ = ["command"]
 
-_OPTIMIZERS = ("kfac", "adam", "sgd")
+# As `compile` takes them; None is the library's own.
+_OPTIMIZERS = {"kfac": None, "adam": "adam", "sgd": "sgd"}
 RECORD = "record.json"
 
 
@@ -63,7 +63,7 @@ def _define(values: flags.FlagValues) -> None:
             flag_values=values,
         )
     flags.DEFINE_enum(
-        "policy", POLICIES[0], POLICIES, "How gates find out whether to close.", flag_values=values
+        "policy", "kfac", POLICIES, "How gates find out whether to close.", flag_values=values
     )
     flags.DEFINE_bool("prune_inputs", False, "Prune input features too.", flag_values=values)
     add_selection_flags(values)
@@ -88,7 +88,7 @@ def _define(values: flags.FlagValues) -> None:
         lower_bound=0.0,
         flag_values=values,
     )
-    flags.DEFINE_enum("optimizer", "kfac", _OPTIMIZERS, "Optimizer.", flag_values=values)
+    flags.DEFINE_enum("optimizer", "kfac", list(_OPTIMIZERS), "Optimizer.", flag_values=values)
     flags.DEFINE_float(
         "learning_rate", None, "Learning rate; the optimizer's own if left out.", flag_values=values
     )
@@ -176,11 +176,7 @@ def _train_into(folder: Path, values: flags.FlagValues) -> Any:
 
 
 def _fit(model: PrunableModel, loss: Any, x: Any, y: Any, values: flags.FlagValues) -> None:
-    model.compile(optimizer=_optimizer(values), loss=loss, metrics=["accuracy"])
+    model.compile(optimizer=_OPTIMIZERS[values.optimizer], loss=loss, metrics=["accuracy"])
+    if values.learning_rate is not None:
+        model.optimizer.learning_rate = values.learning_rate
     model.fit(x, y, batch_size=values.batch_size, epochs=values.epochs, verbose=2)
-
-
-def _optimizer(values: flags.FlagValues) -> keras.optimizers.Optimizer:
-    chosen = {"kfac": KFAC, "adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}
-    rate = {} if values.learning_rate is None else {"learning_rate": values.learning_rate}
-    return chosen[values.optimizer](**rate)

@@ -28,8 +28,8 @@ class Phases:
         InvalidArgumentError: If the shares are out of range or leave nothing to settle.
     """
 
-    warmup: float = 0.1
-    prune: float = 0.5
+    warmup: float = 0.05
+    prune: float = 0.35
     decay: bool = True
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from tf_kfacprune.distribution import (
     num_replicas,
 )
 from tf_kfacprune.errors import UnsupportedModelError
+from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.training.batches import num_examples
 from tf_kfacprune.training.compiled import Compiled, inner_optimizer
 from tf_kfacprune.training.distributed import (
@@ -123,9 +124,10 @@ class KFACModel(KFACSteps):
 
     # ---- compile and fit
 
-    def compile(
-        self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any
-    ) -> None:
+    def compile(self, optimizer: Any = None, loss: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Configures the training, as Keras does; the optimizer is `KFAC` unless one is given."""
+        if optimizer is None:
+            optimizer = self._default_optimizer()
         with self.distribute_strategy.scope():
             super().compile(optimizer, loss, *args, **kwargs)
             kfac = self._kfac
@@ -147,6 +149,9 @@ class KFACModel(KFACSteps):
                 f"on the empirical Fisher (labels='data'): {self._compiled.reason}.",
                 stacklevel=2,
             )
+
+    def _default_optimizer(self) -> keras.optimizers.Optimizer:
+        return KFAC()
 
     def _label_users(self) -> list[Any]:
         """What takes labels from the model or from the data."""

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from tf_kfacprune.errors import InvalidArgumentError
-from tf_kfacprune.gates import GatedNetwork
-from tf_kfacprune.pruning import ScheduledClosing, gate_kind
+from tf_kfacprune.gates import GatedNetwork, GateSource
+from tf_kfacprune.pruning import ScheduledClosing, gate_kind, named_policy
 from tf_kfacprune.training.policies.base import PolicyState
 from tf_kfacprune.training.policies.priced import PricedGates
 from tf_kfacprune.training.policies.scheduled import ScheduledGates
 from tf_kfacprune.training.pruning_plan import PruningPlan
 
-__all__ = ["check_kind_of_gates", "policy_state"]
+__all__ = ["check_kind_of_gates", "chosen_policy", "policy_state"]
+
+
+def chosen_policy(policy: Any, sources: Iterable[GateSource]) -> str | ScheduledClosing:
+    """The policy that was asked for, names of criteria written out, or the one that fits the gates.
+
+    Args:
+        policy: As given to `PrunableModel`.
+        sources: Gates that the model has already.
+
+    Raises:
+        InvalidArgumentError: If there is no such policy.
+    """
+    if policy is not None:
+        return named_policy(policy)
+    stochastic = any(source.kind == "hard_concrete" for source in sources)
+    return "hard_concrete" if stochastic else ScheduledClosing()
 
 
 def policy_state(
