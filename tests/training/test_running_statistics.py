@@ -66,6 +66,16 @@ def test_momentum_is_the_layers_own_again_after_the_block():
     assert layer.momentum == 0.97
 
 
+def test_blocks_of_replicas_may_overlap():
+    net = network(momentum=0.97)
+    first, second = (forgetting_momentum(net, tf.constant(0)) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert net.get_layer("bn").momentum == 0.97
+
+
 def test_the_cap_rises_to_the_layers_own_momentum():
     net = network(momentum=0.97)
     for steps, expected in ((1, 2 / 11), (90, 0.91), (10_000, 0.97)):

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import keras
 import tensorflow as tf
 
 __all__ = ["forgetting_momentum"]
+
+
+@dataclass
+class _Own:
+    """What a layer's momentum is outside all blocks, and how many blocks are open."""
+
+    momentum: float
+    blocks: int = 0
+
+
+# The replicas of a MirroredStrategy are traced in turns: their blocks overlap without nesting.
+_OPEN: WeakKeyDictionary[keras.Layer, _Own] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -33,13 +47,17 @@ def forgetting_momentum(model: keras.Model, steps: Any) -> Iterator[None]:
         for layer in model._flatten_layers()
         if isinstance(layer, keras.layers.BatchNormalization)
     ]
-    own = [layer.momentum for layer in layers]
     steps = tf.cast(steps, "float32")
     cap = (1.0 + steps) / (10.0 + steps)
+    for layer in layers:
+        own = _OPEN.setdefault(layer, _Own(layer.momentum))
+        own.blocks += 1
+        layer.momentum = tf.minimum(own.momentum, cap)
     try:
-        for layer, momentum in zip(layers, own, strict=True):
-            layer.momentum = tf.minimum(momentum, cap)
         yield
     finally:
-        for layer, momentum in zip(layers, own, strict=True):
-            layer.momentum = momentum
+        for layer in layers:
+            own = _OPEN[layer]
+            own.blocks -= 1
+            if own.blocks == 0:
+                layer.momentum = _OPEN.pop(layer).momentum
