@@ -191,7 +191,10 @@ def test_a_run_interrupted_in_the_prune_phase_goes_on_as_if_nothing_had_happened
 
     def run(interrupt):
         policy = kp.ScheduledClosing("kfac", every=3)
-        model = kp.PrunableModel(_network(), kp.Budget(macs=0.4), policy=policy, seed=0)
+        phases = kp.Phases(0.1, 0.5)
+        model = kp.PrunableModel(
+            _network(), kp.Budget(macs=0.4), policy=policy, phases=phases, seed=0
+        )
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.Adam(0.02), loss)
         settings = {"batch_size": 8, "epochs": 4, "shuffle": False, "verbose": 0}

@@ -317,6 +317,7 @@ def test_a_model_saved_in_mid_pruning_goes_on_as_if_nothing_had_happened(tmp_pat
             budget=kp.Budget(macs=0.4),
             curvature=kp.SpectralRadius(1e-3, labels="data"),
             policy="proximal",
+            phases=kp.Phases(0.1, 0.5),
         )
         model.compile(kp.KFAC(0.02, labels="data"), LOSS)
         if not interrupt:
