@@ -242,8 +242,8 @@ class PrunableModel(KFACModel):
     def compile(self, optimizer: Any = None, loss: Any = None, *args: Any, **kwargs: Any) -> None:
         """Configures the training, as Keras does.
 
-        Without an optimizer it is `KFAC(3e-2, weight_decay=0.03)`, which won on held-out images of
-        MNIST at every size (docs/frontier.md).
+        Without an optimizer it is `KFAC(3e-2, weight_decay=0.03)`, chosen on held-out images of
+        MNIST.
         """
         replicas = self.distribute_strategy.num_replicas_in_sync
         if replicas > 1 and self.curvature is not None:
