@@ -1,6 +1,6 @@
 """Sizes, times and accuracy of exported files."""
 
-from tables.markdown import newest, table
+from tables.markdown import newest, table, training_of
 
 FORMATS = (None, "float16", "dynamic", "int8", "int16x8")
 FORMAT_NAMES = [name or "float32" for name in FORMATS]
@@ -55,14 +55,15 @@ def accuracy_table():
     rows = []
     records = newest("deploy_networks.jsonl", lambda record: record["key"]["network"])
     for network, record in records.items():
-        trained = f"{record['key']['epochs']} x {record['key']['examples'] or 'all'}"
         shown = []
         for name in FORMAT_NAMES:
             found = record["formats"].get(name)
             points = 100 * (found["accuracy"] - record["keras_accuracy"]) if found else None
             shown.append(f"{points:+.2f}" if found else "failed")
         accuracy = f"{100 * record['keras_accuracy']:.2f} %"
-        rows.append([network, trained, f"{record['weights']:,}", accuracy, *shown])
+        rows.append(
+            [network, training_of(record["key"]), f"{record['weights']:,}", accuracy, *shown]
+        )
     return table(["network", "epochs x images", "weights", "Keras", *FORMAT_NAMES], rows)
 
 

@@ -1,6 +1,6 @@
 """Error against size of every method."""
 
-from tables.markdown import mean_and_deviation, recorded_table, records
+from tables.markdown import mean_and_deviation, recorded_table, records, training_of
 
 
 def frontier_table():
@@ -9,8 +9,7 @@ def frontier_table():
     for record in records("frontier.jsonl"):
         key = record["key"]
         if key["split"] == "test":
-            trained = f"{key['epochs']} x {key['examples'] or 'all'}"
-            group = key["case"], trained, key["method"], key["target"]
+            group = key["case"], training_of(key), key["method"], key["target"]
             groups.setdefault(group, []).append(record)
     rows = [
         [

@@ -29,6 +29,11 @@ def recorded_table(header, rows):
     return table(header, rows) if rows else "No run has been recorded yet.\n"
 
 
+def training_of(key):
+    """How long a run was: `epochs x images`."""
+    return f"{key['epochs']} x {key['examples'] or 'all'}"
+
+
 def mean_and_deviation(values, digits, unit=1):
     """`mean +- standard deviation over the runs`."""
     values = [unit * value for value in values]

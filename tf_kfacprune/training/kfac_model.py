@@ -126,9 +126,9 @@ class KFACModel(KFACSteps):
 
     def compile(self, optimizer: Any = None, loss: Any = None, *args: Any, **kwargs: Any) -> None:
         """Configures the training, as Keras does; the optimizer is `KFAC` unless one is given."""
-        if optimizer is None:
-            optimizer = self._default_optimizer()
         with self.distribute_strategy.scope():
+            if optimizer is None:
+                optimizer = self._default_optimizer()
             super().compile(optimizer, loss, *args, **kwargs)
             kfac = self._kfac
             if self.distribute_strategy.num_replicas_in_sync > 1:

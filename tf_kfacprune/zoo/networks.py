@@ -129,16 +129,7 @@ def resnet20(
     seeds = _seeds(seed)
 
     def convolve(x: Any, filters: int, size: int, strides: int, name: str, activate: bool) -> Any:
-        x = layers.Conv2D(
-            filters,
-            size,
-            strides,
-            padding="same",
-            use_bias=False,
-            kernel_initializer=keras.initializers.HeNormal(seed=next(seeds)),
-            name=f"{name}_conv",
-        )(x)
-        x = layers.BatchNormalization(name=f"{name}_bn")(x)
+        x = _convolve(x, filters, size, strides, name, seeds)
         return layers.ReLU(name=f"{name}_relu")(x) if activate else x
 
     inputs = keras.Input(tuple(input_shape), name="image")
@@ -179,38 +170,29 @@ def mobilenetv2(
     """
     seeds = _seeds(seed)
 
-    def convolve(x: Any, filters: int, size: int, strides: int, name: str) -> Any:
-        initializer = keras.initializers.HeNormal(seed=next(seeds))
-        options = {"padding": "same", "use_bias": False, "name": f"{name}_conv"}
-        if filters:
-            layer = layers.Conv2D(filters, size, strides, kernel_initializer=initializer, **options)
-        else:
-            layer = layers.DepthwiseConv2D(
-                size, strides, depthwise_initializer=initializer, **options
-            )
-        return layers.BatchNormalization(name=f"{name}_bn")(layer(x))
-
     def activate(x: Any, name: str) -> Any:
         return layers.ReLU(6.0, name=f"{name}_relu")(x)
 
     def block(x: Any, filters: int, strides: int, expansion: int, name: str) -> Any:
         y, channels = x, x.shape[-1]
         if expansion > 1:
-            expanded = convolve(y, expansion * channels, 1, 1, f"{name}_expand")
+            expanded = _convolve(y, expansion * channels, 1, 1, f"{name}_expand", seeds)
             y = activate(expanded, f"{name}_expand")
-        y = activate(convolve(y, 0, 3, strides, f"{name}_depthwise"), f"{name}_depthwise")
-        y = convolve(y, filters, 1, 1, f"{name}_project")
+        y = activate(
+            _convolve(y, None, 3, strides, f"{name}_depthwise", seeds), f"{name}_depthwise"
+        )
+        y = _convolve(y, filters, 1, 1, f"{name}_project", seeds)
         same = strides == 1 and filters == channels
         return layers.Add(name=f"{name}_add")([x, y]) if same else y
 
     inputs = keras.Input(tuple(input_shape), name="image")
-    x = activate(convolve(inputs, 16, 3, 2, "stem"), "stem")
+    x = activate(_convolve(inputs, 16, 3, 2, "stem", seeds), "stem")
     x = block(x, 16, 1, 1, "stage1_block1")
     for stage, filters in enumerate((24, 32, 64), start=2):
         for number in (1, 2):
             strides = 2 if stage > 2 and number == 1 else 1
             x = block(x, filters, strides, 6, f"stage{stage}_block{number}")
-    x = activate(convolve(x, 256, 1, 1, "head"), "head")
+    x = activate(_convolve(x, 256, 1, 1, "head", seeds), "head")
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     return keras.Model(inputs, _logits(x, num_classes, seeds), name="mobilenetv2")
 
@@ -294,6 +276,24 @@ def _seeds(seed: int | None) -> Iterator[int | None]:
 
 def _glorot(seeds: Iterator[int | None]) -> keras.initializers.Initializer:
     return keras.initializers.GlorotUniform(seed=next(seeds))
+
+
+def _convolve(
+    x: Any,
+    filters: int | None,
+    size: int,
+    strides: int,
+    name: str,
+    seeds: Iterator[int | None],
+) -> Any:
+    """A convolution without bias (depthwise without `filters`), then BatchNormalization."""
+    initializer = keras.initializers.HeNormal(seed=next(seeds))
+    options = {"padding": "same", "use_bias": False, "name": f"{name}_conv"}
+    if filters is None:
+        layer = layers.DepthwiseConv2D(size, strides, depthwise_initializer=initializer, **options)
+    else:
+        layer = layers.Conv2D(filters, size, strides, kernel_initializer=initializer, **options)
+    return layers.BatchNormalization(name=f"{name}_bn")(layer(x))
 
 
 def _logits(x: Any, num_classes: int, seeds: Iterator[int | None]) -> Any:
