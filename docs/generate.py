@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from tables import budgets, channels, deploy, flatness, frontier  # noqa: E402
+from tables import budgets, channels, deploy, flatness, frontier, optimizer  # noqa: E402
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -33,6 +33,17 @@ TABLES = {
     "corruptions_pruned": lambda: flatness.corruptions_table("prune"),
     "tracking": flatness.tracking_table,
     "budgets": budgets.budgets_table,
+    "step_cost": optimizer.step_cost_table,
+    **{
+        f"curves_{task}": lambda task=task: optimizer.curves_table(task)
+        for task in ("autoencoder_small", "autoencoder", "lenet5", "resnet20", "text")
+    },
+    "losses_after_steps": lambda: optimizer.moments_table(
+        "autoencoder_small", 0, (5, 10, 20, 50, 150)
+    ),
+    "losses_after_seconds": lambda: optimizer.moments_table(
+        "autoencoder_small", 1, (5, 10, 20, 40)
+    ),
     "frontier": frontier.frontier_table,
 }
 

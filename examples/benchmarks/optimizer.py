@@ -6,14 +6,16 @@
 
 `curves` first tunes the learning rate of every optimizer on the same small grid (training loss
 after the task's seconds, seed 100), then trains with three other seeds. Losses are measured on
-10,000 training examples, off the clock. `step_cost` times all optimizers in one process, in turns.
+training examples, off the clock. `step_cost` times all optimizers in one process, in turns.
 Each finished run appends one line to `results/optimizer.jsonl`; what is in there is not run again.
 `plot` draws the curves and prints the tables of the documentation.
 """
 
+import dataclasses
 import gc
 import platform
 import time
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -23,15 +25,16 @@ from records import Records
 
 import tf_kfacprune as kp
 
-TASKS = flags.DEFINE_list("tasks", None, "Names of tasks; default: all of them.")
-OPTIMIZERS = flags.DEFINE_list("optimizers", None, "Names of optimizers; default: all of them.")
+TASKS_FLAG = flags.DEFINE_list("tasks", None, "Names of tasks; default: all of them.")
+OPTIMIZERS_FLAG = flags.DEFINE_list(
+    "optimizers", None, "Names of optimizers; default: all of them."
+)
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the final runs.")
 SECONDS = flags.DEFINE_float("seconds", None, "Seconds of training per run; default: the task's.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where mnist.npz and cifar10 lie.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the records; default: results/.")
 
 TUNING_SEED = 100
-NUM_EVALUATED = 10_000
 SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -91,41 +94,72 @@ def text_network():
 
 
 BERNOULLI = keras.losses.BinaryCrossentropy(from_logits=True)
-# name -> network, data, loss, factor on the shown loss, batch size, seconds, SGD learning rates
-BENCHMARKS = {
-    "autoencoder_small": (
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A network, its data, and how long it is trained.
+
+    Attributes:
+        scale: Factor on the losses that are shown; 784 sums over the pixels of an image.
+        evaluated: Training examples that losses are measured on.
+    """
+
+    network: Callable
+    data: Callable
+    loss: keras.losses.Loss
+    batch_size: int
+    seconds: float
+    evaluated: int
+    sgd_rates: tuple = (0.01, 0.03, 0.1, 0.3)
+    scale: float = 1.0
+
+
+TASKS = {
+    "autoencoder_small": Task(
         lambda: autoencoder((784, 250, 100, 30)),
         mnist_images,
         BERNOULLI,
-        784.0,
-        512,
-        40.0,
-        (3.0, 10.0, 30.0, 100.0),
+        batch_size=512,
+        seconds=40.0,
+        evaluated=10_000,
+        sgd_rates=(3.0, 10.0, 30.0, 100.0),
+        scale=784.0,
     ),
-    "autoencoder": (
+    "autoencoder": Task(
         lambda: autoencoder((784, 1000, 500, 250, 30)),
         mnist_images,
         BERNOULLI,
-        784.0,
-        1024,
-        80.0,
-        (3.0, 10.0, 30.0, 100.0),
+        batch_size=1024,
+        seconds=80.0,
+        evaluated=10_000,
+        sgd_rates=(3.0, 10.0, 30.0, 100.0),
+        scale=784.0,
     ),
-    "lenet5": (kp.zoo.lenet5, mnist_digits, SPARSE, 1.0, 256, 60.0, (0.01, 0.03, 0.1, 0.3)),
-    "resnet20": (
+    "lenet5": Task(
+        kp.zoo.lenet5, mnist_digits, SPARSE, batch_size=256, seconds=60.0, evaluated=5_000
+    ),
+    "resnet20": Task(
         lambda: kp.zoo.resnet20((32, 32, 3), 10),
         cifar_images,
         SPARSE,
-        1.0,
-        128,
-        300.0,
-        (0.01, 0.03, 0.1, 0.3),
+        batch_size=128,
+        seconds=150.0,
+        evaluated=2_000,
     ),
-    "text": (text_network, manual_text, SPARSE, 1.0, 256, 60.0, (0.03, 0.1, 0.3, 1.0)),
+    "text": Task(
+        text_network,
+        manual_text,
+        SPARSE,
+        batch_size=256,
+        seconds=60.0,
+        evaluated=2_000,
+        sgd_rates=(0.03, 0.1, 0.3, 1.0),
+    ),
 }
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 KFAC_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-OPTIMIZER_NAMES = ("sgd", "adam", "adamw", "kfac", "kfac_auto")
+OPTIMIZERS = ("sgd", "adam", "adamw", "kfac", "kfac_auto")
 
 
 def make_optimizer(name, rate):
@@ -143,37 +177,35 @@ def rates_of(task, name):
     """The grid of learning rates of an optimizer on a task."""
     if name == "kfac_auto":
         return (None,)
-    return {"sgd": BENCHMARKS[task][-1], "kfac": KFAC_RATES}.get(name, ADAM_RATES)
+    return {"sgd": TASKS[task].sgd_rates, "kfac": KFAC_RATES}.get(name, ADAM_RATES)
 
 
 def compiled(task, name, rate, seed):
     """A fresh model with its optimizer, ready to train."""
     keras.utils.set_random_seed(seed)
-    network, _, loss, *_ = BENCHMARKS[task]
-    model = network()
+    model = TASKS[task].network()
     if name.startswith("kfac"):
         model = kp.KFACModel(model, seed=seed)
-    model.compile(make_optimizer(name, rate), loss)
+    model.compile(make_optimizer(name, rate), TASKS[task].loss)
     model.make_train_function()
     return model
 
 
 def train(task, name, rate, seed, seconds):
     """One run: `[step, seconds, loss]` at growing intervals."""
-    _, data, loss, factor, batch, *_ = BENCHMARKS[task]
-    x, y = data()
+    chosen = TASKS[task]
+    x, y = chosen.data()
     model = compiled(task, name, rate, seed)
     examples = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed=seed).repeat()
-    iterator = iter(examples.batch(batch, drop_remainder=True).prefetch(2))
-    evaluated = tf.data.Dataset.from_tensor_slices((x[:NUM_EVALUATED], y[:NUM_EVALUATED]))
-    evaluated = evaluated.batch(1000)
+    iterator = iter(examples.batch(chosen.batch_size, drop_remainder=True).prefetch(2))
+    evaluated = tf.data.Dataset.from_tensor_slices((x, y)).take(chosen.evaluated).batch(1000)
 
     @tf.function
     def batch_loss(images, labels):
-        return loss(labels, model(images, training=False))
+        return chosen.loss(labels, model(images, training=False))
 
     def measured():
-        return factor * float(np.mean([batch_loss(a, b) for a, b in evaluated]))
+        return chosen.scale * float(np.mean([batch_loss(a, b) for a, b in evaluated]))
 
     curve = [[0, 0.0, measured()]]
     model.train_function(iterator)  # compiled off the clock
@@ -188,7 +220,7 @@ def train(task, name, rate, seed, seconds):
         curve.append([step, round(clock, 3), measured()])
         if not np.isfinite(curve[-1][-1]):
             break
-        interval = max(1, step // 10)
+        interval = max(1, step // 6)
     return curve
 
 
@@ -199,7 +231,7 @@ def finished():
 
 def curve_of(task, name, rate, seed):
     """The curve of a run, recorded now or before."""
-    seconds = SECONDS.value or BENCHMARKS[task][5]
+    seconds = SECONDS.value or TASKS[task].seconds
     key = {"part": "curves", "task": task, "optimizer": name}
     key |= {"rate": rate, "seed": seed, "seconds": seconds}
     records = finished()
@@ -219,8 +251,8 @@ def final_loss(curve):
 
 def run_curves():
     """Tunes and trains whatever is not in the file yet."""
-    for task in TASKS.value or BENCHMARKS:
-        for name in OPTIMIZERS.value or OPTIMIZER_NAMES:
+    for task in TASKS_FLAG.value or TASKS:
+        for name in OPTIMIZERS_FLAG.value or OPTIMIZERS:
             rates = rates_of(task, name)
             best = rates[0]
             if len(rates) > 1:
@@ -233,8 +265,8 @@ def run_curves():
 def run_step_cost():
     """Records what steps cost relative to Adam's."""
     records = finished()
-    names = OPTIMIZERS.value or ("adam", "kfac", "kfac_auto")
-    for task in TASKS.value or ("autoencoder_small", "autoencoder", "lenet5", "resnet20"):
+    names = OPTIMIZERS_FLAG.value or ("adam", "kfac", "kfac_auto")
+    for task in TASKS_FLAG.value or ("autoencoder_small", "autoencoder", "lenet5", "resnet20"):
         key = {"part": "step_cost", "task": task, "optimizers": list(names)}
         if key not in records:
             records.add(key, step_costs(task, names, rounds=3 if task == "resnet20" else 7))
@@ -245,8 +277,8 @@ def step_costs(task, names, rounds, count=50):
 
     Fifty steps are a whole period of `KFAC`, with updates of factors and inverses.
     """
-    _, data, _, _, batch, *_ = BENCHMARKS[task]
-    x, y = (part[:batch] for part in data())
+    batch = TASKS[task].batch_size
+    x, y = (part[:batch] for part in TASKS[task].data())
     iterator = iter(tf.data.Dataset.from_tensors((x, y)).repeat())
     models = {name: compiled(task, name, 1e-3, 0) for name in names}
     for model in models.values():
@@ -291,14 +323,14 @@ def run_plot():
         key = line["key"]
         if key["part"] == "curves" and key["seed"] != TUNING_SEED:
             curves.setdefault((key["task"], key["optimizer"]), []).append(line["curve"])
-    tasks = [task for task in BENCHMARKS if any(t == task for t, _ in curves)]
+    tasks = [task for task in TASKS if any(t == task for t, _ in curves)]
     figure, axes = pyplot.subplots(
         len(tasks), 2, figsize=(10, 3.2 * len(tasks)), squeeze=False, layout="constrained"
     )
     for row, task in zip(axes, tasks, strict=True):
         print(f"\n{task}\n\n| optimizer | steps in the time | final loss, mean (min - max) |")
         print("| --- | --- | --- |")
-        for name in OPTIMIZER_NAMES:
+        for name in OPTIMIZERS:
             runs = [np.array(c) for c in curves.get((task, name), [])]
             if not runs:
                 continue
