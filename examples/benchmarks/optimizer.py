@@ -123,7 +123,7 @@ TASKS = {
         batch_size=512,
         seconds=40.0,
         evaluated=10_000,
-        sgd_rates=(3.0, 10.0, 30.0, 100.0),
+        sgd_rates=(0.3, 1.0, 3.0, 10.0),
         scale=784.0,
     ),
     "autoencoder": Task(
@@ -133,18 +133,18 @@ TASKS = {
         batch_size=1024,
         seconds=80.0,
         evaluated=10_000,
-        sgd_rates=(3.0, 10.0, 30.0, 100.0),
+        sgd_rates=(0.3, 1.0, 3.0, 10.0),
         scale=784.0,
     ),
     "lenet5": Task(
-        kp.zoo.lenet5, mnist_digits, SPARSE, batch_size=256, seconds=60.0, evaluated=5_000
+        kp.zoo.lenet5, mnist_digits, SPARSE, batch_size=256, seconds=40.0, evaluated=5_000
     ),
     "resnet20": Task(
         lambda: kp.zoo.resnet20((32, 32, 3), 10),
         cifar_images,
         SPARSE,
         batch_size=128,
-        seconds=150.0,
+        seconds=100.0,
         evaluated=2_000,
     ),
     "text": Task(
@@ -152,7 +152,7 @@ TASKS = {
         manual_text,
         SPARSE,
         batch_size=256,
-        seconds=60.0,
+        seconds=40.0,
         evaluated=2_000,
         sgd_rates=(0.03, 0.1, 0.3, 1.0),
     ),
@@ -220,7 +220,8 @@ def train(task, name, rate, seed, seconds):
         curve.append([step, round(clock, 3), measured()])
         if not np.isfinite(curve[-1][-1]):
             break
-        interval = max(1, step // 6)
+        in_time_left = int((seconds - clock) * step / clock) + 1
+        interval = max(1, min(step // 6, in_time_left))
     return curve
 
 
@@ -278,8 +279,8 @@ def step_costs(task, names, rounds, count=50):
     Fifty steps are a whole period of `KFAC`, with updates of factors and inverses.
     """
     batch = TASKS[task].batch_size
-    x, y = (part[:batch] for part in TASKS[task].data())
-    iterator = iter(tf.data.Dataset.from_tensors((x, y)).repeat())
+    data = tf.data.Dataset.from_tensor_slices(tuple(p[: 10 * batch] for p in TASKS[task].data()))
+    iterator = iter(data.batch(batch).cache().repeat())
     models = {name: compiled(task, name, 1e-3, 0) for name in names}
     for model in models.values():
         for _ in range(3):

@@ -8,33 +8,56 @@ from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.optimizers import LevenbergMarquardt
 
 
-def _adapted(actual, predicted, **settings):
+def _adapted(actual, predicted, first=1.0, step=6, **settings):
     rule = LevenbergMarquardt(1.0, decay=0.5, every=2, **settings)
-    return float(rule.adapted(tf.constant(1.0), tf.constant(actual), tf.constant(predicted)))
+    first, step = tf.constant(first), tf.constant(step)
+    damping, is_rejected = rule.adapted(
+        tf.constant(1.0), tf.constant(actual), tf.constant(predicted), first=first, step=step
+    )
+    return float(damping), bool(is_rejected)
 
 
 @pytest.mark.parametrize(
-    ("actual", "expected"),
-    [(-0.3, 0.25), (-1.5, 0.25), (-0.1, 1.0), (0.1, 4.0), (float("nan"), 4.0), (float("inf"), 4.0)],
+    ("actual", "expected"), [(-0.3, 0.25), (-1.5, 0.25), (-0.1, 1.0), (0.1, 4.0), (0.9, 4.0)]
 )
 def test_damping_falls_after_good_steps_and_rises_after_harmful_ones(actual, expected):
-    assert _adapted(actual, -1.0) == pytest.approx(expected)
+    assert _adapted(actual, -1.0) == (pytest.approx(expected), False)
+
+
+@pytest.mark.parametrize("actual", [1.1, float("inf"), float("nan")])
+def test_a_step_that_did_more_harm_than_it_promised_good_is_rejected(actual):
+    assert _adapted(actual, -1.0) == (pytest.approx(3.0), True)
 
 
 @pytest.mark.parametrize("predicted", [0.0, 1.0, float("nan"), float("-inf")])
 def test_damping_stays_where_nothing_was_predicted(predicted):
-    assert _adapted(-1.0, predicted) == 1.0
+    for actual in (-1.0, 1.0, float("nan")):
+        assert _adapted(actual, predicted) == (1.0, False)
+
+
+def test_damping_moves_as_far_in_a_period_as_in_as_many_single_steps():
+    assert _adapted(-1.0, -1.0, step=1)[0] == pytest.approx(0.5)
+    assert _adapted(-1.0, -1.0, step=2)[0] == pytest.approx(0.5)
+    assert _adapted(-1.0, -1.0, step=4)[0] == pytest.approx(0.25)
+
+
+def test_every_early_step_is_judged_and_later_one_in_a_period():
+    rule = LevenbergMarquardt(every=4)
+    judged = [step for step in range(14) if bool(rule.is_judged(tf.constant(step)))]
+    assert judged == [1, 2, 3, 4, 8, 12]
 
 
 def test_damping_stays_within_its_range():
-    assert _adapted(-1.0, -1.0, minimum=0.9) == pytest.approx(0.9)
-    assert _adapted(1.0, -1.0, maximum=1.1) == pytest.approx(1.1)
+    assert _adapted(-1.0, -1.0, minimum=0.9)[0] == pytest.approx(0.9)
+    assert _adapted(0.5, -1.0, maximum=1.1)[0] == pytest.approx(1.1)
+    assert _adapted(0.5, -1.0, first=0.2)[0] == pytest.approx(2.0)
 
 
 def test_damping_may_begin_in_proportion_to_the_curvature():
-    rule = LevenbergMarquardt(None, minimum=1e-3)
-    assert float(rule.beginning(tf.constant(0.2))) == pytest.approx(6.0)
+    rule = LevenbergMarquardt(None, minimum=1e-3, maximum=0.5)
+    assert float(rule.beginning(tf.constant(0.2))) == pytest.approx(0.06)
     assert float(rule.beginning(tf.constant(1e-6))) == pytest.approx(1e-3)
+    assert float(rule.beginning(tf.constant(9.0))) == pytest.approx(0.5)
 
 
 def test_config_round_trips():

@@ -118,7 +118,20 @@ def test_magnitude_is_the_norm_of_the_weights_that_go_with_the_neuron():
     squares = sum((kernel**2).sum((0, 1, 2)) for kernel in (stem, inner))
     squares += (inner**2).sum((0, 1, 3)) + (head.reshape(-1, 3, 2) ** 2).sum((0, 2))
     found = to_numpy(model.controller.policy.criterion.saliency())
-    np.testing.assert_allclose(found, np.sqrt(squares), rtol=1e-5)
+    norms = np.sqrt(squares)
+    np.testing.assert_allclose(found, norms / norms.mean(), rtol=1e-5)
+
+
+def test_magnitudes_of_layers_of_different_scale_are_compared():
+    model = _pruning("magnitude")
+    before = to_numpy(model.controller.policy.criterion.saliency())
+    assert before[:6].mean() == pytest.approx(1.0)
+    for layer in model.net.layers:
+        for weight in layer.weights if layer.name == "first" else ():
+            weight.assign(100.0 * weight)
+    after = to_numpy(model.controller.policy.criterion.saliency())
+    np.testing.assert_allclose(after[:6].mean(), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(after[6:], before[6:], rtol=1e-5)
 
 
 def test_a_policy_round_trips_through_keras_serialization():

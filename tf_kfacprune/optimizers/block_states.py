@@ -97,14 +97,17 @@ class BlockState:
         a, g = self.block.factors(records, probes, **how)
         return [*self.a.statistics(a), *self.g.statistics(g)]
 
-    def mean_eigenvalue(self, debias: Any) -> Any:
-        """Mean eigenvalue of `A (x) G`, a scalar.
+    def traces(self, debias: Any) -> tuple[Any, Any]:
+        """`tr F` and `tr F^2` of `F = A (x) G`, scalars, the sums over groups k.
 
         Args:
             debias: Factor that makes the averages unbiased.
         """
-        a = self.a.mean_eigenvalue(self.a.debiased(debias))
-        return tf.reduce_mean(a * self.g.mean_eigenvalue(self.g.debiased(debias)))
+        a, g = self.a.debiased(debias), self.g.debiased(debias)
+        size = float(self.block.n_a * self.block.n_out)
+        means = self.a.mean_eigenvalue(a) * self.g.mean_eigenvalue(g)
+        squares = self.a.mean_square_eigenvalue(a) * self.g.mean_square_eigenvalue(g)
+        return size * tf.reduce_sum(means), size * tf.reduce_sum(squares)
 
     @property
     def inverting(self) -> list[keras.Variable]:

@@ -100,8 +100,14 @@ class FactorAverages(keras.optimizers.Optimizer):
         raise NotImplementedError
 
     def factors_due(self) -> Any:
-        """Boolean scalar tensor: whether the factors are to be updated at this step."""
-        return tf.equal(tf.convert_to_tensor(self.iterations) % self.factor_every, 0)
+        """Boolean scalar tensor: whether the factors are to be updated at this step.
+
+        That is every `factor_every` steps, and within the first of these periods at steps 1, 2, 4,
+        8 and so on: a network changes fastest in the beginning.
+        """
+        step = tf.convert_to_tensor(self.iterations)
+        early = [1 << k for k in range((self.factor_every // 2).bit_length())]
+        return tf.reduce_any([step % self.factor_every == 0, *(step == k for k in early)])
 
     def statistics(
         self, records: Sequence[Record], probes: Sequence[Sequence[Any]]

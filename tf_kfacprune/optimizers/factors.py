@@ -89,6 +89,12 @@ class Factor:
             return ops.mean(factor, axis=-1)
         return ops.trace(factor, axis1=-2, axis2=-1) / float(self.n)
 
+    def mean_square_eigenvalue(self, averages: Sequence[Any]) -> Any:
+        """`tr M^2 / n`, shape `k`; arguments as of `mean_eigenvalue`."""
+        (factor,) = averages
+        axes = -1 if self.is_diagonal else (-2, -1)
+        return ops.sum(ops.square(factor), axis=axes) / float(self.n)
+
 
 class InvertedFactor(Factor):
     """A factor and `(M + damping I)^-1`; arguments as for `Factor`."""

@@ -18,7 +18,9 @@ Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 _GOOD = 0.25  # share of the predicted decrease on new examples above which damping falls
 
-_RELATIVE = 30.0  # first damping in units of the mean eigenvalue of the curvature
+_RELATIVE = 0.3  # first damping in units of the typical eigenvalue of the curvature
+_REJECTED = 3.0  # factor on the damping when a step is taken back
+_LARGEST = 10.0  # largest damping in units of the first
 
 
 def check_hyperparameter(
@@ -44,10 +46,12 @@ def value_at(value: Hyperparameter, step: Any) -> Any:
 class LevenbergMarquardt:
     """Damping that follows what steps do to examples they were not computed from.
 
-    Every `every` steps the change of the loss that a step made on the *next* batch is compared
-    with the change that its damped quadratic model predicted on its own. Where the loss fell by
-    more than a quarter of the prediction the damping is multiplied by `decay ** every`, where it
-    rose it is divided by it.
+    Every `every` steps, and after each of the first `every`, the change of the loss that a step
+    made on the *next* batch is compared with the change that its damped quadratic model predicted
+    on its own. Where the loss fell by more than a quarter of the prediction the damping is
+    multiplied by `decay` for each step since the last comparison, where it rose it is divided by
+    that. A step is taken back, and the damping is multiplied by 3, if the loss rose by more than
+    it was to fall, or is no number any more.
 
     Levenberg and Marquardt judge a step on the batch it was computed from. There, a step that fits
     the noise of the batch looks perfect, and the damping vanishes until training diverges; on new
@@ -55,12 +59,14 @@ class LevenbergMarquardt:
 
     Args:
         initial: Damping to begin with, > 0, in units of the curvature of the compiled loss. None
-            means 30 times the mean eigenvalue of the first factors, whatever the scale of loss and
-            inputs.
+            means 0.3 times the typical eigenvalue of the first factors, `tr F^2 / tr F`, whatever
+            the scale of loss and inputs.
         decay: Factor per step, in (0, 1).
-        every: Steps between comparisons, an integer >= 1; each costs one forward pass.
+        every: Steps between comparisons, an integer >= 1; each costs one forward pass. A step
+            that made the loss infinite is compared at once.
         minimum: Smallest damping, > 0.
-        maximum: Largest damping.
+        maximum: Largest damping. None means 10 times the first: where noise decides whether a step
+            helps, the damping would rise until training stood still.
 
     Raises:
         InvalidArgumentError: If an argument is out of range.
@@ -69,57 +75,72 @@ class LevenbergMarquardt:
         >>> optimizer = kp.KFAC("auto", damping=kp.LevenbergMarquardt(initial=0.1))
 
     References:
-        Martens & Grosse 2015, section 6.5 (decay 19/20, every 5 steps; on one batch).
+        Martens & Grosse 2015, section 6.5 (every 5 steps; decay 19/20, on one batch).
     """
 
     def __init__(
         self,
         initial: float | None = None,
-        decay: float = 0.95,
+        decay: float = 0.9,
         every: int = 5,
         minimum: float = 1e-8,
-        maximum: float = 1e3,
+        maximum: float | None = None,
     ) -> None:
         check = functools.partial(require, "LevenbergMarquardt")
         check(initial is None or initial > 0, "initial", "> 0 or None", initial)
         check(0 < decay < 1, "decay", "in (0, 1)", decay)
         require_count("LevenbergMarquardt", "every", every)
-        least = maximum if initial is None else initial
-        check(0 < minimum <= least, "minimum", "> 0, <= initial and <= maximum", minimum)
-        check(initial is None or maximum >= initial, "maximum", ">= initial", maximum)
+        bounds = [bound for bound in (initial, maximum) if bound is not None]
+        is_least = 0 < minimum <= min(bounds, default=minimum)
+        check(is_least, "minimum", "> 0, <= initial and <= maximum", minimum)
+        is_largest = maximum is None or maximum >= (initial or minimum)
+        check(is_largest, "maximum", ">= initial, or None", maximum)
         self.initial = initial
         self.decay = decay
         self.every = every
         self.minimum = minimum
         self.maximum = maximum
 
-    def beginning(self, mean_eigenvalue: Any) -> Any:
+    def beginning(self, typical_eigenvalue: Any) -> Any:
         """The damping to begin with where `initial` is None, scalar tensor.
 
         Args:
-            mean_eigenvalue: Of the Kronecker-factored curvature, scalar tensor.
+            typical_eigenvalue: `tr F^2 / tr F` of the Kronecker-factored curvature: the mean of
+                its eigenvalues, each weighted by itself; scalar tensor.
         """
-        return ops.clip(_RELATIVE * mean_eigenvalue, self.minimum, self.maximum)
+        damping = ops.maximum(_RELATIVE * typical_eigenvalue, self.minimum)
+        return damping if self.maximum is None else ops.minimum(damping, self.maximum)
 
-    def adapted(self, damping: Any, actual: Any, predicted: Any) -> Any:
-        """The damping after one comparison.
+    def is_judged(self, step: Any) -> Any:
+        """Whether a comparison is due before the step of this number; boolean scalar tensor."""
+        periodic = ops.logical_or(step < self.every, ops.equal(step % self.every, 0))
+        return ops.logical_and(step > 0, periodic)
+
+    def adapted(
+        self, damping: Any, actual: Any, predicted: Any, *, first: Any, step: Any
+    ) -> tuple[Any, Any]:
+        """The damping after one comparison, and whether the step is to be taken back.
 
         Args:
             damping: Damping so far, scalar tensor.
             actual: Change of the loss, scalar tensor.
-            predicted: Change that the quadratic model predicted, negative.
+            predicted: Change that the quadratic model predicted, negative; nothing is compared
+                where it is not.
+            first: Damping of the first step, scalar tensor.
+            step: Number of the step that comes next, scalar tensor.
 
         Returns:
-            Scalar tensor; `damping` where the ratio of the two is undefined.
+            Two scalar tensors, the second boolean.
         """
-        ratio = actual / ops.where(predicted < 0, predicted, ops.ones_like(predicted))
         known = ops.logical_and(predicted < 0, ops.isfinite(predicted))
-        # A loss that is no number any more is as bad a fit as there can be.
-        ratio = ops.where(ops.isfinite(ratio), ratio, -ops.ones_like(ratio))
-        factor = self.decay**self.every
-        lower, higher = damping * factor, damping / factor
-        moved = ops.where(ratio > _GOOD, lower, ops.where(ratio < 0.0, higher, damping))
-        return ops.clip(ops.where(known, moved, damping), self.minimum, self.maximum)
+        ratio = actual / ops.where(known, predicted, -ops.ones_like(predicted))
+        is_rejected = ops.logical_and(known, ops.logical_not(ratio >= -1.0))  # also if it is NaN
+        factor = ops.where(step <= self.every, self.decay, self.decay**self.every)
+        moved = ops.where(ratio > _GOOD, damping * factor, damping)
+        moved = ops.where(ratio < 0.0, damping / factor, moved)
+        moved = ops.where(is_rejected, damping * _REJECTED, moved)
+        largest = _LARGEST * first if self.maximum is None else self.maximum
+        return ops.clip(ops.where(known, moved, damping), self.minimum, largest), is_rejected
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,7 +52,12 @@ class MeasuredSteps(FactorAverages):
             self._damping_value = self.add_variable(
                 (), initializer, dtype="float32", name="damping"
             )
+            self._first_damping = self.add_variable(
+                (), initializer, dtype="float32", name="first_damping"
+            )
             self._predicted_change = self.add_variable((), dtype="float32", name="predicted_change")
+            self._is_rejected = self.add_variable((), dtype="bool", name="is_rejected")
+            self._rejected_steps = self.add_variable((), dtype="int64", name="rejected_steps")
 
     @property
     def current_damping(self) -> Any:
@@ -93,20 +97,27 @@ class MeasuredSteps(FactorAverages):
         if not isinstance(self.damping, LevenbergMarquardt) or self._damping_value is None:
             return
         debias = 1.0 / tf.convert_to_tensor(self._average_weight)
-        states = self._layout.states
-        sizes = [
-            float(math.prod(s.block.group_shape) * s.block.n_a * s.block.n_out) for s in states
-        ]
-        pairs = zip(states, sizes, strict=True)
-        trace = tf.add_n([state.mean_eigenvalue(debias) * size for state, size in pairs])
-        self._damping_value.assign(self.damping.beginning(trace / sum(sizes)))
+        traces = [state.traces(debias) for state in self._layout.states]
+        plain, squared = (tf.add_n(list(each)) for each in zip(*traces, strict=True))
+        damping = self.damping.beginning(tf.math.divide_no_nan(squared, plain))
+        self._damping_value.assign(damping)
+        self._first_damping.assign(damping)
 
-    def damping_due(self) -> Any:
+    @property
+    def judges_steps(self) -> bool:
+        """Whether the damping follows what steps do to the loss."""
+        return isinstance(self.damping, LevenbergMarquardt) and bool(self._layout.states)
+
+    def judgement_due(self) -> Any:
         """Boolean scalar tensor: whether the last step is to be judged now, before the next."""
-        if not isinstance(self.damping, LevenbergMarquardt) or not self._layout.states:
+        if not isinstance(self.damping, LevenbergMarquardt):
             return tf.constant(False)
-        step = tf.convert_to_tensor(self.iterations)
-        return tf.logical_and(step > 0, tf.equal(step % self.damping.every, 0))
+        return self.damping.is_judged(tf.convert_to_tensor(self.iterations))
+
+    @property
+    def rejected_steps(self) -> Any:
+        """Number of steps that were taken back so far, a scalar tensor."""
+        return tf.convert_to_tensor(self._rejected_steps)
 
     @contextmanager
     def last_step_undone(self) -> Iterator[None]:
@@ -120,7 +131,25 @@ class MeasuredSteps(FactorAverages):
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
 
-    def adapt_damping(self, loss_change: Any) -> None:
+    def begin_judging(self) -> None:
+        """Until `judge` says otherwise, the last step is to stay."""
+        self._is_rejected.assign(False)
+
+    @property
+    def is_rejected(self) -> Any:
+        """Whether the last step is to be taken back, boolean scalar tensor."""
+        return tf.convert_to_tensor(self._is_rejected)
+
+    def take_back_last_step(self) -> None:
+        """Puts the variables in blocks back to before the last step, and stands still there."""
+        for variable, index in zip(self.block_variables, self._layout.in_blocks, strict=True):
+            last = self._momentums[index]
+            variable.assign(variable + tf.cast(tf.convert_to_tensor(last), variable.dtype))
+            last.assign(tf.zeros(last.shape, last.dtype))
+        self._predicted_change.assign(0.0)
+        self._rejected_steps.assign(self._rejected_steps + 1)
+
+    def judge(self, loss_change: Any) -> None:
         """Moves the damping by how well the change that the last step made was predicted.
 
         Args:
@@ -130,7 +159,13 @@ class MeasuredSteps(FactorAverages):
         if isinstance(self.damping, LevenbergMarquardt) and self._damping_value is not None:
             predicted = tf.convert_to_tensor(self._predicted_change)
             old = tf.convert_to_tensor(self._damping_value)
-            self._damping_value.assign(self.damping.adapted(old, loss_change, predicted))
+            first = tf.convert_to_tensor(self._first_damping)
+            step = tf.convert_to_tensor(self.iterations)
+            damping, is_rejected = self.damping.adapted(
+                old, loss_change, predicted, first=first, step=step
+            )
+            self._damping_value.assign(damping)
+            self._is_rejected.assign(is_rejected)
 
     def _quadratic_model(
         self, gradients: Sequence[Any], directions: Sequence[Sequence[Any]]

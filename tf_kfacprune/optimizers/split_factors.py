@@ -85,6 +85,11 @@ class SplitFactor:
         pairs = zip(self.parts, averages, strict=True)
         return tf.add_n([part.mean_eigenvalue([m]) * (part.n / self.n) for part, m in pairs])
 
+    def mean_square_eigenvalue(self, averages: Sequence[Any]) -> Any:
+        """`tr M^2 / n`, shape `k`."""
+        pairs = zip(self.parts, averages, strict=True)
+        return tf.add_n([part.mean_square_eigenvalue([m]) * (part.n / self.n) for part, m in pairs])
+
     def _each(self, tensor: Any, axis: int, apply: Callable[[Any, Any], Any]) -> Any:
         """Cuts a tensor along an axis, hands every block its piece, puts the results together."""
         pieces = tf.split(tensor, self.sizes, axis=axis)

@@ -31,8 +31,9 @@ class ScheduledClosing:
     Args:
         criterion: `"kfac"`, the loss that closing the neuron costs by the Kronecker-factored
             curvature; `"taylor"`, by the square of the gradient (Molchanov et al. 2019);
-            `"magnitude"`, the norm of the weights that go with the neuron; or `"random"`. All
-            but the last are divided by the cost that closing the neuron saves.
+            `"magnitude"`, the norm of the weights that go with the neuron, relative to the mean of
+            its group; or `"random"`. The first two, which are losses, are divided by the cost that
+            closing the neuron saves.
         every: Number of steps from one selection to the next.
 
     Raises:

@@ -219,13 +219,18 @@ class KFACModel(KFACSteps):
         if num_replicas() > 1:
             gradients, finite = agreed(gradients, finite, examples, before)
 
+        rejected = self._is_last_step_rejected(before, loss, finite, x, y, sample_weight)
+
         def apply() -> None:
-            self._judge_last_step(before, loss, x, y, sample_weight)
             self._update_factors(x, y)
             self._apply(gradients, variables, x, y)
             self._update_metrics(x, y, y_pred, sample_weight, loss)
 
-        cond(finite, apply, before.restore)
+        def leave_out() -> None:
+            before.restore()
+            self._take_back_if(rejected)
+
+        cond(tf.logical_and(finite, tf.logical_not(rejected)), apply, leave_out)
         self.guard.count(finite)
         self._end_step()
         return self._results({**self.get_metrics_result(), **self._figures()})
@@ -266,6 +271,8 @@ class KFACModel(KFACSteps):
         kfac = self._kfac
         if kfac is not None and kfac.needs_quadratic_form:
             figures["damping"] = tf.convert_to_tensor(kfac.current_damping)
+            if kfac.judges_steps:
+                figures["rejected_steps"] = kfac.rejected_steps
             if kfac.is_adaptive:
                 figures["learning_rate"] = tf.convert_to_tensor(kfac.learning_rate)
         return figures

@@ -115,21 +115,32 @@ class KFACSteps(keras.Model):
         state.restore()
         return weighted_mean([products], num_examples(x))[0]
 
-    def _judge_last_step(
-        self, before: ForwardState, loss: Any, x: Any, y: Any, sample_weight: Any
-    ) -> None:
+    @property
+    def _judging(self) -> KFAC | None:
+        """The optimizer, if it wants to know what its steps do to the loss."""
+        kfac = self._kfac
+        return kfac if kfac is not None and kfac.judges_steps else None
+
+    def _is_last_step_rejected(
+        self, before: ForwardState, loss: Any, finite: Any, x: Any, y: Any, sample_weight: Any
+    ) -> Any:
         """Adapts the damping by what the last step did to the loss on this batch, new to it.
 
         Args:
             before: State in which the pass on this batch began that gave `loss`.
             loss: Loss of the present weights on this batch.
+            finite: Whether loss and gradients are finite, boolean scalar tensor.
             x: Inputs.
             y: Labels.
             sample_weight: Weights of the examples, or None.
+
+        Returns:
+            Whether the step is to be taken back, boolean scalar tensor.
         """
-        kfac = self._kfac
-        if kfac is None or not kfac.needs_quadratic_form:
-            return
+        kfac = self._judging
+        if kfac is None:
+            return tf.constant(False)
+        kfac.begin_judging()
 
         def judge() -> None:
             after = self._forward_state()
@@ -140,7 +151,17 @@ class KFACSteps(keras.Model):
                     x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
                 )
             after.restore()
-            (change,) = weighted_mean([tf.cast(loss - old_loss, "float32")], num_examples(x))
-            kfac.adapt_damping(change)
+            # On a batch that was no good before the step either, the step is not to blame.
+            change = tf.where(tf.math.is_finite(old_loss), loss - old_loss, 0.0)
+            (change,) = weighted_mean([tf.cast(change, "float32")], num_examples(x))
+            kfac.judge(change)
 
-        cond(kfac.damping_due(), judge, lambda: None)
+        due = tf.logical_or(kfac.judgement_due(), tf.logical_not(finite))
+        cond(due, judge, lambda: None)
+        return kfac.is_rejected
+
+    def _take_back_if(self, rejected: Any) -> None:
+        """Takes the last step back if it was rejected."""
+        kfac = self._judging
+        if kfac is not None:
+            cond(rejected, kfac.take_back_last_step, lambda: None)

@@ -159,7 +159,12 @@ class TaylorCriterion(Criterion):
 
 
 class MagnitudeCriterion(Criterion):
-    """Norm of all kernel weights that would go with the neuron (Fang et al. 2023, section 3.3)."""
+    """Norm of all kernel weights that would go with the neuron (Fang et al. 2023, section 3.3).
+
+    Relative to the mean norm of the neuron's group: kernels of different layers differ in scale.
+    """
+
+    per_cost = False
 
     def saliency(self) -> Any:
         gated = self._plan.gated
@@ -174,7 +179,11 @@ class MagnitudeCriterion(Criterion):
                         rest = [k for k in range(len(axes)) if k != axis]
                         per_channel = tf.reduce_sum(tf.square(weight), axis=rest)
                         squares += tf.math.unsorted_segment_sum(per_channel, roles[role], count + 1)
-        return self._plan.to_gates(tf.sqrt(squares[:-1]))
+        sizes = [group.size for group in gated.channels.groups]
+        of_neuron = np.repeat(np.arange(len(sizes)), sizes)
+        norms = tf.sqrt(squares[:-1])
+        means = tf.math.segment_mean(norms, of_neuron)
+        return self._plan.to_gates(norms / (tf.gather(means, of_neuron) + _TINY))
 
 
 class RandomCriterion(Criterion):
