@@ -8,11 +8,11 @@ from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.optimizers import LevenbergMarquardt
 
 
-def _adapted(actual, predicted, first=1.0, step=6, **settings):
+def _adapted(actual, predicted, first=1.0, steps=2, **settings):
     rule = LevenbergMarquardt(1.0, decay=0.5, every=2, **settings)
-    first, step = tf.constant(first), tf.constant(step)
+    first, steps = tf.constant(first), tf.constant(steps)
     damping, is_rejected = rule.adapted(
-        tf.constant(1.0), tf.constant(actual), tf.constant(predicted), first=first, step=step
+        tf.constant(1.0), tf.constant(actual), tf.constant(predicted), first=first, steps=steps
     )
     return float(damping), bool(is_rejected)
 
@@ -35,16 +35,16 @@ def test_damping_stays_where_nothing_was_predicted(predicted):
         assert _adapted(actual, predicted) == (1.0, False)
 
 
-def test_damping_moves_as_far_in_a_period_as_in_as_many_single_steps():
-    assert _adapted(-1.0, -1.0, step=1)[0] == pytest.approx(0.5)
-    assert _adapted(-1.0, -1.0, step=2)[0] == pytest.approx(0.5)
-    assert _adapted(-1.0, -1.0, step=4)[0] == pytest.approx(0.25)
+def test_damping_moves_with_the_steps_since_the_last_comparison():
+    assert _adapted(-1.0, -1.0, steps=1)[0] == pytest.approx(0.5)
+    assert _adapted(-1.0, -1.0, steps=5)[0] == pytest.approx(0.5**5)
 
 
-def test_every_early_step_is_judged_and_later_one_in_a_period():
+def test_every_watched_step_is_judged_and_later_one_in_a_period():
     rule = LevenbergMarquardt(every=4)
-    judged = [step for step in range(14) if bool(rule.is_judged(tf.constant(step)))]
-    assert judged == [1, 2, 3, 4, 8, 12]
+    watched = tf.constant(6)
+    judged = [step for step in range(14) if bool(rule.is_judged(tf.constant(step), watched))]
+    assert judged == [1, 2, 3, 4, 5, 6, 8, 12]
 
 
 def test_damping_stays_within_its_range():

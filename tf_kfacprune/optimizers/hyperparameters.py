@@ -46,12 +46,12 @@ def value_at(value: Hyperparameter, step: Any) -> Any:
 class LevenbergMarquardt:
     """Damping that follows what steps do to examples they were not computed from.
 
-    Every `every` steps, and after each of the first `every`, the change of the loss that a step
-    made on the *next* batch is compared with the change that its damped quadratic model predicted
-    on its own. Where the loss fell by more than a quarter of the prediction the damping is
-    multiplied by `decay` for each step since the last comparison, where it rose it is divided by
-    that. A step is taken back, and the damping is multiplied by 3, if the loss rose by more than
-    it was to fall, or is no number any more.
+    Every `every` steps the change of the loss that a step made on the *next* batch is compared
+    with the change that its damped quadratic model predicted on its own. Where the loss fell by
+    more than a quarter of the prediction the damping is multiplied by `decay` for each step since
+    the last comparison, where it rose it is divided by that. A step is taken back, and the damping
+    is multiplied by 3, if the loss rose by more than it was to fall, or is no number any more.
+    Each of the first `every` steps is compared, and each of as many after one that was taken back.
 
     Levenberg and Marquardt judge a step on the batch it was computed from. There, a step that fits
     the noise of the batch looks perfect, and the damping vanishes until training diverges; on new
@@ -111,13 +111,18 @@ class LevenbergMarquardt:
         damping = ops.maximum(_RELATIVE * typical_eigenvalue, self.minimum)
         return damping if self.maximum is None else ops.minimum(damping, self.maximum)
 
-    def is_judged(self, step: Any) -> Any:
-        """Whether a comparison is due before the step of this number; boolean scalar tensor."""
-        periodic = ops.logical_or(step < self.every, ops.equal(step % self.every, 0))
+    def is_judged(self, step: Any, watched_until: Any) -> Any:
+        """Whether a comparison is due before a step; boolean scalar tensor.
+
+        Args:
+            step: Number of the step.
+            watched_until: Step up to which all are compared.
+        """
+        periodic = ops.logical_or(step <= watched_until, ops.equal(step % self.every, 0))
         return ops.logical_and(step > 0, periodic)
 
     def adapted(
-        self, damping: Any, actual: Any, predicted: Any, *, first: Any, step: Any
+        self, damping: Any, actual: Any, predicted: Any, *, first: Any, steps: Any
     ) -> tuple[Any, Any]:
         """The damping after one comparison, and whether the step is to be taken back.
 
@@ -127,7 +132,7 @@ class LevenbergMarquardt:
             predicted: Change that the quadratic model predicted, negative; nothing is compared
                 where it is not.
             first: Damping of the first step, scalar tensor.
-            step: Number of the step that comes next, scalar tensor.
+            steps: Steps since the last comparison, scalar tensor.
 
         Returns:
             Two scalar tensors, the second boolean.
@@ -135,7 +140,7 @@ class LevenbergMarquardt:
         known = ops.logical_and(predicted < 0, ops.isfinite(predicted))
         ratio = actual / ops.where(known, predicted, -ops.ones_like(predicted))
         is_rejected = ops.logical_and(known, ops.logical_not(ratio >= -1.0))  # also if it is NaN
-        factor = ops.where(step <= self.every, self.decay, self.decay**self.every)
+        factor = ops.power(self.decay, ops.cast(steps, "float32"))
         moved = ops.where(ratio > _GOOD, damping * factor, damping)
         moved = ops.where(ratio < 0.0, damping / factor, moved)
         moved = ops.where(is_rejected, damping * _REJECTED, moved)

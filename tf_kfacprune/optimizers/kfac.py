@@ -219,9 +219,8 @@ class KFAC(MeasuredSteps):
             self._predicted_change.assign(model_change(k, b, tf.ones((1,))))
 
         # Fixed steps need their prediction only if the next step begins with judging them.
-        if isinstance(self.damping, LevenbergMarquardt):
-            following = tf.convert_to_tensor(self.iterations) + 1
-            cond(self.damping.is_judged(following), predict, lambda: None)
+        following = tf.convert_to_tensor(self.iterations) + 1
+        cond(self.judgement_due(following), predict, lambda: None)
 
     def apply(
         self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None

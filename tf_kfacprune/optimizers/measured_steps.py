@@ -56,6 +56,10 @@ class MeasuredSteps(FactorAverages):
                 (), initializer, dtype="float32", name="first_damping"
             )
             self._predicted_change = self.add_variable((), dtype="float32", name="predicted_change")
+            initializer = keras.initializers.Constant(self.damping.every)
+            self._watched_until = self.add_variable(
+                (), initializer, dtype="int64", name="watched_until"
+            )
             self._is_rejected = self.add_variable((), dtype="bool", name="is_rejected")
             self._rejected_steps = self.add_variable((), dtype="int64", name="rejected_steps")
 
@@ -108,11 +112,16 @@ class MeasuredSteps(FactorAverages):
         """Whether the damping follows what steps do to the loss."""
         return isinstance(self.damping, LevenbergMarquardt) and bool(self._layout.states)
 
-    def judgement_due(self) -> Any:
-        """Boolean scalar tensor: whether the last step is to be judged now, before the next."""
+    def judgement_due(self, step: Any = None) -> Any:
+        """Boolean scalar tensor: whether a step is to be judged when the next one begins.
+
+        Args:
+            step: Number of that next one; by default the step that is about to begin.
+        """
         if not isinstance(self.damping, LevenbergMarquardt):
             return tf.constant(False)
-        return self.damping.is_judged(tf.convert_to_tensor(self.iterations))
+        step = tf.convert_to_tensor(self.iterations if step is None else step)
+        return self.damping.is_judged(step, tf.convert_to_tensor(self._watched_until))
 
     @property
     def rejected_steps(self) -> Any:
@@ -148,6 +157,9 @@ class MeasuredSteps(FactorAverages):
             last.assign(tf.zeros(last.shape, last.dtype))
         self._predicted_change.assign(0.0)
         self._rejected_steps.assign(self._rejected_steps + 1)
+        if isinstance(self.damping, LevenbergMarquardt):
+            step = tf.convert_to_tensor(self.iterations)
+            self._watched_until.assign(step + self.damping.every)
 
     def judge(self, loss_change: Any) -> None:
         """Moves the damping by how well the change that the last step made was predicted.
@@ -160,9 +172,13 @@ class MeasuredSteps(FactorAverages):
             predicted = tf.convert_to_tensor(self._predicted_change)
             old = tf.convert_to_tensor(self._damping_value)
             first = tf.convert_to_tensor(self._first_damping)
-            step = tf.convert_to_tensor(self.iterations)
+            is_watched = tf.convert_to_tensor(self.iterations) <= self._watched_until
             damping, is_rejected = self.damping.adapted(
-                old, loss_change, predicted, first=first, step=step
+                old,
+                loss_change,
+                predicted,
+                first=first,
+                steps=tf.where(is_watched, 1, self.damping.every),
             )
             self._damping_value.assign(damping)
             self._is_rejected.assign(is_rejected)

@@ -1,0 +1,97 @@
+"""Adaptive damping: steps that did harm are taken back."""
+
+import keras
+import numpy as np
+import pytest
+
+import tf_kfacprune as kp
+
+L = keras.layers
+to_numpy = keras.ops.convert_to_numpy
+BATCH = 32
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(BATCH, 6)).astype("float32")
+Y = (X[:, :3].sum(axis=1) > 0).astype("int32") + (X[:, 3] > 1)
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def _after_one_step(activation=None, loss=LOSS):
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((6,))
+    x = L.BatchNormalization(name="norm")(L.Dense(8, activation="tanh")(inputs))
+    network = keras.Model(inputs, L.Dense(3, activation=activation)(x))
+    model = kp.KFACModel(network, seed=0)
+    damping = kp.LevenbergMarquardt(0.1, every=3)
+    model.compile(kp.KFAC("auto", damping=damping, batch_fraction=1.0), loss)
+    _train(model)
+    return model
+
+
+def _train(model, x=X):
+    y = Y if model.loss is LOSS else np.ones((BATCH, 3), "float32")
+    return model.fit(x, y, batch_size=BATCH, verbose=0).history
+
+
+def _values(variables):
+    return [to_numpy(v) for v in variables]
+
+
+def _gone_astray(model, size):
+    """Makes the last step a large one; returns what the variables were before it."""
+    optimizer = model.optimizer
+    before = _values(optimizer.block_variables)
+    for place, variable in zip(optimizer._layout.in_blocks, optimizer.block_variables, strict=True):
+        step = size * np.sign(RNG.normal(size=variable.shape)).astype("float32")
+        optimizer._momentums[place].assign(step)
+        variable.assign(variable - step)
+    return before
+
+
+def _assert_taken_back(model, size):
+    statistics = _values(model.net.get_layer("norm").non_trainable_variables)
+    damping = float(model.optimizer.current_damping)
+    before = _gone_astray(model, size)
+    assert _train(model)["rejected_steps"] == [1]
+    for old, new in zip(before, _values(model.optimizer.block_variables), strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-4)
+    now = _values(model.net.get_layer("norm").non_trainable_variables)
+    for old, new in zip(statistics, now, strict=True):
+        np.testing.assert_array_equal(new, old)
+    assert float(model.optimizer.current_damping) == pytest.approx(3.0 * damping)
+    assert int(model.optimizer.iterations) == 1
+    assert _train(model)["rejected_steps"] == [1]
+    assert int(model.optimizer.iterations) == 2
+
+
+def test_a_harmful_step_is_taken_back():
+    _assert_taken_back(_after_one_step(), 4.0)
+
+
+def test_a_step_that_made_the_loss_infinite_is_taken_back_at_once():
+    model = _after_one_step("exponential", "mse")
+    _assert_taken_back(model, 100.0)
+    assert int(model.guard.skipped) == 1
+
+
+def test_a_step_is_not_to_blame_for_a_bad_batch():
+    model = _after_one_step()
+    before = _values([*model.optimizer.block_variables, *model.optimizer.variables])
+    assert _train(model, np.full_like(X, np.nan))["rejected_steps"] == [0]
+    after = _values([*model.optimizer.block_variables, *model.optimizer.variables])
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_a_deep_network_recovers_from_damping_far_too_small():
+    keras.utils.set_random_seed(0)
+    inputs = x = keras.Input((24,))
+    for width in (96, 48, 4, 48, 96):
+        x = L.Dense(width, activation="relu")(x)
+    model = kp.KFACModel(keras.Model(inputs, L.Dense(24)(x)), seed=0)
+    rng = np.random.default_rng(0)
+    images = (rng.normal(size=(512, 24)) @ rng.normal(size=(24, 24)) > 0).astype("float32")
+    damping = kp.LevenbergMarquardt(1e-8, maximum=1.0)
+    model.compile(kp.KFAC("auto", damping=damping), keras.losses.BinaryCrossentropy(True))
+    history = model.fit(images, images, batch_size=128, epochs=10, verbose=0).history
+    assert history["rejected_steps"][-1] > 0
+    assert history["loss"][-1] < 0.6
