@@ -41,6 +41,9 @@ TABLES = {
     "losses_after_steps": lambda: optimizer.moments_table(
         "autoencoder_small", 0, (5, 10, 20, 50, 150)
     ),
+    "losses_after_steps_autoencoder": lambda: optimizer.moments_table(
+        "autoencoder", 0, (5, 10, 20, 40, 150)
+    ),
     "losses_after_seconds": lambda: optimizer.moments_table(
         "autoencoder_small", 1, (5, 10, 20, 40)
     ),

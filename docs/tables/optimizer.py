@@ -38,7 +38,7 @@ def curves_table(task):
     """Final loss in the same time, and what it takes to reach Adam's."""
     runs, rows = final_runs(task), []
     for optimizer, by_seed in runs.items():
-        finals = [run["curve"][-1][2] for run in by_seed.values()]
+        finals = [final_loss(run) for run in by_seed.values()]
         rates = {run["key"]["rate"] for run in by_seed.values()}
         rows.append(
             [
@@ -58,12 +58,19 @@ def to_reach_the_reference(by_seed, reference, column):
     """Mean share of the seconds (column 1) or steps (0) of Adam that its final loss takes."""
     shares = []
     for seed in by_seed.keys() & reference.keys():
-        adam = reference[seed]["curve"]
-        needed = first_below(by_seed[seed]["curve"], adam[-1][2], column)
-        shares.append(None if needed is None else needed / first_below(adam, adam[-1][2], column))
+        goal = final_loss(reference[seed])
+        needed = first_below(by_seed[seed]["curve"], goal, column)
+        adam = first_below(reference[seed]["curve"], goal, column)
+        shares.append(None if needed is None else needed / adam)
     if not shares or None in shares:
         return "not reached"
     return mean_and_deviation(shares, 2) + "x"
+
+
+def final_loss(run):
+    """Loss after the seconds that the run was given; the last measurement may be a little later."""
+    _, seconds, losses = np.transpose(run["curve"])
+    return float(np.interp(run["key"]["seconds"], seconds, losses))
 
 
 def first_below(curve, loss, column):

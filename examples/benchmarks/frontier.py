@@ -97,37 +97,51 @@ CASES = {
 }
 
 
-def ours(case, model, x, y, seed, budget, optimizer=None, **options):
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        model: The untrained network.
+        starts: What runs of this network, data and seed have in common.
+        strength: Price of methods that know no budget.
+    """
+
+    case: Case
+    model: keras.Model
+    x: np.ndarray
+    y: np.ndarray
+    seed: int
+    starts: peers.SharedStarts
+    budget: kp.Budget | None = None
+    strength: float | None = None
+
+    def steps(self, epochs):
+        """Steps in so many epochs."""
+        return -(-len(self.x) // self.case.batch_size) * epochs
+
+    def fit(self, model, epochs):
+        """Trains a compiled model."""
+        model.fit(self.x, self.y, batch_size=self.case.batch_size, epochs=epochs, verbose=0)
+
+
+def ours(run, optimizer=None, **options):
     """One `fit` with the library's defaults, but for what an ablation changes."""
     pm = kp.PrunableModel(
-        model, budget=budget, prune_inputs=case.prune_inputs, seed=seed, **options
+        run.model, budget=run.budget, prune_inputs=run.case.prune_inputs, seed=run.seed, **options
     )
-    pm.compile(optimizer, loss=case.loss)
-    pm.fit(x, y, batch_size=case.batch_size, epochs=case.epochs, verbose=0)
+    pm.compile(optimizer, loss=run.case.loss)
+    run.fit(pm, run.case.epochs)
     return kp.compact(pm)
 
 
-def dense(case, model, x, y):
+def dense(run):
     """Adam with cosine decay, nothing pruned."""
-    schedule = keras.optimizers.schedules.CosineDecay(case.adam_rate, peers.steps_of(case, x))
-    model.compile(keras.optimizers.Adam(schedule), loss=case.loss)
-    model.fit(x, y, batch_size=case.batch_size, epochs=case.epochs, verbose=0)
-    return model
+    run.model.compile(peers.adam(run, run.case.epochs), loss=run.case.loss)
+    run.fit(run.model, run.case.epochs)
+    return run.model
 
 
-# Method: what trains and prunes. `s` is the strength of methods that know no budget.
-METHODS = {
-    "dense": lambda c, m, x, y, seed, budget, s: dense(c, m, x, y),
-    "ours": lambda c, m, x, y, seed, budget, s: ours(c, m, x, y, seed, budget),
-    "magnitude": lambda c, m, x, y, seed, budget, s: peers.one_shot(
-        c, m, x, y, seed, "magnitude", budget
-    ),
-    "taylor": lambda c, m, x, y, seed, budget, s: peers.one_shot(
-        c, m, x, y, seed, "taylor", budget
-    ),
-    "hard_concrete": lambda c, m, x, y, seed, budget, s: peers.hard_concrete(c, m, x, y, s),
-    "slimming": lambda c, m, x, y, seed, budget, s: peers.slimming(c, m, x, y, 0.1, budget),
-}
 # Ours with one thing changed; made anew for every run.
 ABLATIONS = {
     "ours_penalty": lambda: {"curvature": kp.SpectralRadius()},
@@ -136,12 +150,15 @@ ABLATIONS = {
     "ours_proximal": lambda: {"policy": "proximal"},
     "ours_taylor": lambda: {"policy": "taylor"},
 }
-METHODS |= {
-    name: lambda c, m, x, y, seed, budget, s, change=change: ours(
-        c, m, x, y, seed, budget, **change()
-    )
-    for name, change in ABLATIONS.items()
-}
+# What turns a run into the network that its method makes.
+METHODS = {
+    "dense": dense,
+    "ours": ours,
+    "magnitude": lambda run: peers.one_shot(run, "magnitude"),
+    "taylor": lambda run: peers.one_shot(run, "taylor"),
+    "hard_concrete": peers.hard_concrete,
+    "slimming": lambda run: peers.slimming(run, penalty=0.1),
+} | {name: lambda run, c=change: ours(run, **c()) for name, change in ABLATIONS.items()}
 # Methods without a budget run at these strengths instead of the targets.
 STRENGTHS = {"hard_concrete": (0.3, 1.0, 3.0), "dense": (0.0,)}
 
@@ -171,15 +188,16 @@ def shown_to(model, x):
     return x.reshape(-1, *model.input_shape[1:])
 
 
-def trained(case, data, method, budget, strength, seed):
+def trained(case, data, method, seed, starts, budget=None, strength=None):
     """The network that a method makes, and the seconds it takes."""
     keras.utils.set_random_seed(seed)
     model = case.network(data.input_shape, data.num_classes, seed=seed)
     x = shown_to(model, data.x_train[: case.examples])
     y = data.y_train[: case.examples]
-    start = time.perf_counter()
-    small = METHODS[method](case, model, x, y, seed, budget, strength)
-    return small, time.perf_counter() - start
+    run = Run(case, model, x, y, seed, starts, budget, strength)
+    start, spared = time.perf_counter(), starts.seconds_spared
+    small = METHODS[method](run)
+    return small, time.perf_counter() - start + starts.seconds_spared - spared
 
 
 def measured(small, data):
@@ -209,12 +227,13 @@ def run(split="test"):
         data = load(case, split)
         seeds = SEEDS.value or range(case.num_seeds if split == "test" else 1)
         for seed in map(int, seeds):
+            starts = peers.SharedStarts()
             for method, target, budget, strength in plans(name):
                 key = {"case": name, "method": method, "target": target, "seed": seed}
                 key |= {"epochs": case.epochs, "examples": case.examples, "split": split}
                 if key in records:
                     continue
-                small, seconds = trained(case, data, method, budget, strength, seed)
+                small, seconds = trained(case, data, method, seed, starts, budget, strength)
                 records.add(key, measured(small, data) | {"seconds": round(seconds, 1)})
                 keras.backend.clear_session()
                 gc.collect()
@@ -231,8 +250,9 @@ def cost(rounds=3):
             key = {"case": name, "target": target, "epochs": case.epochs, "round": number}
             if key in records:
                 continue
-            _, dense_s = trained(case, data, "dense", None, None, number)
-            _, ours_s = trained(case, data, "ours", kp.Budget(**fractions), None, number)
+            _, dense_s = trained(case, data, "dense", number, peers.SharedStarts())
+            budget = kp.Budget(**fractions)
+            _, ours_s = trained(case, data, "ours", number, peers.SharedStarts(), budget)
             seconds = {"dense_s": round(dense_s, 1), "ours_s": round(ours_s, 1)}
             records.add(key, {**seconds, "ratio": round(ours_s / dense_s, 3)})
 

@@ -4,10 +4,12 @@
 `hard_concrete`: L0 regularization at a fixed price (Louizos et al. 2018). `slimming`: an L1 penalty
 on the scale of every channel, then a global threshold, then fine-tuning (Liu et al. 2017; the scale
 is a gate of its own, so that networks without BatchNormalization take part). All are trained by
-Adam with cosine decay, and fine-tuning starts a cosine of its own.
+Adam with cosine decay, and fine-tuning starts a cosine of its own. Runs that differ in score or
+size only share the training before (`SharedStarts`).
 """
 
 import math
+import time
 
 import keras
 import numpy as np
@@ -18,25 +20,49 @@ from tf_kfacprune.gates import GatedNetwork, GatePhase, insert_gates
 from tf_kfacprune.pruning import GateGroups, land_on_budget
 
 TRAINED = 2 / 3  # of all epochs; the rest is for fine-tuning
+SCORED = 0.05  # of fine-tuning, at learning rate zero, for the average of the scores
+
+
+class SharedStarts:
+    """Weights after the first part of a run, for all runs that begin alike.
+
+    Attributes:
+        seconds_spared: What has not been trained again so far.
+    """
+
+    def __init__(self):
+        self.seconds_spared = 0.0
+        self._known = {}
+
+    def train(self, name, model, fit):
+        """Trains a model by `fit()`, or gives it the weights that this once led to."""
+        if name in self._known:
+            weights, seconds = self._known[name]
+            model.set_weights(weights)
+            self.seconds_spared += seconds
+            return
+        start = time.perf_counter()
+        fit()
+        self._known[name] = model.get_weights(), time.perf_counter() - start
 
 
 @keras.saving.register_keras_serializable(package="benchmarks")
-class TwoCosines(keras.optimizers.schedules.LearningRateSchedule):
-    """One cosine decay for training, and one for fine-tuning."""
+class CosineAfterScoring(keras.optimizers.schedules.LearningRateSchedule):
+    """Zero while neurons are scored, then one cosine decay."""
 
-    def __init__(self, rate, first_steps, total_steps):
-        self.rate, self.first_steps, self.total_steps = rate, first_steps, total_steps
+    def __init__(self, rate, scored_steps, total_steps):
+        self.rate, self.scored_steps, self.total_steps = rate, scored_steps, total_steps
 
     def __call__(self, step):
-        step = ops.cast(step, "float32")
-        first, rest = float(self.first_steps), float(self.total_steps - self.first_steps)
-        progress = ops.where(step < first, step / first, (step - first) / max(rest, 1.0))
-        return self.rate * 0.5 * (1.0 + ops.cos(math.pi * ops.clip(progress, 0.0, 1.0)))
+        passed = ops.cast(step, "float32") - float(self.scored_steps)
+        progress = ops.clip(passed / float(self.total_steps - self.scored_steps), 0.0, 1.0)
+        rate = self.rate * 0.5 * (1.0 + ops.cos(math.pi * progress))
+        return ops.where(passed < 0.0, 0.0, rate)
 
     def get_config(self):
         return {
             "rate": self.rate,
-            "first_steps": self.first_steps,
+            "scored_steps": self.scored_steps,
             "total_steps": self.total_steps,
         }
 
@@ -64,40 +90,44 @@ class PenalizedGates(keras.Model):
         return loss + ops.sum(self.prices * self.bank.open_probability())
 
 
-def steps_of(case, x):
-    """Steps of a whole run."""
-    return -(-len(x) // case.batch_size) * case.epochs
+def adam(run, epochs):
+    """Adam with cosine decay over so many epochs."""
+    steps = run.steps(epochs)
+    return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(run.case.adam_rate, steps))
 
 
-def one_shot(case, model, x, y, seed, criterion, budget):
+def one_shot(run, criterion):
     """Trains, prunes at once by `"magnitude"` or `"taylor"`, and fine-tunes."""
-    total = steps_of(case, x)
-    scored = 0.02  # of all steps, for the average of the scores
+    case, first = run.case, round(TRAINED * run.case.epochs)
+    run.model.compile(adam(run, first), loss=case.loss)
+    run.starts.train("dense", run.model, lambda: run.fit(run.model, first))
+    keras.utils.set_random_seed(run.seed)
+    phases = kp.Phases(0.0, SCORED)
+    steps = run.steps(case.epochs - first)
     pm = kp.PrunableModel(
-        model,
-        budget=budget,
-        policy=kp.ScheduledClosing(criterion, every=10 * total),  # only at the end of the phase
+        run.model,
+        budget=run.budget,
+        policy=kp.ScheduledClosing(criterion, every=10 * steps),  # only at the end of the phase
         prune_inputs=case.prune_inputs,
-        phases=kp.Phases(TRAINED - scored, scored),
-        seed=seed,
+        phases=phases,
+        seed=run.seed,
     )
-    schedule = TwoCosines(case.adam_rate, round(TRAINED * total), total)
-    pm.compile(keras.optimizers.Adam(schedule), loss=case.loss)
-    pm.fit(x, y, batch_size=case.batch_size, epochs=case.epochs, verbose=0)
+    _, scored = phases.boundaries(steps)
+    pm.compile(keras.optimizers.Adam(CosineAfterScoring(case.adam_rate, scored, steps)), case.loss)
+    run.fit(pm, case.epochs - first)
     return kp.compact(pm)
 
 
-def hard_concrete(case, model, x, y, strength):
-    """Trains with hard-concrete gates; `strength` prices the weights that a neuron frees."""
-    net = insert_gates(model, prune_inputs=case.prune_inputs)
+def hard_concrete(run):
+    """Trains with hard-concrete gates; `run.strength` prices the weights that a neuron frees."""
+    net = insert_gates(run.model, prune_inputs=run.case.prune_inputs)
     gated = GatedNetwork(net)
     freed = np.array([freed_params(gated, k) for k in range(gated.channels.num_neurons)])
     prices = np.zeros(gated.num_gates)
-    prices[gated.neuron_gates[:, 0]] = strength * freed / gated.cost.params_dense
+    prices[gated.neuron_gates[:, 0]] = run.strength * freed / gated.cost.params_dense
     penalized = PenalizedGates(net, prices)
-    schedule = keras.optimizers.schedules.CosineDecay(case.adam_rate, steps_of(case, x))
-    penalized.compile(keras.optimizers.Adam(schedule), loss=case.loss)
-    penalized.fit(x, y, batch_size=case.batch_size, epochs=case.epochs, verbose=0)
+    penalized.compile(adam(run, run.case.epochs), loss=run.case.loss)
+    run.fit(penalized, run.case.epochs)
     return kp.compact(net)
 
 
@@ -108,26 +138,25 @@ def freed_params(gated, neuron):
     return gated.cost.params_dense - gated.cost.count("params", openness)
 
 
-def slimming(case, model, x, y, strength, budget):
+def slimming(run, penalty):
     """Trains with an L1 penalty on channel scales, cuts the smallest, and fine-tunes."""
-    net = insert_gates(model, prune_inputs=case.prune_inputs, kind="deterministic")
+    case, first = run.case, round(TRAINED * run.case.epochs)
+    net = insert_gates(run.model, prune_inputs=case.prune_inputs, kind="deterministic")
     gated = GatedNetwork(net)
-    penalized = PenalizedGates(net, np.full(gated.num_gates, strength / gated.num_gates))
-    total = steps_of(case, x)
-    schedule = TwoCosines(case.adam_rate, round(TRAINED * total), total)
-    penalized.compile(keras.optimizers.Adam(schedule), loss=case.loss)
-    first = round(TRAINED * case.epochs)
-    penalized.fit(x, y, batch_size=case.batch_size, epochs=first, verbose=0)
+    penalized = PenalizedGates(net, np.full(gated.num_gates, penalty / gated.num_gates))
+    penalized.compile(adam(run, first), loss=case.loss)
+    run.starts.train("slimming", penalized, lambda: run.fit(penalized, first))
+    keras.utils.set_random_seed(run.seed)
     bank, groups = penalized.bank, GateGroups(gated)
     keep = land_on_budget(
         ops.convert_to_tensor(bank.logits),
         groups.of_gate,
         groups.counts,
         lambda measure, gates: gated.cost.fraction(measure, gated.openness(gates)),
-        budget.targets,
+        run.budget.targets,
     )
     bank.settle(keep)
-    penalized.fit(
-        x, y, batch_size=case.batch_size, initial_epoch=first, epochs=case.epochs, verbose=0
-    )
-    return kp.compact(net)
+    small = kp.compact(net)
+    small.compile(adam(run, case.epochs - first), loss=case.loss)
+    run.fit(small, case.epochs - first)
+    return small

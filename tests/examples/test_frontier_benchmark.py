@@ -37,7 +37,8 @@ def small_task(frontier):
     model = keras.Model(inputs, keras.layers.Dense(2)(hidden))
     x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
     case = dataclasses.replace(frontier.CASES["lenet300"], epochs=3, batch_size=16, adam_rate=0.05)
-    return case, model, x, (x[:, 0] > 0).astype("int64")
+    y = (x[:, 0] > 0).astype("int64")
+    return frontier.Run(case, model, x, y, 0, frontier.peers.SharedStarts(), kp.Budget(params=0.4))
 
 
 def test_finished_runs_are_known_when_the_file_is_opened_again(frontier, tmp_path):
@@ -56,23 +57,36 @@ def test_every_method_has_runs_in_every_case(frontier):
         assert [budget.targets for budget in of_ours] == list(case.targets.values())
 
 
-def test_fine_tuning_has_a_cosine_of_its_own(frontier):
-    schedule = frontier.peers.TwoCosines(0.1, 20, 30)
-    rates = [float(schedule(step)) for step in (0, 10, 19, 20, 25, 30)]
-    np.testing.assert_allclose(rates[:2], [0.1, 0.05], rtol=1e-5)
-    np.testing.assert_allclose(rates[3:], [0.1, 0.05, 0.0], rtol=1e-5, atol=1e-7)
-    assert rates[2] < 0.001
+def test_fine_tuning_scores_at_rate_zero_and_has_a_cosine_of_its_own(frontier):
+    schedule = frontier.peers.CosineAfterScoring(0.1, 10, 30)
+    rates = [float(schedule(step)) for step in (0, 9, 10, 20, 30)]
+    np.testing.assert_allclose(rates, [0.0, 0.0, 0.1, 0.05, 0.0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "slimming"])
 def test_peers_with_a_budget_obey_it(frontier, task, method):
-    case, model, x, y = task
-    small = frontier.METHODS[method](case, model, x, y, 0, kp.Budget(params=0.4), None)
-    assert small.count_params() <= 0.4 * model.count_params()
+    small = frontier.METHODS[method](task)
+    assert small.count_params() <= 0.4 * task.model.count_params()
+
+
+def test_runs_that_begin_alike_are_begun_once_and_end_alike(frontier, task, monkeypatch):
+    epochs = []
+    fit = frontier.Run.fit
+    monkeypatch.setattr(
+        frontier.Run, "fit", lambda run, model, n: epochs.append(n) or fit(run, model, n)
+    )
+    weights = []
+    for _ in range(2):
+        model = keras.models.clone_model(task.model)
+        small = frontier.METHODS["magnitude"](dataclasses.replace(task, model=model))
+        weights.append(small.get_weights())
+    assert epochs == [2, 1, 1]
+    assert task.starts.seconds_spared > 0
+    for first, second in zip(*weights, strict=True):
+        np.testing.assert_array_equal(first, second)
 
 
 def test_a_high_price_closes_gates(frontier, task):
-    case, model, x, y = task
-    case = dataclasses.replace(case, adam_rate=2.0)  # far enough in twelve steps
-    small = frontier.peers.hard_concrete(case, model, x, y, strength=100.0)
-    assert small.count_params() < model.count_params()
+    case = dataclasses.replace(task.case, adam_rate=2.0)  # far enough in twelve steps
+    small = frontier.METHODS["hard_concrete"](dataclasses.replace(task, case=case, strength=100.0))
+    assert small.count_params() < task.model.count_params()
