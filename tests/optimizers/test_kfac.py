@@ -73,6 +73,22 @@ def test_steps_equal_the_float64_reference(use_bias, kl_clip):
     np.testing.assert_allclose(got, weights, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("every", "early"), [(1, []), (2, [1]), (10, [1, 2, 4]), (16, [1, 2, 4, 8])]
+)
+def test_factors_are_updated_periodically_and_more_often_at_first(every, early):
+    block = block_for(_dense())
+    optimizer = KFAC(factor_every=every)
+    optimizer.bind([block])
+    optimizer.build(block.variables)
+    due = []
+    for step in range(3 * every):
+        optimizer.iterations.assign(step)
+        if bool(optimizer.factors_due()):
+            due.append(step)
+    assert due == sorted({*range(0, 3 * every, every), *early})
+
+
 def test_the_block_is_the_exact_ggn_of_a_linear_layer_with_squared_loss():
     """A (x) G with G = 2/D I, the output Hessian of the mean squared error, is the dense GGN."""
     rng = np.random.default_rng(0)

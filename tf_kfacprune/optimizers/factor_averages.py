@@ -102,8 +102,8 @@ class FactorAverages(keras.optimizers.Optimizer):
     def factors_due(self) -> Any:
         """Boolean scalar tensor: whether the factors are to be updated at this step.
 
-        That is every `factor_every` steps, and within the first of these periods at steps 1, 2, 4,
-        8 and so on: a network changes fastest in the beginning.
+        That is every `factor_every` steps, and in the first half of the first period at steps 1, 2,
+        4, 8 and so on: a network changes fastest in the beginning.
         """
         step = tf.convert_to_tensor(self.iterations)
         early = [1 << k for k in range((self.factor_every // 2).bit_length())]

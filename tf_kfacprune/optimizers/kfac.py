@@ -77,7 +77,7 @@ class KFAC(MeasuredSteps):
         norm_constraint: Bound on the Frobenius norm of each block's part of a step (before
             momentum), > 0, or None for no bound. Not used with `"auto"`.
         factor_decay: Decay of the factors' averages, in [0, 1); debiased.
-        factor_every: Steps between updates of the factors.
+        factor_every: Steps between updates of the factors; the first period has some more.
         inverse_every: Steps between updates of the inverses; in the first `inverse_every` steps
             every update of the factors is followed by one.
         batch_fraction: Share of the batch that factors (and the quadratic model) are computed on,
