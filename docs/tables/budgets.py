@@ -4,15 +4,40 @@ from tables.markdown import recorded_table, records
 
 
 def budgets_table():
-    """One row per run that the benchmark has recorded."""
+    """One row per network, policy and target; the spread is over the seeds."""
+    groups = {}
+    for line in records("budgets.jsonl"):
+        key = line["key"]
+        of = key["network"], key["policy"], key["measure"], -key["asked"]
+        groups.setdefault(of, []).append(line)
     rows = []
-    for record in records("budgets.jsonl"):
-        row = [f"`{record['network']}`", record["measure"], record["seed"], record["asked"]]
-        if record["achieved"] is None:
-            rows.append([*row, "out of reach", "–", "–", "–", "–"])
+    for (network, policy, measure, asked), runs in sorted(groups.items()):
+        row = [f"`{network}`", policy, measure, f"{-asked:g}", len(runs)]
+        if any(run["achieved"] is None for run in runs):
+            rows.append([*row, "out of reach", "-", "-", "-"])
             continue
-        used = f"{100 * record['ratio']:.2f} %"
-        switched = [f"{record[name]} of {record['gates']}" for name in ("closed", "reopened")]
-        rows.append([*row, f"{record['achieved']:.5f}", used, f"{record['before']:.5f}", *switched])
-    header = ["network", "measure", "seed", "asked", "achieved", "used", "before"]
-    return recorded_table([*header, "closed", "reopened"], rows)
+        rows.append(
+            [
+                *row,
+                spread([100 * run["ratio"] for run in runs], "{:.1f} %"),
+                spread([run["before"] for run in runs], "{:.4f}"),
+                spread([run["closed"] for run in runs], "{}"),
+                spread([run["reopened"] for run in runs], "{}"),
+            ]
+        )
+    header = [
+        "network",
+        "policy",
+        "measure",
+        "asked",
+        "seeds",
+        "share of it used",
+        "before landing",
+    ]
+    return recorded_table([*header, "closed by it", "reopened"], rows)
+
+
+def spread(values, form):
+    """The least and the greatest value, or the only one."""
+    ends = [form.format(value) for value in (min(values), max(values))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)

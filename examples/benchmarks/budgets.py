@@ -3,21 +3,18 @@
     python examples/benchmarks/budgets.py --data_dir=DIR [--measure=params] [--optimizer=kfac]
 
 Every run trains and prunes a network on a small part of the data, for as many steps as it takes to
-see where the controller leads; accuracy is not the point. DIR holds mnist.npz; ResNet-20 sees the
+see where the policy leads; accuracy is not the point. DIR holds mnist.npz; ResNet-20 sees the
 same digits as 16 x 16 images in three colors. One line per run goes to results/budgets.jsonl:
 budget asked and achieved, with the reason where they differ; `before`, the cost of the network
 just before it lands; `closed` and `reopened`, the gates that landing switched, of `gates`.
 """
 
-from __future__ import annotations
-
-import json
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
 from absl import app, flags
+from records import Records
 
 import tf_kfacprune as kp
 
@@ -26,13 +23,13 @@ flags.DEFINE_string("data_dir", None, "Folder with mnist.npz; Keras downloads it
 flags.DEFINE_list("networks", ["lenet300", "lenet5", "resnet20"], "Built-in networks.")
 flags.DEFINE_list("targets", ["0.5", "0.2", "0.1", "0.05", "0.02"], "Fractions to keep.")
 flags.DEFINE_enum("measure", "macs", ["macs", "params", "bytes"], "What the budget bounds.")
-flags.DEFINE_string("policy", "hard_concrete", "Closing policy.")
-flags.DEFINE_enum("optimizer", "adam", ["adam", "kfac"], "Optimizer.")
+flags.DEFINE_string("policy", "kfac", "Closing policy.")
+flags.DEFINE_enum("optimizer", "kfac", ["adam", "kfac"], "Optimizer.")
 flags.DEFINE_integer("seeds", 3, "Runs of each kind.")
 flags.DEFINE_integer("images", 1024, "Training images.")
-flags.DEFINE_integer("epochs", 10, "Passes over them.")
+flags.DEFINE_integer("epochs", 8, "Passes over them.")
 flags.DEFINE_integer("batch_size", 64, "Images per step.")
-flags.DEFINE_string("output", None, "JSON lines; default: results/ beside this script.")
+flags.DEFINE_string("output", None, "Folder of the records; default: results/.")
 
 SETTINGS = ("measure", "policy", "optimizer", "images", "epochs", "batch_size")
 
@@ -109,26 +106,21 @@ def run(name, target, seed, data):
 def main(argv) -> None:
     """Runs what is not yet recorded, seed by seed."""
     del argv
-    output = Path(FLAGS.output or Path(__file__).parent / "results" / "budgets.jsonl")
-    lines = output.read_text().splitlines() if output.exists() else []
+    records = Records("budgets.jsonl", FLAGS.output)
     data = kp.data.load("mnist", FLAGS.data_dir)
     settings = {name: FLAGS[name].value for name in SETTINGS}
-    names = ("network", "seed", "asked", *SETTINGS)
-    done = [{name: line[name] for name in names} for line in map(json.loads, lines)]
     for seed in range(FLAGS.seeds):
         for network in FLAGS.networks:
             for target in map(float, FLAGS.targets):
                 key = {"network": network, "seed": seed, "asked": target, **settings}
-                if key in done:
+                if key in records:
                     continue
                 try:
                     result = run(network, target, seed, data)
                 except kp.errors.BudgetError as error:  # less than pruning can reach
                     result = {"achieved": None, "reason": str(error)}
                 keras.backend.clear_session()
-                with output.open("a") as file:
-                    file.write(json.dumps({**key, **result}) + "\n")
-                print(json.dumps({**key, **result}), flush=True)
+                records.add(key, result)
 
 
 if __name__ == "__main__":
