@@ -195,8 +195,8 @@ class KFAC(MeasuredSteps):
             directions.append([tf.convert_to_tensor(self._momentums[i]) for i in members])
         k, b = self._quadratic_model([gradients[i] for i in members], directions)
         coefficients = best_coefficients(k, b)
-        if isinstance(self.damping, LevenbergMarquardt):
-            self._predicted_change.assign(model_change(k, b, coefficients))
+        if self.adaptive_damping is not None:
+            self.adaptive_damping.expect(model_change(k, b, coefficients))
         self._learning_rate.assign(coefficients[0])
         for i, *parts in zip(members, *directions, strict=True):
             steps[i] = tf.add_n([coefficients[j] * part for j, part in enumerate(parts)])
@@ -209,18 +209,21 @@ class KFAC(MeasuredSteps):
         for i in members:
             old = tf.convert_to_tensor(self._momentums[i])
             steps[i] = momentum * old + tf.cast(eta, "float32") * steps[i]
-        if self.needs_quadratic_form:
-            self._predict([steps[i] for i in members], [gradients[i] for i in members])
+        self._predict([steps[i] for i in members], [gradients[i] for i in members])
         return steps
 
     def _predict(self, step: Sequence[Any], gradients: Sequence[Any]) -> None:
+        damping = self.adaptive_damping
+        if damping is None:
+            return
+
         def predict() -> None:
             k, b = self._quadratic_model(gradients, [step])
-            self._predicted_change.assign(model_change(k, b, tf.ones((1,))))
+            damping.expect(model_change(k, b, tf.ones((1,))))
 
         # Fixed steps need their prediction only if the next step begins with judging them.
         following = tf.convert_to_tensor(self.iterations) + 1
-        cond(self.judgement_due(following), predict, lambda: None)
+        cond(damping.is_due(following), predict, lambda: None)
 
     def apply(
         self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None

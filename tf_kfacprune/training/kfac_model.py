@@ -271,8 +271,8 @@ class KFACModel(KFACSteps):
         kfac = self._kfac
         if kfac is not None and kfac.needs_quadratic_form:
             figures["damping"] = tf.convert_to_tensor(kfac.current_damping)
-            if kfac.judges_steps:
-                figures["rejected_steps"] = kfac.rejected_steps
+            if kfac.adaptive_damping is not None:
+                figures["rejected_steps"] = kfac.adaptive_damping.rejected_steps
             if kfac.is_adaptive:
                 figures["learning_rate"] = tf.convert_to_tensor(kfac.learning_rate)
         return figures

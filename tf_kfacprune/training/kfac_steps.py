@@ -115,12 +115,6 @@ class KFACSteps(keras.Model):
         state.restore()
         return weighted_mean([products], num_examples(x))[0]
 
-    @property
-    def _judging(self) -> KFAC | None:
-        """The optimizer, if it wants to know what its steps do to the loss."""
-        kfac = self._kfac
-        return kfac if kfac is not None and kfac.judges_steps else None
-
     def _is_last_step_rejected(
         self, before: ForwardState, loss: Any, finite: Any, x: Any, y: Any, sample_weight: Any
     ) -> Any:
@@ -137,10 +131,10 @@ class KFACSteps(keras.Model):
         Returns:
             Whether the step is to be taken back, boolean scalar tensor.
         """
-        kfac = self._judging
-        if kfac is None:
+        kfac = self._kfac
+        if kfac is None or kfac.adaptive_damping is None:
             return tf.constant(False)
-        kfac.begin_judging()
+        damping, step = kfac.adaptive_damping, tf.convert_to_tensor(kfac.iterations)
 
         def judge() -> None:
             after = self._forward_state()
@@ -154,14 +148,13 @@ class KFACSteps(keras.Model):
             # On a batch that was no good before the step either, the step is not to blame.
             change = tf.where(tf.math.is_finite(old_loss), loss - old_loss, 0.0)
             (change,) = weighted_mean([tf.cast(change, "float32")], num_examples(x))
-            kfac.judge(change)
+            damping.judge(change, step)
 
-        due = tf.logical_or(kfac.judgement_due(), tf.logical_not(finite))
-        cond(due, judge, lambda: None)
-        return kfac.is_rejected
+        cond(tf.logical_or(damping.is_due(step), tf.logical_not(finite)), judge, damping.keep)
+        return damping.is_rejected
 
     def _take_back_if(self, rejected: Any) -> None:
         """Takes the last step back if it was rejected."""
-        kfac = self._judging
-        if kfac is not None:
+        kfac = self._kfac
+        if kfac is not None and kfac.adaptive_damping is not None:
             cond(rejected, kfac.take_back_last_step, lambda: None)
