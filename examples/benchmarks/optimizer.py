@@ -112,6 +112,7 @@ class Task:
     seconds: float
     evaluated: int
     sgd_rates: tuple = (0.01, 0.03, 0.1, 0.3)
+    kfac_rates: tuple = (3e-3, 1e-2, 3e-2, 1e-1)
     scale: float = 1.0
 
 
@@ -124,6 +125,7 @@ TASKS = {
         seconds=40.0,
         evaluated=10_000,
         sgd_rates=(0.3, 1.0, 3.0, 10.0),
+        kfac_rates=(0.03, 0.1, 0.3, 1.0),
         scale=784.0,
     ),
     "autoencoder": Task(
@@ -134,6 +136,7 @@ TASKS = {
         seconds=80.0,
         evaluated=10_000,
         sgd_rates=(0.3, 1.0, 3.0, 10.0),
+        kfac_rates=(0.03, 0.1, 0.3, 1.0),
         scale=784.0,
     ),
     "lenet5": Task(
@@ -158,7 +161,6 @@ TASKS = {
     ),
 }
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-KFAC_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 OPTIMIZERS = ("sgd", "adam", "adamw", "kfac", "kfac_auto")
 
 
@@ -177,7 +179,7 @@ def rates_of(task, name):
     """The grid of learning rates of an optimizer on a task."""
     if name == "kfac_auto":
         return (None,)
-    return {"sgd": TASKS[task].sgd_rates, "kfac": KFAC_RATES}.get(name, ADAM_RATES)
+    return {"sgd": TASKS[task].sgd_rates, "kfac": TASKS[task].kfac_rates}.get(name, ADAM_RATES)
 
 
 def compiled(task, name, rate, seed):
