@@ -8,7 +8,7 @@
 after the task's seconds, seed 100), then trains with three other seeds. Losses are measured on
 training examples, off the clock. `step_cost` times all optimizers in one process, in turns.
 Each finished run appends one line to `results/optimizer.jsonl`; what is in there is not run again.
-`plot` draws the curves and prints the tables of the documentation.
+`plot` draws the curves.
 """
 
 import dataclasses
@@ -315,7 +315,7 @@ def arithmetic_floor(model, batch):
 
 
 def run_plot():
-    """Draws the mean curves of the final runs and prints a table per task."""
+    """Draws the mean curves of the final runs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -331,27 +331,21 @@ def run_plot():
         len(tasks), 2, figsize=(10, 3.2 * len(tasks)), squeeze=False, layout="constrained"
     )
     for row, task in zip(axes, tasks, strict=True):
-        print(f"\n{task}\n\n| optimizer | steps in the time | final loss, mean (min - max) |")
-        print("| --- | --- | --- |")
-        for name in OPTIMIZERS:
+        for k, name in enumerate(OPTIMIZERS):
             runs = [np.array(c) for c in curves.get((task, name), [])]
             if not runs:
                 continue
             length = min(map(len, runs))
             mean = np.mean([run[:length] for run in runs], axis=0)
-            row[0].plot(mean[1:, 0], mean[1:, 2], label=name)
-            row[1].plot(mean[1:, 1], mean[1:, 2], label=name)
-            finals = [run[-1, 2] for run in runs]
-            steps = np.mean([run[-1, 0] for run in runs])
-            span = f"{min(finals):.4g} - {max(finals):.4g}"
-            print(f"| {name} | {steps:.0f} | {np.mean(finals):.4g} ({span}) |")
+            for axis, column in zip(row, (0, 1), strict=True):
+                axis.plot(mean[1:, column], mean[1:, 2], color=f"C{k}", label=name)
         for axis, label in zip(row, ("steps", "seconds"), strict=True):
             axis.set(title=task, xlabel=label, ylabel="training loss", yscale="log")
             axis.set(xscale="log")
             axis.legend(frameon=False)
     path = finished().path.with_suffix(".png")
     figure.savefig(path, dpi=120)
-    print(f"\nWritten: {path}")
+    print(f"Written: {path}")
 
 
 def main(argv):
