@@ -116,28 +116,23 @@ class Task:
     scale: float = 1.0
 
 
+AUTOENCODING = {
+    "data": mnist_images,
+    "loss": BERNOULLI,
+    "evaluated": 10_000,
+    "sgd_rates": (0.3, 1.0, 3.0, 10.0),
+    "kfac_rates": (0.03, 0.1, 0.3, 1.0),
+    "scale": 784.0,
+}
 TASKS = {
     "autoencoder_small": Task(
-        lambda: autoencoder((784, 250, 100, 30)),
-        mnist_images,
-        BERNOULLI,
-        batch_size=512,
-        seconds=40.0,
-        evaluated=10_000,
-        sgd_rates=(0.3, 1.0, 3.0, 10.0),
-        kfac_rates=(0.03, 0.1, 0.3, 1.0),
-        scale=784.0,
+        lambda: autoencoder((784, 250, 100, 30)), batch_size=512, seconds=40.0, **AUTOENCODING
     ),
     "autoencoder": Task(
         lambda: autoencoder((784, 1000, 500, 250, 30)),
-        mnist_images,
-        BERNOULLI,
         batch_size=1024,
         seconds=80.0,
-        evaluated=10_000,
-        sgd_rates=(0.3, 1.0, 3.0, 10.0),
-        kfac_rates=(0.03, 0.1, 0.3, 1.0),
-        scale=784.0,
+        **AUTOENCODING,
     ),
     "lenet5": Task(
         kp.zoo.lenet5, mnist_digits, SPARSE, batch_size=256, seconds=40.0, evaluated=5_000
