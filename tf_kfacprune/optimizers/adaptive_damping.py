@@ -54,15 +54,14 @@ class AdaptiveDamping:
         return tf.convert_to_tensor(self._rejected_steps)
 
     def begin(self, typical_eigenvalue: Any) -> None:
-        """Sets the damping by the first factors, unless the rule has a first value.
+        """Sets the damping by the first factors.
 
         Args:
             typical_eigenvalue: As for `LevenbergMarquardt.beginning`.
         """
-        if self.rule.initial is None:
-            damping = self.rule.beginning(typical_eigenvalue)
-            self._value.assign(damping)
-            self._first.assign(damping)
+        damping = self.rule.beginning(typical_eigenvalue)
+        self._value.assign(damping)
+        self._first.assign(damping)
 
     def is_due(self, step: Any) -> Any:
         """Whether the step before this one is to be judged; boolean scalar tensor."""

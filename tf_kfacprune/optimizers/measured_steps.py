@@ -80,16 +80,16 @@ class MeasuredSteps(FactorAverages):
     def _average_in(self, flat: Sequence[Any]) -> None:
         is_first = tf.equal(tf.convert_to_tensor(self._average_weight), 0.0)
         super()._average_in(flat)
-        if self.adaptive_damping is not None:
-            tf.cond(is_first, self._begin_damping, lambda: None)
+        damping = self.adaptive_damping
+        if damping is not None and damping.rule.initial is None:
+            tf.cond(is_first, lambda: damping.begin(self._typical_eigenvalue()), lambda: None)
 
-    def _begin_damping(self) -> None:
-        """Damping in proportion to the curvature, which has the scale of loss and inputs."""
+    def _typical_eigenvalue(self) -> Any:
+        """`tr F^2 / tr F` of the Kronecker-factored curvature, scalar tensor."""
         debias = 1.0 / tf.convert_to_tensor(self._average_weight)
         traces = [state.traces(debias) for state in self._layout.states]
         plain, squared = (tf.add_n(list(each)) for each in zip(*traces, strict=True))
-        if self.adaptive_damping is not None:
-            self.adaptive_damping.begin(tf.math.divide_no_nan(squared, plain))
+        return tf.math.divide_no_nan(squared, plain)
 
     @contextmanager
     def last_step_undone(self) -> Iterator[None]:
