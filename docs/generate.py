@@ -34,6 +34,7 @@ TABLES = {
     "tracking": flatness.tracking_table,
     "budgets": budgets.budgets_table,
     "step_cost": optimizer.step_cost_table,
+    "location_cost": optimizer.location_cost_table,
     **{
         f"curves_{task}": lambda task=task: optimizer.curves_table(task)
         for task in ("autoencoder_small", "autoencoder", "lenet5", "resnet20", "text")

@@ -22,7 +22,7 @@ def rules_table(layers):
 def applications_table():
     """One row per model that the benchmark has recorded, the newest record of each."""
     rows = []
-    for name, record in sorted(newest("applications.jsonl", lambda r: r["model"]).items()):
+    for name, record in sorted(newest("applications.jsonl", lambda r: r["key"]["model"]).items()):
         errors = [record[k]["error"] for k in ("hard", "soft", "branches") if k in record]
         seconds = record["seconds"]
         tflite = record.get("tflite", {})

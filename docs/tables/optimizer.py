@@ -15,12 +15,23 @@ def step_cost_table():
     """Time of a step over that of Adam."""
     rows = []
     for record in records("optimizer.jsonl"):
-        if record["key"]["part"] != "step_cost":
+        if record["key"]["part"] != "step_cost" or "kfac_auto" not in record["ratios"]:
             continue
         floor = f"{record['floor']:.2f}" if record["floor"] else "-"
         ratios = (f"{record['ratios'][n]:.2f}" for n in ("kfac", "kfac_auto"))
         rows.append([record["key"]["task"], record["batch"], floor, *ratios])
     header = ["task", "batch", "arithmetic floor", "`KFAC()` / Adam", '`KFAC("auto")` / Adam']
+    return recorded_table(header, rows)
+
+
+def location_cost_table():
+    """Time of a step over that of Adam, with factors of all locations and of a quarter of them."""
+    rows = []
+    for record in records("optimizer.jsonl"):
+        if record["key"]["part"] == "step_cost" and "kfac_locations" in record["ratios"]:
+            ratios = (f"{record['ratios'][n]:.2f}" for n in ("kfac", "kfac_locations"))
+            rows.append([record["key"]["task"], record["batch"], *ratios])
+    header = ["task", "batch", "`KFAC()` / Adam", "`KFAC(location_fraction=0.25)` / Adam"]
     return recorded_table(header, rows)
 
 

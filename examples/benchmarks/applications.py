@@ -13,7 +13,6 @@ is appended to results/applications.jsonl; `python docs/generate.py` makes a tab
 
 import gc
 import inspect
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from absl import app, flags
+from records import Records
 
 import tf_kfacprune as kp
 from tf_kfacprune.compaction import compact, parity_error, random_inputs
@@ -31,7 +31,7 @@ from tf_kfacprune.graph import CostModel, analyze
 MODELS = flags.DEFINE_list("models", None, "Constructor names; default: all of them.")
 SIZE = flags.DEFINE_integer("size", 96, "Height and width of the input images.")
 TFLITE = flags.DEFINE_bool("tflite", True, "Whether to convert and run the compact model, too.")
-OUTPUT = flags.DEFINE_string("output", None, "JSON lines; default: results/ beside this script.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder of the records; default: results/.")
 
 
 def constructors():
@@ -109,8 +109,6 @@ def examine(name, constructor, size):
     x = random_inputs(model, batch_size=2)
     dense = model(x, training=False)
     record = {
-        "model": name,
-        "size": size,
         "params": model.count_params(),
         "neurons": channels.num_neurons,
         "groups": len(channels.groups),
@@ -144,18 +142,13 @@ def examine(name, constructor, size):
 def main(argv):
     """Examines the models that are not recorded yet, and appends the records."""
     del argv
-    output = Path(OUTPUT.value or Path(__file__).parent / "results" / "applications.jsonl")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines = output.read_text().splitlines() if output.exists() else []
-    done = {(record["model"], record["size"]) for record in map(json.loads, lines)}
+    records = Records("applications.jsonl", OUTPUT.value)
     every = constructors()
     for name in MODELS.value or every:
-        if (name, SIZE.value) in done:
+        key = {"model": name, "size": SIZE.value}
+        if key in records:
             continue
-        record = examine(name, every[name], SIZE.value)
-        print(json.dumps(record), flush=True)
-        with output.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        records.add(key, examine(name, every[name], SIZE.value))
         keras.backend.clear_session()
         gc.collect()
 

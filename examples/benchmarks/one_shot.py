@@ -7,12 +7,10 @@ readers least, and compacts, without any training afterwards. Accuracy is that o
 One line per seed and share of neurons kept is appended to results/one_shot.jsonl.
 """
 
-import json
-from pathlib import Path
-
 import keras
 import numpy as np
 from absl import app, flags
+from records import Records
 
 import tf_kfacprune as kp
 from tf_kfacprune.gates import GatedNetwork, insert_gates
@@ -21,7 +19,7 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Number of networks.")
 EPOCHS = flags.DEFINE_integer("epochs", 15, "Passes over the training data.")
 KEPT = flags.DEFINE_list("kept", ["0.75", "0.5", "0.35", "0.25"], "Shares of neurons that stay.")
 NETWORK = flags.DEFINE_string("network", "digits_cnn", "Name of a built-in network.")
-OUTPUT = flags.DEFINE_string("output", None, "JSON lines; default: results/ beside this script.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder of the records; default: results/.")
 
 
 def saliency(gated, x):
@@ -63,7 +61,7 @@ def accuracy(model, x, y):
     return float(np.mean(np.argmax(model.predict(x, verbose=0), axis=-1) == y))
 
 
-def run(seed, done, output):
+def run(seed, records):
     """Trains one network and prunes it to each share."""
     keras.utils.set_random_seed(seed)
     data = kp.data.load("digits")
@@ -77,33 +75,26 @@ def run(seed, done, output):
     scores = saliency(gated, data.x_train[:512])
     for kept in map(float, KEPT.value):
         key = {"network": NETWORK.value, "seed": seed, "epochs": EPOCHS.value, "kept": kept}
-        if key in done:
+        if key in records:
             continue
         close_least(gated, scores, kept)
         plain = kp.compact(net)
         compensated = kp.compact(net, compensate=True, data=data.x_train)
-        record = {
-            **key,
+        values = {
             "params": plain.count_params() / model.count_params(),
             "dense": dense,
             "plain": accuracy(plain, data.x_test, data.y_test),
             "compensated": accuracy(compensated, data.x_test, data.y_test),
         }
-        with output.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), flush=True)
+        records.add(key, values)
 
 
 def main(argv):
     """Runs what is not yet recorded."""
     del argv
-    output = Path(OUTPUT.value or Path(__file__).parent / "results" / "one_shot.jsonl")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines = output.read_text().splitlines() if output.exists() else []
-    names = ("network", "seed", "epochs", "kept")
-    done = [{name: record[name] for name in names} for record in map(json.loads, lines)]
+    records = Records("one_shot.jsonl", OUTPUT.value)
     for seed in range(SEEDS.value):
-        run(seed, done, output)
+        run(seed, records)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ TASKS = {
         SPARSE,
         batch_size=128,
         seconds=100.0,
-        evaluated=2_000,
+        evaluated=1_000,
     ),
     "text": Task(
         text_network,
@@ -167,6 +167,8 @@ def make_optimizer(name, rate):
         return keras.optimizers.Adam(rate)
     if name == "adamw":
         return keras.optimizers.AdamW(rate, weight_decay=1e-2)
+    if name == "kfac_locations":
+        return kp.KFAC(rate, location_fraction=0.25)
     return kp.KFAC("auto" if name == "kfac_auto" else rate)
 
 

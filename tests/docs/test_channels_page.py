@@ -37,7 +37,7 @@ def test_layers_that_are_not_in_the_table_have_no_rule(generate):
 
 def test_a_record_of_the_benchmark_makes_a_row(generate, results):
     record = {
-        "model": "Tiny",
+        "key": {"model": "Tiny", "size": 96},
         "params": 1_230_000,
         "prunable_share": 0.987,
         "num_branches": 4,

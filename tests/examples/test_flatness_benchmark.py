@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
-from absl import flags
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "flatness.py"
 
 
 @pytest.fixture(name="flatness", scope="module")
-def benchmark():
-    before = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location("flatness", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        spec.loader.exec_module(module)
-    yield module
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
+def benchmark(load_benchmark):
+    return load_benchmark("flatness")
 
 
 @pytest.fixture(name="images")

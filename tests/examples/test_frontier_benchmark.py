@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from absl import flags
 
 import tf_kfacprune as kp
 
-FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
-
 
 @pytest.fixture(name="frontier", scope="module")
-def benchmark():
-    before = set(flags.FLAGS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        module = importlib.import_module("frontier")
-        flags.FLAGS(["frontier"])
-        yield module
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
-    flags.FLAGS.unparse_flags()
+def benchmark(load_benchmark):
+    return load_benchmark("frontier")
 
 
 @pytest.fixture(name="task")

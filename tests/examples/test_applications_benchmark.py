@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 from pathlib import Path
 
 import keras
 import pytest
-from absl import flags
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "applications.py"
-RECORDS = SCRIPT.parent / "results" / "applications.jsonl"
+RECORDS = Path(__file__).parents[2] / "examples" / "benchmarks" / "results" / "applications.jsonl"
 CONSTRUCTORS = dict(inspect.getmembers(keras.applications, inspect.isfunction))
 
 
@@ -28,27 +25,17 @@ def _check(record):
     assert record["tflite"]["bytes"] > 0
 
 
-@pytest.fixture(scope="module")
-def benchmark_script():
-    specification = importlib.util.spec_from_file_location("applications_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    return module
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", sorted(CONSTRUCTORS))
-def test_the_compact_model_equals_the_gated_one(name, benchmark_script):
-    size = 96
-    _check(benchmark_script.examine(name, CONSTRUCTORS[name], size))
+def test_the_compact_model_equals_the_gated_one(name, load_benchmark):
+    applications = load_benchmark("applications")
+    _check(applications.examine(name, CONSTRUCTORS[name], size=96))
 
 
 def test_the_recorded_models_pass():
     records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
     assert records
     for record in records:
-        assert record["model"] in CONSTRUCTORS
+        assert record["key"]["model"] in CONSTRUCTORS
         _check(record)
