@@ -146,9 +146,7 @@ TASKS = {
     "lenet5": Task(
         kp.zoo.lenet5, mnist_digits, SPARSE, batch_size=256, seconds=40.0, evaluated=5_000
     ),
-    "resnet20": Task(
-        resnet20, cifar_images, SPARSE, batch_size=128, seconds=100.0, evaluated=500
-    ),
+    "resnet20": Task(resnet20, cifar_images, SPARSE, batch_size=128, seconds=100.0, evaluated=500),
     "text": Task(
         text_network,
         manual_text,

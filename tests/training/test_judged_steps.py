@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import tf_kfacprune as kp
+from tf_kfacprune.errors import InvalidArgumentError
 
 L = keras.layers
 to_numpy = keras.ops.convert_to_numpy
@@ -57,7 +58,13 @@ def _assert_taken_back(model, size):
     now = _values(model.net.get_layer("norm").non_trainable_variables)
     for old, new in zip(statistics, now, strict=True):
         np.testing.assert_array_equal(new, old)
-    assert float(model.optimizer.current_damping) == pytest.approx(3.0 * damping)
+    optimizer = model.optimizer
+    assert float(optimizer.current_damping) == pytest.approx(3.0 * damping)
+    debias = 1.0 / to_numpy(optimizer._average_weight)
+    for state in optimizer._layout.states:  # inverted anew with it
+        expected = state.refreshed(debias, optimizer.current_damping)
+        for variable, new in zip(state.inverting, expected, strict=True):
+            np.testing.assert_allclose(to_numpy(variable), to_numpy(new), rtol=1e-4, atol=1e-5)
     assert int(model.optimizer.iterations) == 1
     assert _train(model)["rejected_steps"] == [1]
     assert int(model.optimizer.iterations) == 2
@@ -95,3 +102,33 @@ def test_a_deep_network_recovers_from_damping_far_too_small():
     history = model.fit(images, images, batch_size=128, epochs=10, verbose=0).history
     assert history["rejected_steps"][-1] > 0
     assert history["loss"][-1] < 0.6
+
+
+def test_what_cannot_be_taken_back_is_refused():
+    inputs = keras.Input((6,))
+    outputs = L.Dense(3, kernel_constraint="non_neg")(inputs)
+    model = kp.KFACModel(keras.Model(inputs, outputs))
+    model.compile(kp.KFAC(0.01), LOSS)
+    with pytest.raises(InvalidArgumentError, match="a constraint has moved"):
+        model.compile(kp.KFAC("auto"), LOSS)
+    with pytest.raises(InvalidArgumentError, match="ema_overwrite_frequency"):
+        kp.KFAC("auto", use_ema=True, ema_overwrite_frequency=5)
+
+
+def test_weight_decay_follows_the_step_sizes_that_were_taken():
+    of_first, of_second = [], []
+    for decay in (None, 0.1):
+        keras.utils.set_random_seed(3)
+        inputs = keras.Input((6,))
+        model = kp.KFACModel(keras.Model(inputs, L.Dense(3)(L.Dense(8)(inputs))), seed=0)
+        model.compile(kp.KFAC("auto", weight_decay=decay), LOSS)
+        _train(model)
+        of_first.append(model.net.get_weights())
+        rate = max(float(model.optimizer.learning_rate), 0.0)
+        model.optimizer._apply_weight_decay(model.optimizer.block_variables)
+        of_second.append(model.net.get_weights())
+    for plain, decayed in zip(*of_first, strict=True):
+        np.testing.assert_allclose(decayed, plain, rtol=1e-5, atol=1e-6)
+    for plain, decayed in zip(*of_second, strict=True):
+        np.testing.assert_allclose(decayed, (1.0 - 0.1 * rate) * plain, rtol=1e-4, atol=1e-6)
+    assert rate > 0

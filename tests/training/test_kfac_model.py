@@ -399,3 +399,91 @@ def test_pruning_works_with_the_adaptive_mode():
     pm.fit(X, Y, batch_size=BATCH, epochs=6, verbose=0)
     small = kp.compact(pm)
     assert small.get_layer("hidden").units <= 4
+
+
+def test_layers_may_be_frozen_and_freed_between_two_compilations():
+    network = _network()
+    model = kp.KFACModel(network, seed=0)
+    network.get_layer("hidden").trainable = False
+    model.compile(kp.KFAC(**FIXED), LOSS)
+    assert [block.layer.name for block in model.optimizer.blocks] == ["logits"]
+    network.get_layer("hidden").trainable = True
+    model.compile(kp.KFAC(**FIXED), LOSS)
+    assert [block.layer.name for block in model.optimizer.blocks] == ["hidden", "logits"]
+    network.get_layer("hidden").trainable = False
+    with pytest.raises(InvalidArgumentError, match="frozen or freed"):
+        model.compile(model.optimizer, LOSS)
+
+
+def test_labels_that_the_loss_ignores_need_no_class():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=255)
+    y = np.where(np.arange(64) % 4 == 0, 255, Y)
+    _, history = _fit(_network(), kp.KFAC(**FIXED), y=y, loss=loss, epochs=4)
+    assert history["loss"][-1] < history["loss"][0]
+
+
+class _UnusedHead(keras.Model):
+    """A layer that is called but has no part in the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.unused = L.Dense(3), L.Dense(2)
+
+    def call(self, x):
+        self.unused(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [FIXED, AUTO, {**FIXED, "damping": kp.LevenbergMarquardt(0.1)}],
+    ids=["fixed", "auto", "adaptive damping"],
+)
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_a_layer_without_a_gradient_stays_as_it_is(settings):
+    keras.utils.set_random_seed(0)
+    network = _UnusedHead()
+    network(X[:1])
+    before = to_numpy(network.unused.kernel)
+    _, history = _fit(network, kp.KFAC(**settings), epochs=3)
+    assert history["loss"][-1] < history["loss"][0]
+    np.testing.assert_array_equal(network.unused.kernel, before)
+
+
+@pytest.mark.parametrize("settings", [FIXED, AUTO], ids=["fixed", "auto"])
+def test_a_network_in_double_precision_is_trained(settings):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,), dtype="float64")
+    hidden = L.Dense(8, activation="tanh", dtype="float64")(inputs)
+    network = keras.Model(inputs, L.Dense(3, dtype="float64")(hidden))
+    _, history = _fit(network, kp.KFAC(**settings), x=X.astype("float64"), epochs=4)
+    assert history["loss"][-1] < history["loss"][0]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_bad_batches_end_the_training_before_the_epoch_does(steps):
+    model = kp.KFACModel(_network(), max_skipped_steps=8)
+    model.compile(kp.KFAC(**FIXED), LOSS, steps_per_execution=steps)
+    seen = []
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda n, logs: seen.append(n))
+    with pytest.raises(NonFiniteError):
+        model.fit(
+            np.full((480, 6), np.nan), np.zeros(480), batch_size=8, callbacks=[count], verbose=0
+        )
+    assert seen[-1] < 20
+
+
+def test_moments_in_a_new_eigenbasis_all_count_the_same():
+    optimizer = kp.KFAC(factor_every=1, inverse_every=4, inverse="ekfac")
+    model = kp.KFACModel(keras.Sequential([keras.Input((6,)), L.Dense(3)]), seed=0)
+    model.compile(optimizer, "mse")
+    (state,) = optimizer._layout.states
+    (moments,) = state.renewed
+    factors = [tf.eye(7), tf.eye(3)]
+    for step, value in ((8, 100.0), (9, 5.0), (10, 6.0)):
+        optimizer.iterations.assign(step)
+        optimizer.update_factors([[*factors, tf.fill((7, 3), value)]])
+    # The eigenvalues of the identity, and the two moments since.
+    np.testing.assert_allclose(to_numpy(moments), np.full((7, 3), 4.0), rtol=1e-5)
+    with pytest.raises(InvalidArgumentError, match="inverse_every"):
+        kp.KFAC(factor_every=4, inverse_every=4, inverse="ekfac")

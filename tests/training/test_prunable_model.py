@@ -362,6 +362,25 @@ def test_mixed_precision_trains_prunes_and_compacts(policy):
     assert kp.compact(model).get_layer("first").dtype_policy.name == policy
 
 
+@pytest.mark.parametrize("closing", ["kfac", "hard_concrete"])
+def test_gradients_that_overflow_leave_the_gates_alone(closing):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = kp.PrunableModel(_network(), kp.Budget(macs=0.4), policy=closing, seed=0)
+        # Lowered at every overflow, raised again after two good steps, all through the run.
+        scaled = keras.optimizers.LossScaleOptimizer(
+            kp.KFAC(0.02), initial_scale=2.0**30, dynamic_growth_steps=2
+        )
+        history = _fit(model, scaled, epochs=6)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert int(scaled.iterations) < 6 * 16
+    for variable in model.controller.variables:
+        assert np.all(np.isfinite(to_numpy(variable))), variable.path
+    assert history["macs"][-1] <= 0.4
+    assert history["loss"][-1] < history["loss"][0]
+
+
 def test_gates_that_exist_already_cannot_be_configured_again():
     gated = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.4)).net
     with pytest.raises(InvalidArgumentError, match="gates already"):

@@ -144,6 +144,17 @@ def test_a_settled_network_can_be_trained_through_its_copy():
     pm.controller.land()
     assert can_shrink(pm, 10)
     assert not can_shrink(pm, 0)
+    pm.start_shrunk()
+    pm.stop_shrunk()
+    assert can_shrink(pm, 0)  # nobody loses the state of the copy by a late resume
+
+
+def test_exclusions_from_weight_decay_are_kept():
+    optimizer = kp.KFAC(1e-3, weight_decay=0.1)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    pm = compiled(optimizer)
+    pm.controller.land()
+    assert not can_shrink(pm, 10)
 
 
 @pytest.mark.parametrize(

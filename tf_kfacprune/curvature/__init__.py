@@ -10,6 +10,7 @@ from tf_kfacprune.curvature.blocks import (
 )
 from tf_kfacprune.curvature.capture import (
     capture,
+    of_examples,
     per_example_gradients,
     probe_gradients,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "gate_curvature",
     "gauss_newton_form",
     "layer_spectral_radius",
+    "of_examples",
     "per_example_gradients",
     "probe_gradients",
     "sampled_likelihood",

@@ -19,7 +19,7 @@ from tf_kfacprune.curvature.blocks import KroneckerBlock, Record
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph.rules.substitution import substituted
 
-__all__ = ["capture", "per_example_gradients", "probe_gradients"]
+__all__ = ["capture", "of_examples", "per_example_gradients", "probe_gradients"]
 
 Network = Callable[..., Any]
 
@@ -125,6 +125,21 @@ def probe_gradients(
         found = tape.gradient(loss, points, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         probes.append([tf.cast(g, tf.float32) for g in found])
     return records, probes
+
+
+def of_examples(values: Any, tensor: Any) -> Any:
+    """One value per example, shaped to be multiplied with a tensor of examples.
+
+    Args:
+        values: Shape `(batch,)`.
+        tensor: Shape `(batch, ...)`, or `(batch * k, ...)` with k rows in a row per example.
+
+    Returns:
+        Shape `(batch, 1, ...)` or `(batch * k, 1, ...)`.
+    """
+    rows = tf.shape(tensor)[0]
+    repeated = tf.repeat(values, rows // tf.shape(values)[0])
+    return tf.reshape(repeated, [rows, *[1] * (len(tensor.shape) - 1)])
 
 
 def per_example_gradients(

@@ -24,6 +24,7 @@ __all__ = [
     "ExactLikelihoods",
     "SampledLikelihood",
     "exact_likelihoods",
+    "log_odds",
     "sampled_likelihood",
 ]
 
@@ -63,8 +64,9 @@ def _log_of_probabilities(probabilities: Any) -> Any:
     return ops.log(ops.clip(probabilities / total, _EPSILON, 1.0))
 
 
-def _log_odds(probabilities: Any) -> Any:
-    p = ops.clip(ops.cast(probabilities, "float32"), _EPSILON, 1.0 - _EPSILON)
+def log_odds(probabilities: Any) -> Any:
+    """Logits of probabilities, finite also at 0 and 1."""
+    p = ops.clip(probabilities, _EPSILON, 1.0 - _EPSILON)
     return ops.log(p) - ops.log(1.0 - p)
 
 
@@ -80,7 +82,7 @@ def _sigmoid_nll(logits: Any, seed: Any) -> Any:
 
 
 def _bernoulli_nll(probabilities: Any, seed: Any) -> Any:
-    return _sigmoid_nll(_log_odds(probabilities), seed)
+    return _sigmoid_nll(log_odds(ops.cast(probabilities, "float32")), seed)
 
 
 def _gaussian_nll(prediction: Any, seed: Any) -> Any:
@@ -130,7 +132,7 @@ def _sigmoid_exact(logits: Any) -> list[Any]:
 
 
 def _bernoulli_exact(probabilities: Any) -> list[Any]:
-    return _sigmoid_exact(_log_odds(probabilities))
+    return _sigmoid_exact(log_odds(ops.cast(probabilities, "float32")))
 
 
 def _gaussian_exact(prediction: Any) -> list[Any]:

@@ -25,6 +25,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_kfacprune.curvature.capture import of_examples
 from tf_kfacprune.curvature.objective import Objective
 
 __all__ = ["gauss_newton_form"]
@@ -41,6 +42,7 @@ def gauss_newton_form(
     directions: Sequence[Sequence[Any]],
     *,
     training: bool,
+    weights: Any = None,
 ) -> Any:
     """The matrix of products of the Gauss-Newton matrix with directions, on one batch.
 
@@ -52,6 +54,7 @@ def gauss_newton_form(
         variables: The parameters.
         directions: r directions, each one tensor per parameter.
         training: Whether layers run in training mode.
+        weights: What the loss of each example counts, shape `(batch,)`, or None.
 
     Returns:
         `D^T F D`, shape `(r, r)`, float32, symmetric.
@@ -76,6 +79,8 @@ def gauss_newton_form(
     pushed = [outer.gradient(a, dual, unconnected_gradients=_ZERO) for a in along]
     curved = _loss_hessian_products(objective, y, tf.stop_gradient(natural), pushed)
     batch = tf.cast(tf.shape(natural)[0], "float32")
+    if weights is not None:
+        curved = [of_examples(weights, c) * tf.cast(c, "float32") for c in curved]
 
     def product(left: Any, right: Any) -> Any:
         return tf.reduce_sum(tf.cast(left, "float32") * tf.cast(right, "float32")) / batch

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from tf_kfacprune.curvature.fisher import log_odds
 from tf_kfacprune.errors import InvalidArgumentError
 
 __all__ = ["Objective"]
@@ -23,20 +24,15 @@ def _log_probabilities(probabilities: Any) -> Any:
     return ops.log(ops.maximum(probabilities, _EPSILON))
 
 
-def _log_odds(probabilities: Any) -> Any:
-    p = ops.clip(probabilities, _EPSILON, 1.0 - _EPSILON)
-    return ops.log(p) - ops.log(1.0 - p)
-
-
 _LINKS: dict[str, Link] = {
     "categorical_crossentropy": _log_probabilities,
     "sparse_categorical_crossentropy": _log_probabilities,
-    "binary_crossentropy": _log_odds,
+    "binary_crossentropy": log_odds,
 }
 _LINK_OF_CLASS: dict[type, Link] = {
     keras.losses.CategoricalCrossentropy: _log_probabilities,
     keras.losses.SparseCategoricalCrossentropy: _log_probabilities,
-    keras.losses.BinaryCrossentropy: _log_odds,
+    keras.losses.BinaryCrossentropy: log_odds,
 }
 
 
@@ -83,6 +79,8 @@ class Objective:
 
     def natural_parameters(self, prediction: Any) -> Any:
         """Where the network ends for the Gauss-Newton matrix: logits, or the output itself."""
+        if keras.backend.standardize_dtype(prediction.dtype) in ("float16", "bfloat16"):
+            prediction = ops.cast(prediction, "float32")  # 1 - 1e-7 would be 1
         return self._link(prediction)
 
     def sum_at(self, y: Any, natural: Any) -> Any:

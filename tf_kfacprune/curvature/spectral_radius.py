@@ -84,7 +84,7 @@ class SpectralRadius:
         relative: Whether radii are relative, `rho_l |W_l|^2` with the kernel's norm: the strength
             then means the same on every model, `e^2 / 2` for weights that move by a share e (1e-4:
             1.4 %). Else they are the `rho_l` themselves.
-        threshold: Radius below which there is no penalty, >= 0.
+        threshold: Radius below which there is no penalty, >= 0; of relative radii, if they are.
         reduction: How the layers' radii become one: `"sum"` (a bound on the spectral radius of
             the Fisher, blocks off the diagonal included), `"max"` (the spectral radius of the
             block-diagonal Fisher) or `"smooth_max"` (their 8-norm).

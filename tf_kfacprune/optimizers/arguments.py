@@ -45,7 +45,7 @@ def check_arguments(learning_rate: Any, settings: Mapping[str, Any]) -> None:
     """Refuses arguments of `KFAC` that are out of range or not supported.
 
     Args:
-        learning_rate: As given to the constructor; numbers are checked by Keras.
+        learning_rate: As given to the constructor.
         settings: The other arguments by name.
 
     Raises:
@@ -54,6 +54,8 @@ def check_arguments(learning_rate: Any, settings: Mapping[str, Any]) -> None:
     check = functools.partial(require, "KFAC")
     named = learning_rate == "auto" if isinstance(learning_rate, str) else True
     check(named, "learning_rate", "a float, a schedule or 'auto'", learning_rate)
+    if isinstance(learning_rate, (int, float)):
+        check(learning_rate >= 0, "learning_rate", ">= 0", learning_rate)
     for name, (is_valid, expected, optional) in _HYPERPARAMETERS.items():
         value = settings[name]
         adapts = name == "damping" and isinstance(value, LevenbergMarquardt)
@@ -71,6 +73,24 @@ def check_arguments(learning_rate: Any, settings: Mapping[str, Any]) -> None:
         "location_fraction",
         "1 with weight_sharing='reduce', which sums over all locations",
         settings["location_fraction"],
+    )
+    measures = learning_rate == "auto" or isinstance(settings["damping"], LevenbergMarquardt)
+    overwrites = settings.get("ema_overwrite_frequency")
+    check(
+        not (measures and settings.get("use_ema") and overwrites),
+        "ema_overwrite_frequency",
+        "None where steps are judged: one that averaging has moved cannot be taken back",
+        overwrites,
+    )
+    refreshed_too_often = settings["inverse"] == "ekfac" and (
+        settings["inverse_every"] <= settings["factor_every"]
+    )
+    check(
+        not refreshed_too_often,
+        "inverse_every",
+        f"> factor_every={settings['factor_every']} with inverse='ekfac': moments begin anew with "
+        "every eigenbasis",
+        settings["inverse_every"],
     )
     sharded = settings["shard_inverses"]
     check(isinstance(sharded, bool), "shard_inverses", "True or False", sharded)

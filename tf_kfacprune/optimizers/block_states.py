@@ -40,6 +40,7 @@ class BlockState:
 
     Attributes:
         averages: The variables that `statistics` are averaged into, in the same order.
+        renewed: Those of them that begin anew whenever the block is inverted.
         capped: Which of "A" and "G" is not held as a whole for its size.
     """
 
@@ -68,6 +69,7 @@ class BlockState:
         self.a = factor("a", block.n_a, block.a_is_diagonal)
         self.g = factor("g", block.n_out, False)
         self.averages = [*self.a.averages, *self.g.averages]
+        self.renewed: list[keras.Variable] = []
         sizes = (("A", 0 if block.a_is_diagonal else block.n_a), ("G", block.n_out))
         self.capped = [label for label, n in sizes if n > cap]
 
@@ -187,17 +189,16 @@ class EKFACState(EigenState):
 
     def __init__(self, block: KroneckerBlock, *args: Any) -> None:
         super().__init__(block, *args)
-        self._own: list[keras.Variable] = []
         if block.is_contraction:
             add_variable = args[1]
             shape = (*block.group_shape, block.n_a, block.n_out)
             name = f"{self.name}_moments"
-            self._own = [add_variable(shape, "ones", dtype="float32", name=name)]
-            self.averages += self._own
+            self.renewed = [add_variable(shape, "ones", dtype="float32", name=name)]
+            self.averages += self.renewed
 
     @property
     def variables(self) -> list[keras.Variable]:
-        return [*super().variables, *self._own]
+        return [*super().variables, *self.renewed]
 
     def statistics(
         self, records: Sequence[Record], probes: Sequence[Sequence[Any]], **how: Any
@@ -219,7 +220,7 @@ class EKFACState(EigenState):
 
     @property
     def inverting(self) -> list[keras.Variable]:
-        return [*super().inverting, *self._own]
+        return [*super().inverting, *self.renewed]
 
     def refreshed(self, debias: Any, damping: Any) -> list[Any]:
         found = super().refreshed(debias, damping)
@@ -233,7 +234,7 @@ class EKFACState(EigenState):
     def curvature(self) -> Any:
         if not self.block.is_contraction:
             return super().curvature()
-        return tf.convert_to_tensor(self._own[0])
+        return tf.convert_to_tensor(self.renewed[0])
 
 
 def _outer(left: Any, right: Any) -> Any:

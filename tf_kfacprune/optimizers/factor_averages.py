@@ -65,7 +65,8 @@ class FactorAverages(keras.optimizers.Optimizer):
                 raise InvalidArgumentError(
                     f"Optimizer {self.name!r} was built for the layers "
                     f"{[b.name for b in self.blocks]} and cannot be bound to "
-                    f"{[b.name for b in blocks]}. Give each model an optimizer of its own."
+                    f"{[b.name for b in blocks]}. Give each model an optimizer of its own, and a "
+                    "new one after layers were frozen or freed."
                 )
             return
         self._bound = Binding(tuple(blocks), reasons or {})
@@ -164,10 +165,16 @@ class FactorAverages(keras.optimizers.Optimizer):
 
     def _average_in(self, flat: Sequence[Any]) -> None:
         decay = value_at(self.factor_decay, self.iterations)
-        variables = [v for state in self._layout.states for v in state.averages]
-        for variable, new in zip(variables, flat, strict=True):
-            old = tf.convert_to_tensor(variable)
-            self.assign(variable, decay * old + (1.0 - decay) * new)
+        # Of moments that began anew with the inverses, all count the same until decay sets in.
+        updates = tf.convert_to_tensor(self.iterations) % self.inverse_every // self.factor_every
+        updates = tf.cast(updates, "float32")
+        renewed_decay = tf.minimum(decay, updates / (updates + 1.0))
+        states = self._layout.states
+        renewed = {id(v) for state in states for v in state.renewed}
+        averages = [v for state in states for v in state.averages]
+        for variable, new in zip(averages, flat, strict=True):
+            keep = renewed_decay if id(variable) in renewed else decay
+            self.assign(variable, keep * tf.convert_to_tensor(variable) + (1.0 - keep) * new)
         weight = tf.convert_to_tensor(self._average_weight)
         self._average_weight.assign(1.0 - decay * (1.0 - weight))
 

@@ -192,7 +192,7 @@ class KFAC(MeasuredSteps):
         members = self._layout.in_blocks
         directions = [[steps[i] for i in members]]
         if self.momentum != 0:
-            directions.append([tf.convert_to_tensor(self._momentums[i]) for i in members])
+            directions.append([self._last_step(i) for i in members])
         k, b = self._quadratic_model([gradients[i] for i in members], directions)
         coefficients = best_coefficients(k, b)
         if self.adaptive_damping is not None:
@@ -207,10 +207,12 @@ class KFAC(MeasuredSteps):
         momentum = value_at(self.momentum, self.iterations)
         members = [i for i in self._layout.in_blocks if gradients[i] is not None]
         for i in members:
-            old = tf.convert_to_tensor(self._momentums[i])
-            steps[i] = momentum * old + tf.cast(eta, "float32") * steps[i]
+            steps[i] = momentum * self._last_step(i) + tf.cast(eta, "float32") * steps[i]
         self._predict([steps[i] for i in members], [gradients[i] for i in members])
         return steps
+
+    def _last_step(self, index: int) -> Any:
+        return tf.cast(tf.convert_to_tensor(self._momentums[index]), "float32")
 
     def _predict(self, step: Sequence[Any], gradients: Sequence[Any]) -> None:
         damping = self.adaptive_damping
@@ -224,6 +226,23 @@ class KFAC(MeasuredSteps):
         # Fixed steps need their prediction only if the next step begins with judging them.
         following = tf.convert_to_tensor(self.iterations) + 1
         cond(damping.is_due(following), predict, lambda: None)
+
+    def _apply_weight_decay(self, variables: Sequence[keras.Variable]) -> None:
+        if not self.is_adaptive:
+            super()._apply_weight_decay(variables)
+            return
+        # The step size of this step is not known yet; that of the last one may be of any sign.
+        last = tf.where(self.iterations > 0, tf.maximum(self._learning_rate, 0.0), 0.0)
+        in_blocks = set(self._layout.in_blocks)
+        for variable in variables if self.weight_decay is not None else ():
+            if self._use_weight_decay(variable):
+                is_in_block = self._get_variable_index(variable) in in_blocks
+                rate = last if is_in_block else _ADAPTIVE_ADAM_BASE * self._adam_ratio()
+                share = tf.cast(self.weight_decay * rate, variable.dtype)
+                self.assign_sub(variable, share * tf.convert_to_tensor(variable))
+
+    def _adam_ratio(self) -> Any:
+        return value_at(self.adam_ratio, self.iterations)
 
     def apply(
         self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None
@@ -246,6 +265,8 @@ class KFAC(MeasuredSteps):
         for index in self._layout.in_blocks:
             if gradients[index] is not None:
                 gradients[index] = tf.cast(gradients[index], "float32")
+            elif self.needs_quadratic_form:  # which is one of all blocks
+                gradients[index] = tf.zeros(self._trainable_variables[index].shape)
         steps = preconditioned(self._layout, gradients, self.current_damping)
         if self.is_adaptive and self._layout.states:
             steps = self._adaptive_steps(steps, gradients)
@@ -268,8 +289,8 @@ class KFAC(MeasuredSteps):
         if index in self._layout.velocities:
             if self.is_adaptive:
                 learning_rate = _ADAPTIVE_ADAM_BASE
-            ratio = value_at(self.adam_ratio, self.iterations)
-            learning_rate = ops.cast(ratio * ops.cast(learning_rate, "float32"), variable.dtype)
+            rate = self._adam_ratio() * ops.cast(learning_rate, "float32")
+            learning_rate = ops.cast(rate, variable.dtype)
             self._adam_step(gradient, variable, learning_rate, index)
             return
         self.assign(self._momentums[index], gradient)

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_kfacprune.distribution import ReplicaLocal
+from tf_kfacprune.distribution import ReplicaLocal, cond
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.optimizers.adaptive_damping import AdaptiveDamping
 from tf_kfacprune.optimizers.factor_averages import FactorAverages
@@ -48,6 +48,14 @@ class MeasuredSteps(FactorAverages):
             return
         super().build(variables)
         if isinstance(self.damping, LevenbergMarquardt) and self._layout.states:
+            constrained = [v.path for v in self.block_variables if v.constraint is not None]
+            if constrained:
+                raise InvalidArgumentError(
+                    f"Optimizer {self.name!r} judges its steps (learning_rate='auto' or "
+                    "damping=LevenbergMarquardt(...)), and cannot take back one that a constraint "
+                    f"has moved. Constraints: on {constrained}. Take a fixed learning rate and a "
+                    "fixed damping, or leave the constraints out."
+                )
             self.adaptive_damping = AdaptiveDamping(self.damping, self.add_variable)
 
     @property
@@ -111,6 +119,9 @@ class MeasuredSteps(FactorAverages):
             last.assign(tf.zeros(last.shape, last.dtype))
         if self.adaptive_damping is not None:
             self.adaptive_damping.taken_back(tf.convert_to_tensor(self.iterations))
+            # With inverses of the old damping the next step would go the same way.
+            is_known = tf.convert_to_tensor(self._average_weight) > 0.0
+            cond(is_known, self._update_inverses, lambda: None)
 
     def _quadratic_model(
         self, gradients: Sequence[Any], directions: Sequence[Sequence[Any]]

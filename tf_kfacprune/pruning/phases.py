@@ -22,7 +22,8 @@ class Phases:
         warmup: Share of the steps during which gates are held open, in [0, 1).
         prune: Share of the steps during which gates close, in (0, 1).
         decay: Whether the learning rate falls to zero along a cosine while the network settles.
-            Only a constant learning rate is decayed; a schedule is left alone.
+            Only a constant learning rate is decayed; a schedule is left alone. What callbacks
+            such as `ReduceLROnPlateau` set meanwhile is overwritten: use `decay=False` with them.
 
     Raises:
         InvalidArgumentError: If the shares are out of range or leave nothing to settle.
@@ -46,10 +47,12 @@ class Phases:
             total_steps: Steps of the whole run.
 
         Returns:
-            `(prune_start, prune_end)` with `prune_start < prune_end`.
+            `(prune_start, prune_end)` with `prune_start < prune_end`; of two steps or more, at
+            least the last one is left to settle.
         """
-        start = round(self.warmup * total_steps)
-        return start, max(start + 1, round((self.warmup + self.prune) * total_steps))
+        start = min(round(self.warmup * total_steps), max(total_steps - 2, 0))
+        end = min(round((self.warmup + self.prune) * total_steps), total_steps - 1)
+        return start, max(start + 1, end)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, for serialization."""

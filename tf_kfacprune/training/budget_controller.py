@@ -55,15 +55,22 @@ class BudgetController(keras.layers.Layer):
         """Whether the network is on its budget for good."""
         return self._plan.budget.is_open or int(self.phase()) == GatePhase.SETTLED
 
-    def plan(self, total_steps: int, learning_rate: float | None) -> None:
-        """Lays out the phases over a run; a run that has settled before stays settled.
+    def plan(self, total_steps: int, learning_rate: float | None) -> float | None:
+        """Lays out the phases over a run; a network that has settled before stays settled.
+
+        A longer run (`fit(epochs=60, initial_epoch=30)`) decays the learning rate to its new end.
+        A further one, after the end of the last, leaves the learning rate alone.
 
         Args:
             total_steps: Steps of the run, those done before a resume included.
             learning_rate: The constant learning rate to decay, or None to leave it alone.
+
+        Returns:
+            The learning rate that an earlier run began its decay with if that run is over and its
+            decay is what the optimizer would go on with; otherwise None.
         """
         if self.has_settled:
-            return
+            return self._plan_further(total_steps, learning_rate)
         start, end = self._plan.phases.boundaries(total_steps)
         self.prune_start.assign(start)
         self.prune_end.assign(end)
@@ -72,6 +79,31 @@ class BudgetController(keras.layers.Layer):
             decays = self._plan.phases.decay and learning_rate is not None
             self.base_learning_rate.assign(learning_rate if decays else 0.0)
             self.policy.prepare(end - start)
+        return None
+
+    def _plan_further(self, total_steps: int, learning_rate: float | None) -> float | None:
+        step, planned, landed, base = (
+            float(ops.convert_to_numpy(v))
+            for v in (self.step, self.total_steps, self.prune_end, self.base_learning_rate)
+        )
+        if total_steps > planned:
+            self.total_steps.assign(total_steps)
+        elif step >= planned and base > 0:
+            self.base_learning_rate.assign(0.0)
+            last = 0.5 * base * (1.0 + math.cos(math.pi * (1.0 - 1.0 / (planned - landed))))
+            if learning_rate is not None and learning_rate <= 1.001 * last:
+                return base
+        return None
+
+    def change_learning_rate(self, learning_rate: float | None) -> None:
+        """Another learning rate to decay, of an optimizer that is compiled in the middle of a run.
+
+        Args:
+            learning_rate: As for `plan`.
+        """
+        if int(ops.convert_to_numpy(self.step)) > 0:
+            decays = self._plan.phases.decay and learning_rate is not None
+            self.base_learning_rate.assign(learning_rate if decays else 0.0)
 
     # ------------------------------------------------------------------ inside the training step
 

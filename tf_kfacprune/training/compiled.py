@@ -26,15 +26,22 @@ class Compiled:
         loss: As given to `compile`.
         optimizer: The optimizer that takes the steps.
         weights: `loss_weights` as given to `compile`.
+        outputs: Number of outputs of the network; Keras applies a single loss to each.
     """
 
     def __init__(
-        self, loss: Any, optimizer: keras.optimizers.Optimizer, weights: Any = None
+        self,
+        loss: Any,
+        optimizer: keras.optimizers.Optimizer,
+        weights: Any = None,
+        outputs: int = 1,
     ) -> None:
-        self._loss = loss
-        several = isinstance(loss, (list, tuple, dict))
-        found: Any = "several losses" if several else sampled_likelihood(loss)
-        self._weight = 1.0 if several else _single(weights)
+        self._losses = keras.tree.flatten(loss)
+        self._is_single = len(self._losses) == 1 and outputs == 1
+        if self._is_single:
+            (loss,) = self._losses
+        found: Any = sampled_likelihood(loss) if self._is_single else "several losses or outputs"
+        self._weight = _single(weights) if self._is_single else 1.0
         if self._weight <= 0 and not isinstance(found, str):
             found = f"the weight of the loss is {self._weight}, not positive"
         self.sampled = None if isinstance(found, str) else self._weighted(found)
@@ -54,15 +61,30 @@ class Compiled:
         """The loss as the objective of the quadratic model.
 
         Raises:
-            InvalidArgumentError: If there are several losses.
+            InvalidArgumentError: If there are several losses or outputs.
         """
-        if isinstance(self._loss, (list, tuple, dict)):
+        if not self._is_single:
             raise InvalidArgumentError(
                 "The quadratic model (learning_rate='auto' or damping=LevenbergMarquardt(...)) "
-                f"needs one loss on one output. Received: loss={self._loss!r}. Use a fixed "
-                "learning rate and a fixed damping, or add the losses up in one of your own."
+                f"needs one loss on one output. Received: the losses {self._losses!r}, or several "
+                "outputs. Use a fixed learning rate and a fixed damping, or add the losses up in "
+                "one of your own."
             )
-        return Objective(self._loss, self._weight)
+        return Objective(self._losses[0], self._weight)
+
+    def check_reduction(self) -> None:
+        """Refuses losses that are not means over the batch.
+
+        Raises:
+            InvalidArgumentError: If there is one.
+        """
+        for loss in self._losses:
+            if getattr(loss, "reduction", None) in ("sum", "none"):
+                raise InvalidArgumentError(
+                    "KFAC needs losses that are means over the batch: steps would be too long or "
+                    f"too short by its size. Received: {type(loss).__name__} with reduction="
+                    f"{loss.reduction!r}. Use the default, 'sum_over_batch_size'."
+                )
 
 
 def _single(weights: Any) -> float:

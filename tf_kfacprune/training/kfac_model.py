@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from tf_kfacprune.distribution import (
 )
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.training.batches import num_examples
+from tf_kfacprune.training.batches import example_weights, num_examples
 from tf_kfacprune.training.compiled import Compiled, inner_optimizer
 from tf_kfacprune.training.distributed import (
     agreed,
@@ -126,6 +127,8 @@ class KFACModel(KFACSteps):
 
     def compile(self, optimizer: Any = None, loss: Any = None, *args: Any, **kwargs: Any) -> None:
         """Configures the training, as Keras does; the optimizer is `KFAC` unless one is given."""
+        # Layers may have been frozen or freed since.
+        self._found = Untracked(find_blocks(self.net))
         with self.distribute_strategy.scope():
             if optimizer is None:
                 optimizer = self._default_optimizer()
@@ -137,9 +140,13 @@ class KFACModel(KFACSteps):
             if kfac is not None:
                 kfac.bind(self.blocks, self._network_blocks.reasons)
             # Before weights are loaded: an optimizer without variables would lose its state.
-            self.optimizer.build(self.network_variables)
+            if not self.optimizer.built:
+                self.optimizer.build(self.network_variables)
         weights = args[0] if args else kwargs.get("loss_weights")
-        self._compiled = Compiled(loss, inner_optimizer(self.optimizer), weights)
+        outputs = len(getattr(self.net, "outputs", None) or [None])
+        self._compiled = Compiled(loss, inner_optimizer(self.optimizer), weights, outputs)
+        if kfac is not None:
+            self._compiled.check_reduction()
         if kfac is not None and kfac.needs_quadratic_form:
             self._compiled.objective()
         users = [user for user in self._label_users() if user.labels != "data"]
@@ -167,16 +174,14 @@ class KFACModel(KFACSteps):
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         if y is not None:
             check_labels(y, self.loss, self.net)
-        callbacks = kwargs.get("callbacks") or []
-        if isinstance(callbacks, keras.callbacks.Callback):
-            callbacks = [callbacks]
+        fit = super().fit
+        given = inspect.signature(fit).bind(x, y, *args, **kwargs)
+        callbacks = given.arguments.get("callbacks") or []
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            for callback in self._run_callbacks():
-                callbacks.append(callback)
-        else:
-            callbacks = [*self._run_callbacks(), *callbacks]
+            callbacks = callbacks.callbacks
+        given.arguments["callbacks"] = [*self._run_callbacks(), *keras.tree.flatten(callbacks)]
         with raise_lost_worker(self.distribute_strategy):
-            return super().fit(x, y, *args, **{**kwargs, "callbacks": callbacks})
+            return fit(*given.args, **given.kwargs)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         # Keras averages the first batch over the replicas to learn its shape. That fails for parts
@@ -222,8 +227,9 @@ class KFACModel(KFACSteps):
         rejected = self._is_last_step_rejected(before, loss, finite, x, y, sample_weight)
 
         def apply() -> None:
-            self._update_factors(x, y)
-            self._apply(gradients, variables, x, y)
+            weights = example_weights(sample_weight)
+            self._update_factors(x, y, weights)
+            self._apply(gradients, variables, x, y, weights)
             self._update_metrics(x, y, y_pred, sample_weight, loss)
 
         def leave_out() -> None:

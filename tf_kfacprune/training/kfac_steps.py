@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tf_kfacprune.curvature import gauss_newton_form, probe_gradients
+from tf_kfacprune.curvature import gauss_newton_form, of_examples, probe_gradients
 from tf_kfacprune.distribution import ReplicaSeedGenerator, cond, num_replicas, weighted_mean
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.training.batches import head_of_batch, num_examples
@@ -70,12 +71,12 @@ class KFACSteps(keras.Model):
             return lambda outputs, y: exact(outputs)
         return lambda outputs, y: [self._loss_of_replica(y=y, y_pred=outputs, training=False)]
 
-    def _update_factors(self, x: Any, y: Any) -> None:
+    def _update_factors(self, x: Any, y: Any, weights: Any) -> None:
         kfac = self._kfac
         if kfac is None or not kfac.blocks:
             return
         mean_loss = self._mean_loss(kfac.labels)
-        x, y = head_of_batch(x, kfac.batch_fraction), head_of_batch(y, kfac.batch_fraction)
+        x, y, weights = (head_of_batch(part, kfac.batch_fraction) for part in (x, y, weights))
 
         def update() -> None:
             # This second forward pass must not move the normalization statistics again.
@@ -84,12 +85,20 @@ class KFACSteps(keras.Model):
                 self.net, x, kfac.blocks, lambda outputs: mean_loss(outputs, y), training=True
             )
             state.restore()
+            if weights is not None:  # gradients enter the Fisher squared
+                root = tf.sqrt(tf.maximum(weights, 0.0))
+                probes = [[g * of_examples(root, g) for g in probe] for probe in probes]
             kfac.update_factors(kfac.statistics(records, probes), num_examples(x))
 
         cond(kfac.factors_due(), update, lambda: None)
 
     def _apply(
-        self, gradients: Sequence[Any], variables: Sequence[keras.Variable], x: Any, y: Any
+        self,
+        gradients: Sequence[Any],
+        variables: Sequence[keras.Variable],
+        x: Any,
+        y: Any,
+        weights: Any,
     ) -> None:
         kfac = self._kfac
         count = len(self.network_variables)
@@ -97,10 +106,11 @@ class KFACSteps(keras.Model):
         if kfac is None:
             self.optimizer.apply_gradients(pairs)
             return
-        with kfac.measured_by(lambda directions: self._quadratic_form(kfac, x, y, directions)):
+        form = functools.partial(self._quadratic_form, kfac, x, y, weights)
+        with kfac.measured_by(form):
             self.optimizer.apply_gradients(pairs)
 
-    def _quadratic_form(self, kfac: KFAC, x: Any, y: Any, directions: Any) -> Any:
+    def _quadratic_form(self, kfac: KFAC, x: Any, y: Any, weights: Any, directions: Any) -> Any:
         state = self._forward_state()
         x = head_of_batch(x, kfac.batch_fraction)
         products = gauss_newton_form(
@@ -111,6 +121,7 @@ class KFACSteps(keras.Model):
             kfac.block_variables,
             directions,
             training=True,
+            weights=head_of_batch(weights, kfac.batch_fraction),
         )
         state.restore()
         return weighted_mean([products], num_examples(x))[0]

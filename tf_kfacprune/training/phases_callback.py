@@ -26,7 +26,15 @@ class PhasesCallback(keras.callbacks.Callback):
                 "data do not tell. Received: steps_per_epoch=None. Pass `steps_per_epoch=...`."
             )
         rate = model.constant_learning_rate
-        model.controller.plan(int(epochs) * int(steps), rate)
+        first_rate = model.controller.plan(int(epochs) * int(steps), rate)
+        if first_rate is not None:
+            warnings.warn(
+                f"{model.name!r} has finished a run, which left a learning rate of {rate:.2g} of "
+                f"{first_rate:.2g}: hardly anything will be trained. Set "
+                "`model.optimizer.learning_rate`, compile again, or go on with the same run by "
+                "`fit(epochs=more, initial_epoch=done)`.",
+                stacklevel=2,
+            )
 
     def on_train_end(self, logs: Any = None) -> None:
         controller = self.model.controller

@@ -26,6 +26,7 @@ from tf_kfacprune.pruning import (
 )
 from tf_kfacprune.training.budget_controller import BudgetController
 from tf_kfacprune.training.curvature_penalty import CurvaturePenalty
+from tf_kfacprune.training.distributed import all_finite
 from tf_kfacprune.training.forward_state import ForwardState
 from tf_kfacprune.training.kfac_model import KFACModel
 from tf_kfacprune.training.phases_callback import PhasesCallback
@@ -133,13 +134,12 @@ class PrunableModel(KFACModel):
         sources = [call.operation for call in graph.calls if isinstance(call.operation, GateSource)]
         has_gates = bool(sources)
         policy = chosen_policy(policy, sources)
-        if has_gates and (prune_inputs or exclude or include is not None):
-            raise InvalidArgumentError(
-                f"Model {model.name!r} has gates already, so `prune_inputs`, `include` and "
-                "`exclude` of PrunableModel would have no effect. Received: "
-                f"prune_inputs={prune_inputs!r}, include={include!r}, exclude={exclude!r}. Pass "
-                "the model without gates, or leave them out."
-            )
+        of_gates = {"prune_inputs": prune_inputs, "include": include, "exclude": exclude}
+        of_budget = {"round_to": round_to, "min_channels": min_channels}
+        if has_gates:
+            _refuse(of_gates, f"Model {model.name!r} has gates already", "the model without gates")
+        if budget is None:
+            _refuse({**of_gates, **of_budget}, "Nothing is pruned without a budget", "a budget")
         if budget is not None and not has_gates:
             model = insert_gates(
                 model,
@@ -222,6 +222,11 @@ class PrunableModel(KFACModel):
         return self._compile_arguments.content
 
     @property
+    def was_shrunk(self) -> bool:
+        """Whether a compact copy has been trained in this run, perhaps before a resume."""
+        return self._shrunk_state.content is not None
+
+    @property
     def shrunk(self) -> Shrunk | None:
         """The compact copy that is trained at the moment in place of the settled network."""
         return self._shrunk.content
@@ -245,6 +250,7 @@ class PrunableModel(KFACModel):
         Without an optimizer it is `KFAC(3e-2, weight_decay=0.03)`, chosen on held-out images of
         MNIST.
         """
+        is_same = getattr(self, "optimizer", None) is optimizer
         replicas = self.distribute_strategy.num_replicas_in_sync
         if replicas > 1 and self.curvature is not None:
             raise InvalidArgumentError(
@@ -255,6 +261,8 @@ class PrunableModel(KFACModel):
         super().compile(optimizer, loss, *args, **kwargs)
         self._shrunk.content = self._shrunk_state.content = None
         self._compile_arguments = Untracked((loss, args, kwargs))
+        if self.controller is not None and not is_same:
+            self.controller.change_learning_rate(self.constant_learning_rate)
 
     def _default_optimizer(self) -> keras.optimizers.Optimizer:
         return KFAC(_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
@@ -325,16 +333,21 @@ class PrunableModel(KFACModel):
         return [_add(g, p * scale) for g, p in zip(gradients, penalty, strict=True)]
 
     def _apply(
-        self, gradients: Sequence[Any], variables: Sequence[keras.Variable], x: Any, y: Any
+        self,
+        gradients: Sequence[Any],
+        variables: Sequence[keras.Variable],
+        x: Any,
+        y: Any,
+        weights: Any,
     ) -> None:
         controller = self.controller
         if controller is None:
-            super()._apply(gradients, variables, x, y)
+            super()._apply(gradients, variables, x, y, weights)
             return
         cond(controller.decays_now(), self._decay_learning_rate, lambda: None)
-        super()._apply(gradients, variables, x, y)
-        scale = self.optimizer.scale_loss(tf.constant(1.0))
+        scale = self.optimizer.scale_loss(tf.constant(1.0))  # before a step that may change it
         unscaled = [g / scale for g in gradients[len(self.network_variables) :]]
+        super()._apply(gradients, variables, x, y, weights)
 
         def move() -> None:
             labels = getattr(self.policy, "labels", "data")
@@ -342,7 +355,8 @@ class PrunableModel(KFACModel):
             controller.policy.observe(x, lambda outputs: mean_losses(outputs, y))
             controller.move_gates(unscaled)
 
-        cond(controller.is_pruning(), move, lambda: None)
+        # Gradients overflow now and then while a loss scale is being found.
+        cond(tf.logical_and(controller.is_pruning(), all_finite(unscaled)), move, lambda: None)
 
     def _decay_learning_rate(self) -> None:
         if self.controller is not None and self._compiled.constant_learning_rate:
@@ -372,7 +386,9 @@ class PrunableModel(KFACModel):
         super().load_own_variables(store)
         count = sum(key.startswith("shrunk_") for key in store.keys())  # noqa: SIM118
         state = [np.array(store[f"shrunk_{k}"]) for k in range(count)]
-        self._shrunk.content = None
+        if self.shrunk is not None:  # the training function is that of a copy of other weights
+            self._shrunk.content = None
+            self.make_train_function(force=True)
         self._shrunk_state.content = state or None
 
     def get_config(self) -> dict[str, Any]:
@@ -410,6 +426,15 @@ def _require_type(name: str, value: Any, kind: type, optional: bool = False) -> 
     expected = f"a {kind.__name__}" + (" or None" if optional else "")
     ok = isinstance(value, kind) or (optional and value is None)
     require("PrunableModel", ok, name, expected, value)
+
+
+def _refuse(arguments: dict[str, Any], reason: str, remedy: str) -> None:
+    given = [f"{name}={value!r}" for name, value in arguments.items() if value]
+    if given:
+        raise InvalidArgumentError(
+            f"{reason}, so these arguments of PrunableModel would have no effect: "
+            f"{', '.join(given)}. Pass {remedy}, or leave them out."
+        )
 
 
 def _check_reachable(budget: Budget, gated: GatedNetwork, groups: GateGroups) -> None:

@@ -76,8 +76,9 @@ def can_shrink(model: Any, steps_left: int) -> bool:
     """Whether training goes on through a compact copy.
 
     That is not so before gates have settled, nor where it would not pay (few steps left, or most
-    of the network kept); with several replicas; or with an optimizer whose hyper-parameters follow
-    its count of steps or that averages weights, because the copy's optimizer starts anew.
+    of the network kept), unless the run was on a copy before it was resumed; with several replicas;
+    or with an optimizer whose hyper-parameters follow its count of steps, that averages weights or
+    that excludes variables from weight decay, because the copy has an optimizer of its own.
 
     Args:
         model: A compiled `PrunableModel`.
@@ -86,16 +87,21 @@ def can_shrink(model: Any, steps_left: int) -> bool:
     controller = model.controller
     if controller is None or model.gated is None or not model.shrink:
         return False
-    if model.budget.is_open or not controller.has_settled or steps_left < _LEAST_STEPS:
+    if model.budget.is_open or not controller.has_settled:
         return False
+    pays = steps_left >= _LEAST_STEPS and float(controller.fraction("macs")) <= _LARGEST_FRACTION
     optimizer = inner_optimizer(model.optimizer)
     starts_anew = model.constant_learning_rate is not None and not optimizer.use_ema
+    excludes = any(
+        getattr(optimizer, f"_exclude_from_weight_decay{kind}", None) for kind in ("", "_pattern")
+    )
     follows_steps = any(isinstance(v, dict) for v in optimizer.get_config().values())
     return (
-        starts_anew
+        (pays or model.was_shrunk)
+        and starts_anew
         and not follows_steps
+        and not excludes
         and model.distribute_strategy.num_replicas_in_sync == 1
-        and float(controller.fraction("macs")) <= _LARGEST_FRACTION
     )
 
 

@@ -32,6 +32,10 @@ def check_labels(y: Any, loss: Any, net: keras.Model) -> None:
     if name != _SPARSE or not isinstance(y, np.ndarray) or len(outputs) != 1 or not y.size:
         return
     classes = outputs[0].shape[-1]
+    ignored = getattr(loss, "ignore_class", None)
+    y = y if ignored is None else y[y != ignored]
+    if not y.size:
+        return
     lowest, highest = y.min(), y.max()
     if not (lowest >= 0 and highest < classes) or not np.all(y == np.floor(y)):
         raise DataError(

@@ -68,8 +68,10 @@ class RunningMean(keras.layers.Layer):
         self.built = True
 
     def update(self, value: Any) -> None:
-        """Adds one vector."""
-        keep = self._decay
+        """Adds one vector, unless it is not finite."""
+        is_finite = tf.reduce_all(tf.math.is_finite(value))
+        keep = tf.where(is_finite, self._decay, 1.0)
+        value = tf.where(is_finite, value, tf.zeros_like(value))
         self.total.assign(keep * tf.convert_to_tensor(self.total) + (1.0 - keep) * value)
         self.weight.assign(keep * tf.convert_to_tensor(self.weight) + (1.0 - keep))
 

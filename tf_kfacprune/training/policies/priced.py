@@ -12,7 +12,7 @@ symbol             meaning                                                     s
 While pruning, the gates minimize `loss + sum_m lambda_m C_m(p)`, and with the relative excess
 `e = log(C_m / c_m(t))`
 
-    log lambda_m <- log lambda_m + k_i e          (dual ascent)
+    log lambda_m <- log lambda_m + k_i e          (dual ascent; |e| <= 1)
     price         = lambda_m exp(k_p e) / c_m(t)  (proportional term)
 
 so that the price rises while the network is too big and falls when it overshoots. Dividing by
@@ -98,12 +98,13 @@ class PricedGates(PolicyState):
         actual = self._plan.fraction(measure)
         # Probabilities react at once, the deterministic network is what has to arrive.
         excess = 0.5 * (tf.math.log(tf.stop_gradient(expected)) + tf.math.log(actual))
-        excess -= tf.math.log(wanted)
+        # Without a bound, a network whose gates all close for a moment would lose its price.
+        excess = tf.clip_by_value(excess - tf.math.log(wanted), -1.0, 1.0)
         log_price = tf.convert_to_tensor(self.log_prices[measure])
         gain = tf.minimum(_INTEGRAL_GAIN / prune_steps, _LARGEST_GAIN_PER_STEP)
         log_price = tf.clip_by_value(log_price + gain * excess, *_LOG_PRICE_RANGE)
         self.log_prices[measure].assign(log_price)
-        price = tf.exp(log_price + _PROPORTIONAL_GAIN * tf.clip_by_value(excess, -1.0, 1.0))
+        price = tf.exp(log_price + _PROPORTIONAL_GAIN * excess)
         price = price / wanted
         self.prices[measure].assign(price)
         return price
