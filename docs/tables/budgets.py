@@ -1,18 +1,15 @@
 """What budgets asked for, and what networks came to."""
 
-from tables.markdown import recorded_table, records
+from tables.markdown import grouped_by_settings, recorded_table, records, training_of
 
 
 def budgets_table():
-    """One row per network, policy and target; the spread is over the seeds."""
-    groups = {}
-    for line in records("budgets.jsonl"):
-        key = line["key"]
-        of = key["network"], key["policy"], key["measure"], -key["asked"]
-        groups.setdefault(of, []).append(line)
+    """One row per network, policy, target and training; the spread is over the seeds."""
     rows = []
-    for (network, policy, measure, asked), runs in sorted(groups.items()):
-        row = [f"`{network}`", policy, measure, f"{-asked:g}", len(runs)]
+    for runs in sorted(grouped_by_settings(records("budgets.jsonl")), key=_order):
+        key = runs[0]["key"]
+        row = [f"`{key['network']}`", key["policy"], key["optimizer"], training_of(key)]
+        row += [key["measure"], f"{key['asked']:g}", len(runs)]
         if any(run["achieved"] is None for run in runs):
             rows.append([*row, "out of reach", "-", "-", "-"])
             continue
@@ -28,6 +25,8 @@ def budgets_table():
     header = [
         "network",
         "policy",
+        "optimizer",
+        "epochs x images",
         "measure",
         "asked",
         "seeds",
@@ -35,6 +34,11 @@ def budgets_table():
         "before landing",
     ]
     return recorded_table([*header, "closed by it", "reopened"], rows)
+
+
+def _order(runs):
+    key = runs[0]["key"]
+    return key["policy"], key["network"], key["measure"], -key["asked"]
 
 
 def spread(values, form):

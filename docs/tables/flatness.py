@@ -2,24 +2,31 @@
 
 import statistics
 
-from tables.markdown import mean_and_deviation, recorded_table, records
+from tables.markdown import grouped_by_settings, mean_and_deviation, recorded_table, records
 
 
 def flatness_records(part):
-    """Runs of a part of the benchmark on the test set: (network, label noise, strength) -> runs."""
-    groups = {}
-    for line in records("flatness.jsonl"):
-        record = {**line["key"], **line}
-        if record["part"] == part and not record["validation"]:
-            key = record["network"], record.get("label_noise", 0.0), record["strength"]
-            groups.setdefault(key, []).append(record)
-    return dict(sorted(groups.items()))
+    """Runs of a part of the benchmark on the test set.
+
+    Returns:
+        A list of `((network, label noise, strength), runs)`, one per settings.
+    """
+    lines = [
+        line
+        for line in records("flatness.jsonl")
+        if line["key"]["part"] == part and not line["key"]["validation"]
+    ]
+    groups = []
+    for runs in grouped_by_settings(lines):
+        key = runs[0]["key"]
+        groups.append(((key["network"], key.get("label_noise", 0.0), key["strength"]), runs))
+    return sorted(groups, key=lambda group: group[0])
 
 
 def flatness_table(part):
     """Curvature and error with and without the penalty, over the seeds."""
     rows = []
-    for (network, noise, strength), runs in flatness_records(part).items():
+    for (network, noise, strength), runs in flatness_records(part):
 
         def of(name, digits, unit=1, runs=runs):
             return mean_and_deviation([run[name] for run in runs], digits, unit)
@@ -29,7 +36,8 @@ def flatness_table(part):
                 f"{network}, {noise:.0%} wrong labels" if noise else network,
                 f"{strength:g}" if strength else "none",
                 len(runs),
-                of("top", 2),
+                of("top", 2)
+                + ("" if all(run["converged"] for run in runs) else " (not converged)"),
                 of("top_scaled", 0),
                 of("test_error", 2, 100),
                 of("train_loss", 3),
@@ -43,7 +51,7 @@ def flatness_table(part):
 def corruptions_table(part):
     """Accuracy on spoilt test images with and without the penalty."""
     rows, header = [], []
-    for (network, noise, strength), runs in flatness_records(part).items():
+    for (network, noise, strength), runs in flatness_records(part):
         names = list(runs[0]["corrupted"])
         header = [*names, "mean"]
         columns = [[run["corrupted"][name] for run in runs] for name in names]
@@ -61,7 +69,7 @@ def corruptions_table(part):
 def tracking_table():
     """How the K-FAC estimate follows the exact eigenvalue along runs."""
     rows = []
-    for (network, _, strength), runs in flatness_records("track").items():
+    for (network, _, strength), runs in flatness_records("track"):
         ratios = [estimate / exact for run in runs for _, exact, estimate, _ in run["track"]]
         rows.append(
             [

@@ -13,6 +13,15 @@ def records(name):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def grouped_by_settings(records):
+    """Runs that differ in nothing but the seed, in the order of their first ones."""
+    groups = {}
+    for record in records:
+        settings = {name: v for name, v in record["key"].items() if name != "seed"}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
+    return list(groups.values())
+
+
 def newest(name, key):
     """The newest record of each key in a file of the benchmarks, in the order of the file."""
     return {key(record): record for record in records(name)}

@@ -142,6 +142,15 @@ def dense(run):
     return run.model
 
 
+def dense_kfac(run):
+    """The optimizer of `ours` on the dense network: what pruning itself adds or takes."""
+    model = kp.KFACModel(run.model, seed=run.seed)
+    rate = keras.optimizers.schedules.CosineDecay(3e-2, run.steps(run.case.epochs))
+    model.compile(kp.KFAC(rate, weight_decay=0.03), loss=run.case.loss)
+    run.fit(model, run.case.epochs)
+    return run.model
+
+
 # Ours with one thing changed; made anew for every run.
 ABLATIONS = {
     "ours_penalty": lambda: {"curvature": kp.SpectralRadius()},
@@ -153,6 +162,7 @@ ABLATIONS = {
 # What turns a run into the network that its method makes.
 METHODS = {
     "dense": dense,
+    "dense_kfac": dense_kfac,
     "ours": ours,
     "magnitude": lambda run: peers.one_shot(run, "magnitude"),
     "taylor": lambda run: peers.one_shot(run, "taylor"),
@@ -160,7 +170,7 @@ METHODS = {
     "slimming": lambda run: peers.slimming(run, penalty=0.1),
 } | {name: lambda run, c=change: ours(run, **c()) for name, change in ABLATIONS.items()}
 # Methods without a budget run at these strengths instead of the targets.
-STRENGTHS = {"hard_concrete": (0.3, 1.0, 3.0), "dense": (0.0,)}
+STRENGTHS = {"hard_concrete": (0.3, 1.0, 3.0), "dense": (0.0,), "dense_kfac": (0.0,)}
 
 
 def plans(case_name):
@@ -284,8 +294,9 @@ def plot():
 
     points = {}
     for line in Records("frontier.jsonl", OUTPUT.value).lines:
-        key = line["key"]
-        if key["split"] == "test":
+        key, case = line["key"], chosen(line["key"]["case"])
+        is_whole = (key["epochs"], key["examples"]) == (case.epochs, case.examples)
+        if key["split"] == "test" and is_whole:
             of_method = points.setdefault(key["case"], {}).setdefault(key["method"], {})
             of_method.setdefault(key["target"], []).append((line["weights"], line["error"]))
     figure, axes = pyplot.subplots(
@@ -295,7 +306,7 @@ def plot():
         for method, targets in methods.items():
             runs = sorted((np.array(of_target) for of_target in targets.values()), key=np.mean)
             mean = np.array([of_target.mean(axis=0) for of_target in runs])
-            spread = [of_target[:, 1].std() for of_target in runs]
+            spread = [run[:, 1].std(ddof=1) if len(run) > 1 else 0.0 for run in runs]
             axis.errorbar(mean[:, 0], mean[:, 1], spread, marker="o", capsize=2, label=method)
         for label, (weights, error) in PUBLISHED.get(name, {}).items():
             axis.plot(weights, error, "k+")
