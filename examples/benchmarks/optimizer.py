@@ -155,6 +155,7 @@ TASKS = {
         seconds=40.0,
         evaluated=2_000,
         sgd_rates=(0.03, 0.1, 0.3, 1.0),
+        kfac_rates=(0.01, 0.03, 0.1, 0.3),
     ),
 }
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)

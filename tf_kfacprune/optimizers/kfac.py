@@ -53,6 +53,8 @@ _ADAM_BETA_1 = 0.9
 _ADAM_BETA_2 = 0.999
 _ADAM_EPSILON = 1e-7
 _FIXED_DAMPING = 0.03
+_FACTOR_EVERY = 10
+_FACTOR_EVERY_ADAPTIVE = 3
 # What Adam steps are scaled by where the learning rate is not a number.
 _ADAPTIVE_ADAM_BASE = 1e-2
 
@@ -77,7 +79,8 @@ class KFAC(MeasuredSteps):
         norm_constraint: Bound on the Frobenius norm of each block's part of a step (before
             momentum), > 0, or None for no bound. Not used with `"auto"`.
         factor_decay: Decay of the factors' averages, in [0, 1); debiased.
-        factor_every: Steps between updates of the factors; the first period has some more.
+        factor_every: Steps between updates of the factors; the first period has some more. None
+            means 10, and 3 with `"auto"`, whose steps cost more and go further.
         inverse_every: Steps between updates of the inverses; in the first `inverse_every` steps
             every update of the factors is followed by one.
         batch_fraction: Share of the batch that factors (and the quadratic model) are computed on,
@@ -124,7 +127,7 @@ class KFAC(MeasuredSteps):
         kl_clip: Hyperparameter | None = 1e-3,
         norm_constraint: Hyperparameter | None = None,
         factor_decay: Hyperparameter = 0.95,
-        factor_every: int = 10,
+        factor_every: int | None = None,
         inverse_every: int = 50,
         batch_fraction: float = 0.25,
         location_fraction: float = 1.0,
@@ -151,6 +154,8 @@ class KFAC(MeasuredSteps):
         self.kl_clip = kl_clip
         self.norm_constraint = norm_constraint
         self.factor_decay = factor_decay
+        if factor_every is None:
+            factor_every = _FACTOR_EVERY_ADAPTIVE if is_auto else _FACTOR_EVERY
         self.factor_every = factor_every
         self.inverse_every = inverse_every
         self.batch_fraction = batch_fraction
