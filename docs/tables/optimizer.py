@@ -15,10 +15,10 @@ def step_cost_table():
     """Time of a step over that of Adam."""
     rows = []
     for record in records("optimizer.jsonl"):
-        if record["key"]["part"] != "step_cost" or "kfac_auto" not in record["ratios"]:
+        if record["key"]["part"] != "step_cost" or "kfac_locations" in record["ratios"]:
             continue
-        floor = f"{record['floor']:.2f}" if record["floor"] else "-"
-        ratios = (f"{record['ratios'][n]:.2f}" for n in ("kfac", "kfac_auto"))
+        found = record["floor"], *(record["ratios"].get(n) for n in ("kfac", "kfac_auto"))
+        floor, *ratios = ("-" if value is None else f"{value:.2f}" for value in found)
         rows.append([record["key"]["task"], record["batch"], floor, *ratios])
     header = ["task", "batch", "arithmetic floor", "`KFAC()` / Adam", '`KFAC("auto")` / Adam']
     return recorded_table(header, rows)

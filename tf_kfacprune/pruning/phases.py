@@ -18,6 +18,9 @@ __all__ = ["Phases", "target_fraction"]
 class Phases:
     """How the steps of one `fit` are divided; what is left after `warmup` and `prune` settles.
 
+    `fit(epochs=more, initial_epoch=done)` prolongs a run. A further `fit` after its end trains the
+    settled network with the learning rate that the optimizer then has.
+
     Args:
         warmup: Share of the steps during which gates are held open, in [0, 1).
         prune: Share of the steps during which gates close, in (0, 1).
