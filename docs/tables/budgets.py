@@ -1,6 +1,6 @@
 """What budgets asked for, and what networks came to."""
 
-from tables.markdown import grouped_by_settings, recorded_table, records, training_of
+from tables.markdown import grouped_by_settings, recorded_table, records
 
 
 def budgets_table():
@@ -8,7 +8,12 @@ def budgets_table():
     rows = []
     for runs in sorted(grouped_by_settings(records("budgets.jsonl")), key=_order):
         key = runs[0]["key"]
-        row = [f"`{key['network']}`", key["policy"], key["optimizer"], training_of(key)]
+        row = [
+            f"`{key['network']}`",
+            key["policy"],
+            key["optimizer"],
+            f"{key['epochs']} x {key['images']}",
+        ]
         row += [key["measure"], f"{key['asked']:g}", len(runs)]
         if any(run["achieved"] is None for run in runs):
             rows.append([*row, "out of reach", "-", "-", "-"])

@@ -1,4 +1,4 @@
-"""The page on channels: tables are up to date, examples run."""
+"""The page on channels: tables say what rules do, examples run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from tf_kfacprune.graph import ChannelRule, rule_for
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "channels.md"
-
-
-def test_generated_tables_are_up_to_date(generate):
-    text = PAGE.read_text(encoding="utf-8")
-    assert generate.generated(text) == text, "run `python docs/generate.py`"
 
 
 def test_every_layer_in_the_table_has_a_rule_and_every_rule_says_what_it_does(generate):

@@ -12,11 +12,6 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "deploy.md"
 
 
-def test_generated_tables_are_up_to_date(generate):
-    text = PAGE.read_text(encoding="utf-8")
-    assert generate.generated(text) == text, "run `python docs/generate.py`"
-
-
 def test_every_name_on_the_page_exists():
     text = PAGE.read_text(encoding="utf-8")
     for module, name in set(re.findall(r"kp\.(export|tfmot)\.(\w+)", text)):
