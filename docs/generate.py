@@ -43,7 +43,7 @@ TABLES = {
         "autoencoder_small", 0, (5, 10, 20, 50, 150)
     ),
     "losses_after_steps_autoencoder": lambda: optimizer.moments_table(
-        "autoencoder", 0, (5, 10, 20, 40, 150)
+        "autoencoder", 0, (5, 10, 20, 40, 120)
     ),
     "losses_after_seconds": lambda: optimizer.moments_table(
         "autoencoder_small", 1, (5, 10, 20, 40)
