@@ -47,7 +47,7 @@ class Case:
     data: str
     targets: dict
     epochs: int
-    ablated: tuple = ()  # targets at which our own method is varied
+    varied: tuple = ()  # targets at which methods are varied
     examples: int | None = None
     prune_inputs: bool = False
     batch_size: int = 256
@@ -80,7 +80,7 @@ CASES = {
         "mnist",
         {"26k": {"macs": 0.1}, "9k": {"macs": 0.0338}, "4k": {"macs": 0.01502}},
         epochs=40,
-        ablated=("9k",),
+        varied=("9k",),
         prune_inputs=True,
     ),
     "lenet5": Case(kp.zoo.lenet5, "mnist", LENET5_TARGETS, epochs=15),
@@ -152,12 +152,16 @@ def dense_kfac(run):
 
 
 # Ours with one thing changed; made anew for every run.
-ABLATIONS = {
+CHANGES = {
     "ours_penalty": lambda: {"curvature": kp.SpectralRadius()},
     "ours_adam": lambda: {"optimizer": keras.optimizers.AdamW(1e-3, weight_decay=1e-2)},
     "ours_hard_concrete": lambda: {"policy": "hard_concrete"},
     "ours_proximal": lambda: {"policy": "proximal"},
     "ours_taylor": lambda: {"policy": "taylor"},
+}
+VARIATIONS = {name: lambda run, c=change: ours(run, **c()) for name, change in CHANGES.items()} | {
+    "magnitude_compensated": lambda run: peers.one_shot(run, "magnitude", compensate=True),
+    "taylor_compensated": lambda run: peers.one_shot(run, "taylor", compensate=True),
 }
 # What turns a run into the network that its method makes.
 METHODS = {
@@ -168,7 +172,7 @@ METHODS = {
     "taylor": lambda run: peers.one_shot(run, "taylor"),
     "hard_concrete": peers.hard_concrete,
     "slimming": lambda run: peers.slimming(run, penalty=0.1),
-} | {name: lambda run, c=change: ours(run, **c()) for name, change in ABLATIONS.items()}
+} | VARIATIONS
 # Methods without a budget run at these strengths instead of the targets.
 STRENGTHS = {"hard_concrete": (0.3, 1.0, 3.0), "dense": (0.0,), "dense_kfac": (0.0,)}
 
@@ -181,7 +185,7 @@ def plans(case_name):
             for strength in STRENGTHS[method]:
                 yield method, f"{strength:g}", None, strength
         else:
-            for target in TARGETS.value or (case.ablated if method in ABLATIONS else case.targets):
+            for target in TARGETS.value or (case.varied if method in VARIATIONS else case.targets):
                 yield method, target, kp.Budget(**case.targets[target]), None
 
 

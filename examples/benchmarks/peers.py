@@ -10,7 +10,6 @@ would not get from open to closed within these runs. Runs that differ in score o
 the training before (`SharedStarts`).
 """
 
-import math
 import time
 
 import keras
@@ -23,7 +22,8 @@ from tf_kfacprune.gates import GatedNetwork, GatePhase, insert_gates
 from tf_kfacprune.pruning import GateGroups, land_on_budget
 
 TRAINED = 2 / 3  # of all epochs; the rest is for fine-tuning
-SCORED = 0.05  # of fine-tuning, at learning rate zero, for the average of the scores
+SCORED = 10_000  # images that scores are averaged over
+COMPENSATED = 2_000  # images that second moments are averaged over
 # What the gates' steps would add up to if all went the same way; they close below -2.4 and at 0.
 HARD_CONCRETE_TRAVEL = 60.0
 SCALE_TRAVEL = 10.0
@@ -50,27 +50,6 @@ class SharedStarts:
         start = time.perf_counter()
         fit()
         self._known[name] = model.get_weights(), time.perf_counter() - start
-
-
-@keras.saving.register_keras_serializable(package="benchmarks")
-class CosineAfterScoring(keras.optimizers.schedules.LearningRateSchedule):
-    """Zero while neurons are scored, then one cosine decay."""
-
-    def __init__(self, rate, scored_steps, total_steps):
-        self.rate, self.scored_steps, self.total_steps = rate, scored_steps, total_steps
-
-    def __call__(self, step):
-        passed = ops.cast(step, "float32") - float(self.scored_steps)
-        progress = ops.clip(passed / float(self.total_steps - self.scored_steps), 0.0, 1.0)
-        rate = self.rate * 0.5 * (1.0 + ops.cos(math.pi * progress))
-        return ops.where(passed < 0.0, 0.0, rate)
-
-    def get_config(self):
-        return {
-            "rate": self.rate,
-            "scored_steps": self.scored_steps,
-            "total_steps": self.total_steps,
-        }
 
 
 class PenalizedGates(keras.Model):
@@ -119,26 +98,34 @@ def adam(run, epochs):
     return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(run.case.adam_rate, steps))
 
 
-def one_shot(run, criterion):
+def one_shot(run, criterion, compensate=False):
     """Trains, prunes at once by `"magnitude"` or `"taylor"`, and fine-tunes."""
     case, first = run.case, round(TRAINED * run.case.epochs)
     run.model.compile(adam(run, first), loss=case.loss)
     run.starts.train("dense", run.model, lambda: run.fit(run.model, first))
     keras.utils.set_random_seed(run.seed)
-    phases = kp.Phases(0.0, SCORED)
-    steps = run.steps(case.epochs - first)
     pm = kp.PrunableModel(
         run.model,
         budget=run.budget,
-        policy=kp.ScheduledClosing(criterion, every=10 * steps),  # only at the end of the phase
+        policy=kp.ScheduledClosing(criterion, every=len(run.x)),  # only at the end of the phase
         prune_inputs=case.prune_inputs,
-        phases=phases,
+        phases=kp.Phases(0.0, 0.95),
         seed=run.seed,
     )
-    _, scored = phases.boundaries(steps)
-    pm.compile(keras.optimizers.Adam(CosineAfterScoring(case.adam_rate, scored, steps)), case.loss)
-    run.fit(pm, case.epochs - first)
-    return kp.compact(pm)
+    # Scores are averages over steps; at learning rate zero the network stays what it is.
+    pm.compile(keras.optimizers.SGD(0.0), case.loss)
+    x = run.x[:SCORED]
+    pm.fit(x, run.y[:SCORED], batch_size=case.batch_size, verbose=0)
+    data = x[:COMPENSATED] if compensate else None
+    return fine_tuned(run, kp.compact(pm, compensate=compensate, data=data), first)
+
+
+def fine_tuned(run, small, first):
+    """Trains a compact network for what is left after the first epochs."""
+    epochs = run.case.epochs - first
+    small.compile(adam(run, epochs), loss=run.case.loss)
+    run.fit(small, epochs)
+    return small
 
 
 def hard_concrete(run):
@@ -182,7 +169,4 @@ def slimming(run, penalty):
         run.budget.targets,
     )
     bank.settle(keep)
-    small = kp.compact(net)
-    small.compile(adam(run, case.epochs - first), loss=case.loss)
-    run.fit(small, case.epochs - first)
-    return small
+    return fine_tuned(run, kp.compact(net), first)
