@@ -4,8 +4,8 @@
 `hard_concrete`: L0 regularization at a fixed price (Louizos et al. 2018). `slimming`: an L1 penalty
 on the scale of every channel, then a global threshold, then fine-tuning (Liu et al. 2017; the scale
 is a gate of its own, so that networks without BatchNormalization take part; it begins at a half).
-All are trained by AdamW with cosine decay, and fine-tuning starts a cosine of its own. Gates have an
-Adam of their own, whose steps add up to many times their range: at the rate of the weights they
+All are trained by AdamW with cosine decay, and fine-tuning starts a cosine of its own. Gates have
+an Adam of their own, whose steps add up to many times their range: at the rate of the weights they
 would not get from open to closed within these runs. Runs that differ in score or size only share
 the training before (`SharedStarts`).
 """
