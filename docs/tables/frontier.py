@@ -1,24 +1,38 @@
 """Error against size of every method."""
 
+import statistics
+
 from tables.markdown import mean_and_deviation, recorded_table, records, training_of
 
 
 def frontier_table():
-    """Error and size of every method, mean and deviation over the seeds."""
+    """Error and size of every method, mean and deviation over the seeds.
+
+    Cases are in the order of their first runs; in each, methods of about the same size stand
+    together, the best first.
+    """
     groups = {}
     for record in records("frontier.jsonl"):
         key = record["key"]
         if key["split"] == "test":
             group = key["case"], training_of(key), key["method"], key["target"]
             groups.setdefault(group, []).append(record)
+    cases = list(dict.fromkeys(group[:2] for group in groups))
+
+    def order(item):
+        (*case, _, _), runs = item
+        weights, error = (statistics.mean(run[name] for run in runs) for name in ("weights", "error"))
+        return cases.index(tuple(case)), -float(f"{weights:.0e}"), error
+
     rows = [
         [
             *group,
             len(runs),
             mean_and_deviation([run["error"] for run in runs], 2),
             *(mean_and_deviation([run[name] for run in runs], 0) for name in ("weights", "macs")),
+            f"{statistics.mean(run['seconds'] for run in runs):.0f}",
         ]
-        for group, runs in groups.items()
+        for group, runs in sorted(groups.items(), key=order)
     ]
     header = ["case", "epochs x images", "method", "size or strength", "seeds"]
-    return recorded_table([*header, "error %", "weights", "MACs"], rows)
+    return recorded_table([*header, "error %", "weights", "MACs", "seconds"], rows)

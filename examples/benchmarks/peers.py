@@ -3,7 +3,8 @@
 `one_shot`: train the dense network, close the neurons with the lowest scores at once, fine-tune.
 `hard_concrete`: L0 regularization at a fixed price (Louizos et al. 2018). `slimming`: an L1 penalty
 on the scale of every channel, then a global threshold, then fine-tuning (Liu et al. 2017; the scale
-is a gate of its own, so that networks without BatchNormalization take part; it begins at a half).
+is a gate of its own, so that networks without BatchNormalization take part; it begins at a half,
+and is compared relative to the mean of its layer, or nearly all pixels would go).
 All are trained by AdamW with cosine decay, and fine-tuning starts a cosine of its own. Gates have
 an Adam of their own, whose steps add up to many times their range: at the rate of the weights they
 would not get from open to closed within these runs. Runs that differ in score or size only share
@@ -161,8 +162,10 @@ def slimming(run, penalty):
     run.starts.train("slimming", penalized, lambda: run.fit(penalized, first))
     keras.utils.set_random_seed(run.seed)
     bank, groups = penalized.bank, GateGroups(gated)
+    scales, of_gate = ops.convert_to_numpy(bank.logits), np.asarray(groups.of_gate)
+    means = np.bincount(of_gate, scales) / np.bincount(of_gate)
     keep = land_on_budget(
-        ops.convert_to_tensor(bank.logits),
+        ops.convert_to_tensor(scales / means[of_gate], "float32"),
         groups.of_gate,
         groups.counts,
         lambda measure, gates: gated.cost.fraction(measure, gated.openness(gates)),
