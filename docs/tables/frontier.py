@@ -21,7 +21,8 @@ def frontier_table():
 
     def order(item):
         (*case, _, _), runs = item
-        weights, error = (statistics.mean(run[name] for run in runs) for name in ("weights", "error"))
+        weights = statistics.mean(run["weights"] for run in runs)
+        error = statistics.mean(run["error"] for run in runs)
         return cases.index(tuple(case)), -float(f"{weights:.0e}"), error
 
     rows = [

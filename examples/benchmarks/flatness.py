@@ -72,7 +72,7 @@ NETWORKS = {
         "compact": lambda seed: mlp((40, 20), seed),
         "dense": lambda seed: mlp((300, 100), seed),
         "budget": {"params": 0.1},
-        "epochs": 15,
+        "epochs": 30,
         **SETTINGS,
     },
     "lenet": {
