@@ -2,9 +2,9 @@
 
 `one_shot`: train the dense network, close the neurons with the lowest scores at once, fine-tune.
 `hard_concrete`: L0 regularization at a fixed price (Louizos et al. 2018). `slimming`: an L1 penalty
-on the scale of every channel, then a global threshold, then fine-tuning (Liu et al. 2017; the scale
-is a gate of its own, so that networks without BatchNormalization take part; it begins at a half,
-and is compared relative to the mean of its layer, or nearly all pixels would go).
+on the scale of every channel, then the smallest go, then fine-tuning (Liu et al. 2017; the scale is
+a gate of its own, so that networks without BatchNormalization take part, and begins at a half; every
+layer loses the same share: with one threshold for all, some layers lost all channels but one).
 All are trained by AdamW with cosine decay, and fine-tuning starts a cosine of its own. Gates have
 an Adam of their own, whose steps add up to many times their range: at the rate of the weights they
 would not get from open to closed within these runs. Runs that differ in score or size only share
@@ -162,10 +162,8 @@ def slimming(run, penalty):
     run.starts.train("slimming", penalized, lambda: run.fit(penalized, first))
     keras.utils.set_random_seed(run.seed)
     bank, groups = penalized.bank, GateGroups(gated)
-    scales, of_gate = ops.convert_to_numpy(bank.logits), np.asarray(groups.of_gate)
-    means = np.bincount(of_gate, scales) / np.bincount(of_gate)
     keep = land_on_budget(
-        ops.convert_to_tensor(scales / means[of_gate], "float32"),
+        ranks_in_groups(ops.convert_to_numpy(bank.logits), groups.of_gate),
         groups.of_gate,
         groups.counts,
         lambda measure, gates: gated.cost.fraction(measure, gated.openness(gates)),
@@ -173,3 +171,12 @@ def slimming(run, penalty):
     )
     bank.settle(keep)
     return fine_tuned(run, kp.compact(net), first)
+
+
+def ranks_in_groups(values, groups):
+    """For each value the share of its group that is smaller."""
+    ranks = np.zeros(len(values), "float32")
+    for group in np.unique(groups):
+        (members,) = np.nonzero(groups == group)
+        ranks[members[np.argsort(values[members])]] = np.arange(len(members)) / len(members)
+    return ranks

@@ -50,6 +50,11 @@ def test_peers_with_a_budget_obey_it(frontier, task, method):
     assert small.count_params() <= 0.4 * task.model.count_params()
 
 
+def test_ranks_are_shares_of_the_group_that_are_smaller(frontier):
+    ranks = frontier.peers.ranks_in_groups(np.array([5.0, 9.0, 2.0, 7.0]), np.array([0, 1, 0, 1]))
+    np.testing.assert_array_equal(ranks, [0.5, 0.5, 0.0, 0.0])
+
+
 def test_runs_that_begin_alike_are_begun_once_and_end_alike(frontier, task, monkeypatch):
     epochs = []
     fit = frontier.Run.fit
