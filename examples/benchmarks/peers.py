@@ -3,8 +3,8 @@
 `one_shot`: train the dense network, close the neurons with the lowest scores at once, fine-tune.
 `hard_concrete`: L0 regularization at a fixed price (Louizos et al. 2018). `slimming`: an L1 penalty
 on the scale of every channel, then the smallest go, then fine-tuning (Liu et al. 2017; the scale is
-a gate of its own, so that networks without BatchNormalization take part, and begins at a half; every
-layer loses the same share: with one threshold for all, some layers lost all channels but one).
+a gate of its own, so that networks without BatchNormalization take part, and begins at a half;
+every layer loses the same share: with one threshold for all, a layer lost all channels but one).
 All are trained by AdamW with cosine decay, and fine-tuning starts a cosine of its own. Gates have
 an Adam of their own, whose steps add up to many times their range: at the rate of the weights they
 would not get from open to closed within these runs. Runs that differ in score or size only share
