@@ -79,7 +79,7 @@ NETWORKS = {
         "compact": lambda seed: lenet((6, 16), 32, seed),
         "dense": lambda seed: lenet((20, 50), 200, seed),
         "budget": {"params": 0.1},
-        "epochs": 8,
+        "epochs": 16,
         **SETTINGS,
     },
 }
