@@ -28,7 +28,11 @@ def _pruning(policy, budget=None, net=None):
     """A model in the middle of its prune phase, where the ramp has come down to the budget."""
     policy = kp.ScheduledClosing(policy, every=1) if policy in CRITERIA else policy
     model = kp.PrunableModel(
-        net or _network(), budget or kp.Budget(macs=0.5), policy=policy, seed=0
+        net or _network(),
+        budget or kp.Budget(macs=0.5),
+        policy=policy,
+        phases=kp.Phases(0.2, 0.4),
+        seed=0,
     )
     model.controller.plan(STEPS, None)
     model.controller.step.assign(int(0.5 * STEPS))
