@@ -49,6 +49,7 @@ TABLES = {
         "autoencoder_small", 1, (5, 10, 20, 40)
     ),
     "frontier": frontier.frontier_table,
+    "frontier_cost": frontier.cost_table,
 }
 
 

@@ -37,3 +37,22 @@ def frontier_table():
     ]
     header = ["case", "epochs x images", "method", "size or strength", "seeds"]
     return recorded_table([*header, "error %", "weights", "MACs", "seconds"], rows)
+
+
+def cost_table():
+    """Seconds of whole runs, ours and the dense network with AdamW in turns."""
+    groups = {}
+    for record in records("frontier_cost.jsonl"):
+        key = record["key"]
+        groups.setdefault((key["case"], key["epochs"], key["target"]), []).append(record)
+    rows = [
+        [
+            *group,
+            len(runs),
+            *(mean_and_deviation([run[name] for run in runs], 0) for name in ("dense_s", "ours_s")),
+            mean_and_deviation([run["ratio"] for run in runs], 2),
+        ]
+        for group, runs in groups.items()
+    ]
+    header = ["case", "epochs", "size of ours", "rounds", "dense, s", "ours, s", "ours / dense"]
+    return recorded_table(header, rows)
