@@ -323,7 +323,9 @@ def plot():
         for label, (weights, error) in PUBLISHED.get(name, {}).items():
             axis.plot(weights, error, "k+")
             axis.annotate(label, (weights, error), fontsize=7)
-        axis.set(title=name, xlabel="weights", ylabel="test error, %", xscale="log")
+        axis.set(title=name, xlabel="weights", ylabel="test error, %", xscale="log", yscale="log")
+        axis.set_yticks([1, 1.5, 2, 3, 5, 10, 20], ["1", "1.5", "2", "3", "5", "10", "20"])
+        axis.minorticks_off()
         axis.legend(frameon=False, fontsize=7)
     path = Path(OUTPUT.value or Records("frontier.jsonl").path.parent) / "frontier.png"
     figure.savefig(path, dpi=120)
