@@ -125,7 +125,8 @@ class Run:
 
     def fit(self, model, epochs):
         """Trains a compiled model."""
-        model.fit(self.x, self.y, batch_size=self.case.batch_size, epochs=epochs, verbose=0)
+        batches = kp.data.batches(self.x, self.y, self.case.batch_size)
+        model.fit(batches, epochs=epochs, verbose=0)
 
 
 def ours(run, optimizer=None, **options):
