@@ -133,7 +133,9 @@ def fitted(model, settings, strength, seed, x, y, *, callbacks=(), **pruning):
     trainer.compile(optimizer, loss=LOSS, steps_per_execution=1 if callbacks else 47)
     start = time.process_time()
     trainer.fit(
-        kp.data.batches(x, y, settings["batch_size"]),
+        x,
+        y,
+        batch_size=settings["batch_size"],
         epochs=settings["epochs"],
         callbacks=list(callbacks),
         verbose=0,

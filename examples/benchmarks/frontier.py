@@ -126,7 +126,7 @@ class Run:
     def fit(self, model, epochs):
         """Trains a compiled model."""
         batches = kp.data.batches(self.x, self.y, self.case.batch_size)
-        model.fit(batches, epochs=epochs, verbose=0)
+        model.fit(batches, epochs=epochs, shuffle=False, verbose=0)  # shuffled already
 
 
 def ours(run, optimizer=None, **options):

@@ -22,6 +22,7 @@ from tf_kfacprune.distribution import (
 )
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.optimizers import KFAC
+from tf_kfacprune.training.array_batches import batched
 from tf_kfacprune.training.batches import example_weights, num_examples
 from tf_kfacprune.training.compiled import Compiled, inner_optimizer
 from tf_kfacprune.training.distributed import (
@@ -180,8 +181,11 @@ class KFACModel(KFACSteps):
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = callbacks.callbacks
         given.arguments["callbacks"] = [*self._run_callbacks(), *keras.tree.flatten(callbacks)]
+        arguments = dict(given.arguments)
+        if self.distribute_strategy.num_replicas_in_sync == 1:
+            arguments = batched(arguments)
         with raise_lost_worker(self.distribute_strategy):
-            return fit(*given.args, **given.kwargs)
+            return fit(**arguments)
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         # Keras averages the first batch over the replicas to learn its shape. That fails for parts
