@@ -1,4 +1,4 @@
-"""Data sets: the embedded default, the usual benchmarks, and a user's own ``.npz`` file; batches."""
+"""Data sets: the embedded default, the usual benchmarks, a user's own ``.npz`` file; batches."""
 
 from tf_kfacprune.data.batching import batches
 from tf_kfacprune.data.dataset import Dataset, validation_split
