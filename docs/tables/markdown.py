@@ -13,11 +13,11 @@ def records(name):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def grouped_by_settings(records):
-    """Runs that differ in nothing but the seed, in the order of their first ones."""
+def grouped_by_settings(records, repeated="seed"):
+    """Runs that differ in nothing but the seed, say, in the order of their first ones."""
     groups = {}
     for record in records:
-        settings = {name: v for name, v in record["key"].items() if name != "seed"}
+        settings = {name: v for name, v in record["key"].items() if name != repeated}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(record)
     return list(groups.values())
 

@@ -286,7 +286,7 @@ def run_plot():
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 3.6), layout="constrained")
     for part, marker in (("train", "o"), ("prune", "s")):
         groups = {}
         for run in runs_of(part):
@@ -305,7 +305,7 @@ def run_plot():
         right.plot(steps, estimate, ":", color=line.get_color(), label=f"{label}: K-FAC")
     right.set(xlabel="step", ylabel="top eigenvalue", xscale="log", yscale="log")
     for axis in (left, right):
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     path = finished().path.with_suffix(".png")
     figure.savefig(path, dpi=120)
     print(f"Written: {path}")
