@@ -157,7 +157,6 @@ def dense_kfac(run):
 
 # A method with one thing changed.
 VARIATIONS = {
-    "ours_penalty": lambda run: ours(run, curvature=kp.SpectralRadius()),
     "ours_adam": lambda run: ours(
         run, keras.optimizers.AdamW(run.case.adam_rate, weight_decay=run.case.adam_decay)
     ),
@@ -172,6 +171,7 @@ METHODS = {
     "dense": dense,
     "dense_kfac": dense_kfac,
     "ours": ours,
+    "ours_penalty": lambda run: ours(run, curvature=kp.SpectralRadius()),
     "magnitude": lambda run: peers.one_shot(run, "magnitude"),
     "taylor": lambda run: peers.one_shot(run, "taylor"),
     "hard_concrete": peers.hard_concrete,
