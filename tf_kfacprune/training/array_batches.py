@@ -30,7 +30,8 @@ def batched(arguments: dict[str, Any]) -> dict[str, Any]:
         Arguments that have the same effect; the given ones where there is anything but arrays.
     """
     rest = {name: value for name, value in arguments.items() if name not in ("x", "y")}
-    x, y = arguments.get("x"), arguments.get("y")
+    x: Any = arguments.get("x")
+    y: Any = arguments.get("y")
     shuffle = rest.pop("shuffle", True)
     if not (_are_arrays(x, y) and rest.keys() <= _UNDERSTOOD and isinstance(shuffle, bool)):
         return arguments
