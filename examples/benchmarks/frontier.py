@@ -302,7 +302,7 @@ def plot():
     for line in Records("frontier.jsonl", OUTPUT.value).lines:
         key, case = line["key"], chosen(line["key"]["case"])
         is_whole = (key["epochs"], key["examples"]) == (case.epochs, case.examples)
-        if key["split"] == "test" and is_whole:
+        if key["split"] == "test" and is_whole and key["method"] not in VARIATIONS:
             of_method = points.setdefault(key["case"], {}).setdefault(key["method"], {})
             of_method.setdefault(key["target"], []).append((line["weights"], line["error"]))
     figure, axes = pyplot.subplots(
@@ -318,8 +318,10 @@ def plot():
             axis.plot(weights, error, "k+")
             axis.annotate(label, (weights, error), fontsize=7)
         axis.set(title=name, xlabel="weights", ylabel="test error, %", xscale="log", yscale="log")
+        limits = axis.get_ylim()
         axis.set_yticks([1, 1.5, 2, 3, 5, 10, 20], ["1", "1.5", "2", "3", "5", "10", "20"])
         axis.minorticks_off()
+        axis.set_ylim(limits)
         axis.legend(frameon=False, fontsize=7)
     path = Path(OUTPUT.value or Records("frontier.jsonl").path.parent) / "frontier.png"
     figure.savefig(path, dpi=120)
