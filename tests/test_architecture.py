@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 RANKS = {
     "errors": -1,
     "validation": 0,
+    "data": 1,
     "linalg": 1,
     "distribution": 1,
     "graph": 2,
@@ -34,7 +35,6 @@ RANKS = {
     "compaction": 5,
     "tfmot": 6,
     "callbacks": 7,
-    "data": 7,
     "export": 7,
     "zoo": 7,
     "reporting": 8,

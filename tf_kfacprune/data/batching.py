@@ -29,6 +29,9 @@ def batches(
         shuffle: Whether the order is drawn anew in every epoch, from the seed of
             `keras.utils.set_random_seed`.
 
+    Returns:
+        A data set of pairs `(inputs, labels)` of known length.
+
     Raises:
         InvalidArgumentError: If `batch_size` is not positive, or the arrays differ in length.
     """
