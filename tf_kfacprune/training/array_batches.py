@@ -13,7 +13,13 @@ __all__ = ["batched"]
 _BATCH_SIZE = 32  # Keras' default
 # What `fit` may be given beside the arrays. Everything else (weights, a share for validation,
 # steps) is left to Keras.
-_UNDERSTOOD = {"batch_size", "epochs", "verbose", "callbacks", "shuffle", "initial_epoch"} | {
+_UNDERSTOOD = {
+    "batch_size",
+    "epochs",
+    "initial_epoch",
+    "verbose",
+    "callbacks",
+    "shuffle",
     "validation_data",
     "validation_batch_size",
     "validation_freq",
