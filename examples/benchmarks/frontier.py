@@ -305,21 +305,28 @@ def plot():
         if key["split"] == "test" and is_whole and key["method"] not in VARIATIONS:
             of_method = points.setdefault(key["case"], {}).setdefault(key["method"], {})
             of_method.setdefault(key["target"], []).append((line["weights"], line["error"]))
+    columns = min(2, len(points))
+    rows = -(-len(points) // columns)
     figure, axes = pyplot.subplots(
-        1, len(points), figsize=(5 * len(points), 4), squeeze=False, layout="constrained"
+        rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False, layout="constrained"
     )
-    for axis, (name, methods) in zip(axes[0], points.items(), strict=True):
-        for method, targets in methods.items():
-            runs = sorted((np.array(of_target) for of_target in targets.values()), key=np.mean)
+    colors = {method: f"C{number}" for number, method in enumerate(METHODS)}
+    for axis in axes.flat[len(points) :]:
+        axis.set_axis_off()
+    for axis, (name, methods) in zip(axes.flat, points.items(), strict=False):
+        for method in (method for method in METHODS if method in methods):
+            runs = sorted(map(np.array, methods[method].values()), key=np.mean)
             mean = np.array([of_target.mean(axis=0) for of_target in runs])
             spread = [run[:, 1].std(ddof=1) if len(run) > 1 else 0.0 for run in runs]
-            axis.errorbar(mean[:, 0], mean[:, 1], spread, marker="o", capsize=2, label=method)
+            style = {"color": colors[method], "marker": "o", "capsize": 2, "label": method}
+            axis.errorbar(mean[:, 0], mean[:, 1], spread, **style)
         for label, (weights, error) in PUBLISHED.get(name, {}).items():
             axis.plot(weights, error, "k+")
-            axis.annotate(label, (weights, error), fontsize=7)
+            axis.annotate(label, (weights, error), (0, -8), textcoords="offset points", fontsize=6)
         axis.set(title=name, xlabel="weights", ylabel="test error, %", xscale="log", yscale="log")
         limits = axis.get_ylim()
-        axis.set_yticks([1, 1.5, 2, 3, 5, 10, 20], ["1", "1.5", "2", "3", "5", "10", "20"])
+        ticks = [1, 1.5, 2, 3, 5, 10, 15, 20, 30, 40, 50]
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.set_ylim(limits)
         axis.legend(frameon=False, fontsize=7)
