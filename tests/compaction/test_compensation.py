@@ -163,7 +163,8 @@ def test_layers_that_lose_outputs_and_inputs_are_compensated():
     assert [layer.layer for layer in report.layers] == ["second", "third"]
     assert all(layer.after < layer.before for layer in report.layers)
     fresh, plain = x[250:], compact(net)
-    assert parity_error(model(fresh), small(fresh)) < parity_error(model(fresh), plain(fresh))
+    missing, left = (np.mean((model(fresh) - other(fresh)) ** 2) for other in (plain, small))
+    assert left < missing
     assert "second" in str(report)
     assert small.count_params() == plain.count_params()
 

@@ -1,0 +1,27 @@
+"""Every test starts from the same random state, so that what passed once passes again."""
+
+from __future__ import annotations
+
+import keras
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        help="Random seed of every test. Try others to find a test that passes by luck.",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """For the fixtures that several tests share, made by whichever of them comes first."""
+    keras.utils.set_random_seed(item.config.getoption("seed"))
+
+
+@pytest.fixture(autouse=True)
+def random_state(request):
+    """Again after those fixtures, so that it does not matter which test came first."""
+    keras.utils.set_random_seed(request.config.getoption("seed"))
