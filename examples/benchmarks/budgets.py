@@ -7,10 +7,13 @@ see where the policy leads; accuracy is not the point. DIR holds mnist.npz; ResN
 same digits as 16 x 16 images in three colors. One line per run goes to results/budgets.jsonl:
 budget asked and achieved, with the reason where they differ; `before`, the cost of the network
 just before it lands; `closed` and `reopened`, the gates that landing switched, of `gates`; and,
-where latency was asked for, what LiteRT needs for the compact network relative to the dense one.
+where bytes or latency were asked for, `measured`: the size of the compact network's .tflite file, or
+its time in LiteRT, relative to the dense network's.
 """
 
+import tempfile
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -70,18 +73,37 @@ def images(name, data):
     return np.repeat(small, 3, axis=-1), (16, 16, 3)
 
 
+def size_of_file(model):
+    """Bytes of the model's .tflite file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = kp.export.tflite(model, Path(folder) / "model.tflite", verify=False)
+        return file.stat().st_size
+
+
+def measured(dense, compact):
+    """What a budget in bytes or latency comes to on this machine: compact relative to dense."""
+    if FLAGS.measure == "bytes":
+        for bias in dense.trainable_variables:  # a file holds equal ones, as all are yet, only once
+            if bias.shape.rank == 1:
+                bias.assign(np.random.default_rng(0).uniform(0.5, 1.5, bias.shape))
+        return {"measured": size_of_file(compact) / size_of_file(dense)}
+    if FLAGS.measure == "latency":
+        ratios = kp.export.latency({"dense": dense, "compact": compact}).ratios
+        return {"measured": ratios["compact"]}
+    return {}
+
+
 def run(name, target, seed, data):
     """Trains, prunes and looks at the outcome."""
     keras.utils.set_random_seed(seed)
     x, shape = images(name, data)
     dense = kp.zoo.build(name, shape, data.num_classes, seed)
-    is_latency = FLAGS.measure == "latency"
     model = kp.PrunableModel(
         dense,
         kp.Budget(**{FLAGS.measure: target}),
         policy=FLAGS.policy,
         prune_inputs=name == "lenet300",
-        latency_table=kp.export.latency_table(dense) if is_latency else None,
+        latency_table=kp.export.latency_table(dense) if FLAGS.measure == "latency" else None,
         seed=seed,
     )
     optimizer = keras.optimizers.Adam(1e-3) if FLAGS.optimizer == "adam" else kp.KFAC(1e-2)
@@ -99,14 +121,10 @@ def run(name, target, seed, data):
     ).history
     seconds = time.time() - start
     outcome = model.budget_outcomes()[FLAGS.measure]
-    times = {}
-    if is_latency:
-        ratios = kp.export.latency({"dense": dense, "compact": kp.compact(model)}).ratios
-        times["measured"] = ratios["compact"]
     return {
         "achieved": outcome.achieved,
         "ratio": outcome.ratio,
-        **times,
+        **measured(dense, kp.compact(model)),
         **landing.figures,
         "reason": outcome.reason,
         "train_accuracy": history["accuracy"][-1],
