@@ -8,6 +8,7 @@ import pytest
 from keras import layers
 
 from tf_kfacprune import PrunableModel, compact
+from tf_kfacprune.gates import GatedNetwork, insert_gates
 from tf_kfacprune.graph import CostModel, analyze
 from tf_kfacprune.pruning import Budget
 from tf_kfacprune.reporting.figures import tflite_size
@@ -28,6 +29,19 @@ def dense():
     x = layers.Dense(120, activation="relu", name="fc1")(inputs)
     x = layers.Dense(60, activation="relu", name="fc2")(x)
     return keras.Model(inputs, layers.Dense(10, name="logits")(x), name="dense")
+
+
+def residual():
+    inputs = keras.Input((12, 12, 3), name="image")
+    x = layers.Conv2D(16, 3, padding="same", activation="relu", name="stem")(inputs)
+    for block in ("a", "b", "c"):
+        y = layers.Conv2D(16, 3, padding="same", activation="relu", name=f"{block}1")(x)
+        y = layers.BatchNormalization(name=f"{block}bn")(
+            layers.Conv2D(16, 3, padding="same", name=f"{block}2")(y)
+        )
+        x = layers.ReLU(name=f"{block}relu")(layers.Add(name=f"{block}add")([x, y]))
+    x = layers.GlobalAveragePooling2D(name="mean")(x)
+    return keras.Model(inputs, layers.Dense(10, name="logits")(x), name="residual")
 
 
 def different_weights(model):
@@ -65,3 +79,25 @@ def test_a_normalization_that_cannot_be_folded_stores_scale_and_shift():
     sizes = [CostModel(analyze(model)).dense("bytes") for model in (plain, folded, kept)]
     assert sizes[0] == sizes[1]
     assert sizes[2] > sizes[1] + 2 * 4 * 8
+
+
+def test_a_removed_branch_leaves_a_constant():
+    network = residual()
+    different_weights(network)
+    gated = insert_gates(network)
+    (bank,) = GatedNetwork(gated).sources
+    values, errors = np.ones(bank.size), []
+    cost = GatedNetwork(gated).cost
+    branches = sorted(cost.branches.removable)
+    for branch in (None, *branches):
+        if branch is not None:
+            group = cost.channels.groups[branch]
+            values[group.start : group.start + group.size] = 0.0
+        bank.set_values(values)
+        predicted = cost.exact("bytes", GatedNetwork(gated).kept_neurons())
+        errors.append(tflite_size(compact(gated)).raw - predicted)
+    assert len(branches) == 3
+    # A constant of 16 values has 108 bytes: forgotten, files would be larger than predicted.
+    change = np.diff(errors)
+    assert (change <= 0).all()
+    assert (change > -108).all()

@@ -96,6 +96,15 @@ class Branches:
                 keep[group.start : group.neurons.stop] = False
         return keep
 
+    def left_constants(self) -> dict[Call, frozenset[int]]:
+        """For each `Add` that a branch can leave a constant to, the groups that decide on it."""
+        found = {}
+        for call in filter(_is_add, self._calls):
+            groups = frozenset(self.constants[v] for v in call.inputs if v in self.constants)
+            if groups:
+                found[call] = groups
+        return found
+
     # ---- construction
 
     def _candidates(self) -> dict[Call, int]:

@@ -19,9 +19,9 @@ such sums, too, with coefficients of a file format or measured on a machine.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from typing import Any
 
 import keras
@@ -83,7 +83,7 @@ class CostModel:
             self._collect_latency(latency_table)
         self._sizes.complete()
         self._stacked = {
-            name: self._sizes.stack(list(chain(*terms.values())))
+            name: self._sizes.stack(list(itertools.chain(*terms.values())))
             for name, terms in self._terms.items()
         }
         everything = np.ones(channels.num_neurons)
@@ -232,6 +232,15 @@ class CostModel:
                 while_used = self._sizes.presence(self.branches.killers_of_layer(layer))
                 stored = content.of_weights(call, self._weight_products(layer))
                 terms[key] += [self._sizes.term(product, while_used) for product in stored]
+        for call, groups in self.branches.left_constants().items():
+            while_called = self._sizes.presence(self.branches.killers(call))
+            for product, branch in itertools.product(
+                content.of_constant(call), self._sizes.presence(groups)
+            ):
+                terms[id(self)] += [
+                    self._sizes.term(product, while_called),
+                    self._sizes.term([-1.0, *product], [*while_called, branch]),
+                ]
 
     def _collect_latency(self, table: LatencyTable) -> None:
         for call in self._counted_calls():

@@ -27,6 +27,7 @@ __all__ = ["FileBytes"]
 _PER_VALUE = 4
 _FILE = 390  # header, metadata, signature, input and output
 _TENSOR, _OPERATOR = 105, 45
+_CONSTANT = 44  # what the constant of a removed branch needs beside its values
 # Names are made of parts such as "model/layer/operation": of so many characters beside the layer's.
 _NAME_PART = 22
 
@@ -90,6 +91,16 @@ class FileBytes:
             return _records(operators=4, tensors=7, names=7, path=call.path)
         tensors = 1 if isinstance(rule, SpatialRule) and _has_window(operation) else 2
         return _records(operators=1, tensors=tensors, names=tensors, path=call.path)
+
+    def of_constant(self, call: Call) -> Iterator[list[Extent]]:
+        """What `Add` stores in place of an operand that is the same at every position.
+
+        Nothing if the converter adds it to a bias instead: then the file is a little smaller.
+        """
+        flow, value = self._channels.flow, call.outputs[0]
+        channels = [flow.base(labels) for labels in flow.of(value) if labels is not None]
+        yield [_CONSTANT]
+        yield [_PER_VALUE, *(channels or [flow.sizes(value)[-1] or 1])]
 
     def is_folded(self, call: Call) -> bool:
         """Whether a BatchNormalization disappears into the layer before it."""
