@@ -2,26 +2,30 @@
 
 from tables.markdown import grouped_by_settings, recorded_table, records
 
+_MEASURES = ("macs", "params", "bytes", "latency")
+
 
 def budgets_table():
-    """One row per network, policy, target and training; the spread is over the seeds."""
+    """One row per network, measure, target and training; the spread is over the seeds."""
     rows = []
     for runs in sorted(grouped_by_settings(records("budgets.jsonl")), key=_order):
         key = runs[0]["key"]
         row = [
             f"`{key['network']}`",
-            key["policy"],
-            key["optimizer"],
             f"{key['epochs']} x {key['images']}",
+            key["measure"],
+            f"{key['asked']:g}",
+            len(runs),
         ]
-        row += [key["measure"], f"{key['asked']:g}", len(runs)]
         if any(run["achieved"] is None for run in runs):
-            rows.append([*row, "out of reach", "-", "-", "-"])
+            rows.append([*row, "out of reach", "-", "-", "-", "-"])
             continue
+        measured = [100 * run["measured"] / key["asked"] for run in runs if "measured" in run]
         rows.append(
             [
                 *row,
                 spread([100 * run["ratio"] for run in runs], "{:.1f} %"),
+                spread(measured, "{:.1f} %") if measured else "-",
                 spread([run["before"] for run in runs], "{:.4f}"),
                 spread([run["closed"] for run in runs], "{}"),
                 spread([run["reopened"] for run in runs], "{}"),
@@ -29,13 +33,12 @@ def budgets_table():
         )
     header = [
         "network",
-        "policy",
-        "optimizer",
         "epochs x images",
         "measure",
         "asked",
         "seeds",
         "share of it used",
+        "as measured",
         "before landing",
     ]
     return recorded_table([*header, "closed by it", "reopened"], rows)
@@ -43,7 +46,7 @@ def budgets_table():
 
 def _order(runs):
     key = runs[0]["key"]
-    return key["policy"], key["network"], key["measure"], -key["asked"]
+    return key["network"], _MEASURES.index(key["measure"]), -key["asked"]
 
 
 def spread(values, form):

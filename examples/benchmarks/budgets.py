@@ -7,8 +7,8 @@ see where the policy leads; accuracy is not the point. DIR holds mnist.npz; ResN
 same digits as 16 x 16 images in three colors. One line per run goes to results/budgets.jsonl:
 budget asked and achieved, with the reason where they differ; `before`, the cost of the network
 just before it lands; `closed` and `reopened`, the gates that landing switched, of `gates`; and,
-where bytes or latency were asked for, `measured`: the size of the compact network's .tflite file, or
-its time in LiteRT, relative to the dense network's.
+where bytes or latency were asked for, `measured`: the size of the compact network's .tflite file,
+or its time in LiteRT, relative to the dense network's.
 """
 
 import tempfile
