@@ -98,7 +98,7 @@ class FileBytes:
         Nothing if the converter adds it to a bias instead: then the file is a little smaller.
         """
         flow, value = self._channels.flow, call.outputs[0]
-        channels = [flow.base(labels) for labels in flow.of(value) if labels is not None]
+        channels: list[Extent] = [flow.base(x) for x in flow.of(value) if x is not None]
         yield [_CONSTANT]
         yield [_PER_VALUE, *(channels or [flow.sizes(value)[-1] or 1])]
 
