@@ -6,13 +6,13 @@ _MEASURES = ("macs", "params", "bytes", "latency")
 
 
 def budgets_table():
-    """One row per network, measure, target and training; the spread is over the seeds."""
+    """One row per network, training, measure and target; the spread is over the seeds."""
     rows = []
     for runs in sorted(grouped_by_settings(records("budgets.jsonl")), key=_order):
         key = runs[0]["key"]
         row = [
             f"`{key['network']}`",
-            f"{key['epochs']} x {key['images']}",
+            f"{key['policy']}, {key['optimizer']}, {key['epochs']} x {key['images']}",
             key["measure"],
             f"{key['asked']:g}",
             len(runs),
@@ -33,7 +33,7 @@ def budgets_table():
         )
     header = [
         "network",
-        "epochs x images",
+        "policy, optimizer, epochs x images",
         "measure",
         "asked",
         "seeds",
@@ -46,7 +46,7 @@ def budgets_table():
 
 def _order(runs):
     key = runs[0]["key"]
-    return key["network"], _MEASURES.index(key["measure"]), -key["asked"]
+    return key["policy"], key["network"], _MEASURES.index(key["measure"]), -key["asked"]
 
 
 def spread(values, form):

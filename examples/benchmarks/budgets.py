@@ -11,9 +11,7 @@ where bytes or latency were asked for, `measured`: the size of the compact netwo
 or its time in LiteRT, relative to the dense network's.
 """
 
-import tempfile
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -21,6 +19,7 @@ from absl import app, flags
 from records import Records
 
 import tf_kfacprune as kp
+from tf_kfacprune.reporting import tflite_size
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder with mnist.npz; Keras downloads it without it.")
@@ -73,20 +72,13 @@ def images(name, data):
     return np.repeat(small, 3, axis=-1), (16, 16, 3)
 
 
-def size_of_file(model):
-    """Bytes of the model's .tflite file."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = kp.export.tflite(model, Path(folder) / "model.tflite", verify=False)
-        return file.stat().st_size
-
-
 def measured(dense, compact):
     """What a budget in bytes or latency comes to on this machine: compact relative to dense."""
     if FLAGS.measure == "bytes":
         for bias in dense.trainable_variables:  # a file holds equal ones, as all are yet, only once
             if bias.shape.rank == 1:
                 bias.assign(np.random.default_rng(0).uniform(0.5, 1.5, bias.shape))
-        return {"measured": size_of_file(compact) / size_of_file(dense)}
+        return {"measured": tflite_size(compact).raw / tflite_size(dense).raw}
     if FLAGS.measure == "latency":
         ratios = kp.export.latency({"dense": dense, "compact": compact}).ratios
         return {"measured": ratios["compact"]}

@@ -18,6 +18,7 @@ from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.channel_graph import ChannelGraph
 from tf_kfacprune.graph.rules import ContractionRule, Extent, rule_for
 from tf_kfacprune.graph.rules.activations import HomogeneousRule, ReLURule
+from tf_kfacprune.graph.rules.base import extents
 from tf_kfacprune.graph.rules.channelwise import NoiseRule, SpatialRule
 from tf_kfacprune.graph.rules.contractions import ConvRule, ConvTransposeRule, DepthwiseConvRule
 from tf_kfacprune.graph.rules.reshaping import IndexRule
@@ -98,9 +99,9 @@ class FileBytes:
         Nothing if the converter adds it to a bias instead: then the file is a little smaller.
         """
         flow, value = self._channels.flow, call.outputs[0]
-        channels: list[Extent] = [flow.base(x) for x in flow.of(value) if x is not None]
+        labelled = [axis for axis, labels in enumerate(flow.of(value)) if labels is not None]
         yield [_CONSTANT]
-        yield [_PER_VALUE, *(channels or [flow.sizes(value)[-1] or 1])]
+        yield [_PER_VALUE, *extents(value, flow, labelled or [-1])]
 
     def is_folded(self, call: Call) -> bool:
         """Whether a BatchNormalization disappears into the layer before it."""
