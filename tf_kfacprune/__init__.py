@@ -18,7 +18,17 @@ from tf_kfacprune.compaction import compact, compaction_report, compensate
 from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.graph import ChannelRule, register_channel_rule
 from tf_kfacprune.optimizers import KFAC, LevenbergMarquardt
-from tf_kfacprune.pruning import Budget, Phases, ScheduledClosing
+from tf_kfacprune.pruning import (
+    Budget,
+    HardConcreteGates,
+    KFACSaliency,
+    MagnitudeSaliency,
+    Phases,
+    ProximalGates,
+    RandomSaliency,
+    ScheduledClosing,
+    TaylorSaliency,
+)
 from tf_kfacprune.reporting import inspect, report
 from tf_kfacprune.training import KFACModel, PrunableModel
 
@@ -26,12 +36,18 @@ __all__ = [
     "KFAC",
     "Budget",
     "ChannelRule",
+    "HardConcreteGates",
     "KFACModel",
+    "KFACSaliency",
     "LevenbergMarquardt",
+    "MagnitudeSaliency",
     "Phases",
+    "ProximalGates",
     "PrunableModel",
+    "RandomSaliency",
     "ScheduledClosing",
     "SpectralRadius",
+    "TaylorSaliency",
     "compact",
     "compaction_report",
     "compensate",

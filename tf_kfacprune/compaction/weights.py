@@ -106,22 +106,44 @@ def transfer_weights(layer: keras.Layer, smaller: keras.Layer, plan: RemovalPlan
 
 
 def fold_gates(layer: keras.Layer, plan: RemovalPlan) -> None:
-    """Folds the gates that a layer reads through into its own weights, in place.
+    """Folds the gates that a layer reads through and that are neither open nor closed into its own
+    weights, in place.
 
     Args:
         layer: The layer.
         plan: The gates that layers read through.
+
+    Raises:
+        UnsupportedModelError: If that would change a weight that is frozen.
     """
     for name in rule_for(layer).weight_roles(layer):
         weight = weight_of(layer, name)
-        weight.assign(_folded(layer, name, weight, plan))
+        before = _to_numpy(weight)
+        folded = _folded(layer, name, weight, plan, is_soft_only=True)
+        if np.array_equal(before, folded):
+            continue
+        if not weight.trainable:
+            raise UnsupportedModelError(
+                f"Weight {weight.path!r} of layer {layer.name!r} is frozen, and half-open gates "
+                "would have to be folded into it."
+            )
+        weight.assign(folded)
 
 
-def _folded(layer: keras.Layer, name: str, weight: keras.Variable, plan: RemovalPlan) -> np.ndarray:
+def _folded(
+    layer: keras.Layer,
+    name: str,
+    weight: keras.Variable,
+    plan: RemovalPlan,
+    *,
+    is_soft_only: bool = False,
+) -> np.ndarray:
     rule, array = rule_for(layer), _to_numpy(weight)
     for role in rule.folded_roles(name):
         scale = plan.scale(layer, role)
         if scale is not None:
+            if is_soft_only:  # what closed gates hide is not read, and stays as it is
+                scale = np.where(scale == 0, 1.0, scale).astype(scale.dtype)
             array = rule.fold(layer, name, role, array, scale)
     return array
 

@@ -17,7 +17,7 @@ from tf_kfacprune.curvature.blocks.convolutions import (
 from tf_kfacprune.curvature.blocks.dense import DenseBlock, EinsumDenseBlock, EmbeddingBlock
 from tf_kfacprune.curvature.blocks.normalization import ScaleShiftBlock
 
-__all__ = ["ATTENTION", "LayerBlocks", "block_for", "blocks_of", "no_rule"]
+__all__ = ["ATTENTION", "LayerBlocks", "blocks_of", "no_rule"]
 
 FROZEN = "the layer is not trainable"
 LORA = "the layer carries LoRA weights"
@@ -141,18 +141,3 @@ def _attention_blocks(layer: keras.layers.Layer) -> LayerBlocks:
         else:
             found.reasons.update({v.path: fault for v in projection.weights})
     return found
-
-
-def block_for(layer: keras.layers.Layer) -> KroneckerBlock | str:
-    """The only Kronecker block of a layer, or the reason why it has none.
-
-    Args:
-        layer: A built Keras layer.
-
-    Returns:
-        A `KroneckerBlock`, or a reason as text.
-    """
-    found = blocks_of(layer)
-    if found.blocks:
-        return found.blocks[0]
-    return next(iter(found.reasons.values()), NO_RULE)

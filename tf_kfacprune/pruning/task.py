@@ -10,12 +10,15 @@ import tensorflow as tf
 from keras import ops
 
 from tf_kfacprune.gates import GatedNetwork
-from tf_kfacprune.pruning import Budget, GateGroups, Phases, land_on_budget
+from tf_kfacprune.pruning.budget import Budget
+from tf_kfacprune.pruning.channel_counts import GateGroups
+from tf_kfacprune.pruning.landing import land_on_budget
+from tf_kfacprune.pruning.phases import Phases
 
-__all__ = ["PruningPlan"]
+__all__ = ["PruningTask"]
 
 
-class PruningPlan:
+class PruningTask:
     """Network, budget and phases; plain, so that Keras does not track the network twice.
 
     Args:

@@ -1,4 +1,4 @@
-"""Hyper-parameters that are numbers or schedules, and damping that adapts itself."""
+"""Hyper-parameters that are numbers or schedules; damping that adapts itself, and its state."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import keras
+import tensorflow as tf
 from keras import ops
 
+from tf_kfacprune.optimizers.factors import AddVariable
 from tf_kfacprune.validation import require, require_count
 
-__all__ = ["Hyperparameter", "LevenbergMarquardt", "check_hyperparameter", "value_at"]
+__all__ = [
+    "AdaptiveDamping",
+    "Hyperparameter",
+    "LevenbergMarquardt",
+    "check_hyperparameter",
+    "value_at",
+]
 
 Hyperparameter: TypeAlias = "float | keras.optimizers.schedules.LearningRateSchedule"
 Schedule = keras.optimizers.schedules.LearningRateSchedule
@@ -21,6 +29,7 @@ _GOOD = 0.25  # share of the predicted decrease on new examples above which damp
 _RELATIVE = 0.3  # first damping in units of the typical eigenvalue of the curvature
 _REJECTED = 3.0  # factor on the damping when a step is taken back
 _LARGEST = 10.0  # largest damping in units of the first
+_UNTIL_KNOWN = 1e-2  # damping of steps before the first factors
 
 
 def check_hyperparameter(
@@ -163,3 +172,110 @@ class LevenbergMarquardt:
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value!r}" for key, value in self.get_config().items())
         return f"LevenbergMarquardt({settings})"
+
+
+class AdaptiveDamping:
+    """State of `LevenbergMarquardt`.
+
+    Args:
+        rule: How the damping follows the steps.
+        add_variable: Creates a variable of the optimizer.
+    """
+
+    def __init__(self, rule: LevenbergMarquardt, add_variable: AddVariable) -> None:
+        self.rule = rule
+
+        def variable(name: str, dtype: str, value: Any = 0) -> keras.Variable:
+            initializer = keras.initializers.Constant(value)
+            return add_variable((), initializer, dtype=dtype, name=name)
+
+        begin = rule.initial or _UNTIL_KNOWN
+        self._value = variable("damping", "float32", begin)
+        self._first = variable("first_damping", "float32", begin)
+        self._predicted_change = variable("predicted_change", "float32")
+        self._watched_until = variable("watched_until", "int64", rule.every)
+        self._judged_at = variable("judged_at", "int64", -1)
+        self._is_rejected = variable("is_rejected", "bool")
+        self._rejected_steps = variable("rejected_steps", "int64")
+
+    @property
+    def value(self) -> Any:
+        """The damping, scalar tensor."""
+        return tf.convert_to_tensor(self._value)
+
+    @property
+    def is_rejected(self) -> Any:
+        """Whether the last step is to be taken back, boolean scalar tensor."""
+        return tf.convert_to_tensor(self._is_rejected)
+
+    @property
+    def rejected_steps(self) -> Any:
+        """Number of steps that were taken back so far, scalar tensor."""
+        return tf.convert_to_tensor(self._rejected_steps)
+
+    def begin(self, typical_eigenvalue: Any) -> None:
+        """Sets the damping by the first factors.
+
+        Args:
+            typical_eigenvalue: As for `LevenbergMarquardt.beginning`.
+        """
+        damping = self.rule.beginning(typical_eigenvalue)
+        self._value.assign(damping)
+        self._first.assign(damping)
+
+    def is_due(self, step: Any, at_once: Any = False) -> Any:
+        """Whether the step before this one is to be judged; boolean scalar tensor.
+
+        A step is judged once. One that overflowed, with a loss scale, is none and does not count.
+
+        Args:
+            step: Number of the step to come.
+            at_once: Whether it is high time: the loss is not finite any more.
+        """
+        due = self.rule.is_judged(step, tf.convert_to_tensor(self._watched_until))
+        is_new = tf.not_equal(step, tf.convert_to_tensor(self._judged_at))
+        return tf.logical_and(tf.logical_or(due, at_once), is_new)
+
+    def expect(self, change: Any) -> None:
+        """Notes the change of the loss that is predicted for the step to come."""
+        self._predicted_change.assign(change)
+
+    def watch_next(self, step: Any, is_wanted: Any) -> None:
+        """Has the step to come judged, whatever the period, if that is wanted.
+
+        Args:
+            step: Number of the step to come.
+            is_wanted: Boolean scalar tensor.
+        """
+        until = tf.convert_to_tensor(self._watched_until)
+        self._watched_until.assign(tf.where(is_wanted, tf.maximum(until, step + 1), until))
+
+    def judge(self, change: Any, step: Any) -> None:
+        """Compares the change of the loss that a step made with what was expected.
+
+        Args:
+            change: Loss after the step minus loss before it, on the same batch. On a batch that
+                the step was not computed from, steps that fit noise count as bad.
+            step: Number of the step that follows.
+        """
+        is_watched = step <= tf.convert_to_tensor(self._watched_until)
+        damping, is_rejected = self.rule.adapted(
+            self.value,
+            change,
+            tf.convert_to_tensor(self._predicted_change),
+            first=tf.convert_to_tensor(self._first),
+            steps=tf.where(is_watched, 1, self.rule.every),
+        )
+        self._value.assign(damping)
+        self._is_rejected.assign(is_rejected)
+        self._judged_at.assign(step)
+
+    def keep(self) -> None:
+        """The last step stays without being judged."""
+        self._is_rejected.assign(False)
+
+    def taken_back(self, step: Any) -> None:
+        """Notes that the step before this one was taken back."""
+        self._predicted_change.assign(0.0)
+        self._rejected_steps.assign(self.rejected_steps + 1)
+        self._watched_until.assign(step + self.rule.every)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-import keras
 import tensorflow as tf
 
 __all__ = ["ForwardState"]
@@ -21,7 +21,7 @@ class ForwardState:
         ignore: Variables that a step changes on purpose.
     """
 
-    def __init__(self, network: keras.Model, ignore: Iterable[keras.Variable] = ()) -> None:
+    def __init__(self, network: Any, ignore: Iterable[Any] = ()) -> None:
         ignored = {id(variable) for variable in ignore}
         self._variables = [v for v in network.non_trainable_variables if id(v) not in ignored]
         self._values = [tf.convert_to_tensor(variable) for variable in self._variables]

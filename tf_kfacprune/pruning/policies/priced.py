@@ -28,17 +28,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
 
 from tf_kfacprune.distribution import num_replicas, sum_over_replicas
-from tf_kfacprune.pruning import target_fraction
-from tf_kfacprune.training.policies.base import PolicyState
-from tf_kfacprune.training.pruning_plan import PruningPlan
+from tf_kfacprune.pruning.phases import target_fraction
+from tf_kfacprune.pruning.policies.base import Policy, PolicyState
+from tf_kfacprune.pruning.task import PruningTask
 
-__all__ = ["PricedGates"]
+__all__ = ["HardConcreteGates", "PricedGates", "ProximalGates"]
 
 _INITIAL_PRICE = 1e-2
 _LOG_PRICE_RANGE = (math.log(1e-8), math.log(1e6))
@@ -51,26 +52,52 @@ _GATE_TRAVEL = 60.0
 _GATE_RATE_RANGE = (1e-3, 0.3)
 
 
+@keras.saving.register_keras_serializable(package="tf_kfacprune")
+@dataclass(frozen=True)
+class HardConcreteGates(Policy):
+    """Stochastic gates, trained on loss and cost.
+
+    References:
+        Louizos, Welling, Kingma 2018, "Learning Sparse Neural Networks through L0 Regularization".
+    """
+
+    gate_kind: ClassVar[str] = "hard_concrete"
+
+    def build(self, task: PruningTask, seed: int | None) -> PolicyState:
+        return PricedGates(task, name="policy")
+
+
+@keras.saving.register_keras_serializable(package="tf_kfacprune")
+@dataclass(frozen=True)
+class ProximalGates(Policy):
+    """Deterministic gates in [0, 1], trained on loss and cost with projected steps."""
+
+    gate_kind: ClassVar[str] = "deterministic"
+
+    def build(self, task: PruningTask, seed: int | None) -> PolicyState:
+        return PricedGates(task, name="policy")
+
+
 class PricedGates(PolicyState):
-    """The policies `"hard_concrete"` and `"proximal"`: Adam steps of the gates, dual ascent.
+    """State of both: Adam steps of the gates, dual ascent on the prices.
 
     Args:
-        plan: What is to be pruned and how far.
+        task: What is to be pruned and how far.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
-    def __init__(self, plan: PruningPlan, **kwargs: Any) -> None:
-        super().__init__(plan, **kwargs)
+    def __init__(self, task: PruningTask, **kwargs: Any) -> None:
+        super().__init__(task, **kwargs)
         self.gate_optimizer = keras.optimizers.Adam(_GATE_RATE_RANGE[0], name="gate_optimizer")
-        self.gate_optimizer.build(plan.logits)
+        self.gate_optimizer.build(task.logits)
 
         def state(name: str, value: float) -> keras.Variable:
             initializer = keras.initializers.Constant(value)
             return self.add_weight((), initializer, trainable=False, name=name)
 
         first = math.log(_INITIAL_PRICE)
-        self.log_prices = {m: state(f"log_price_{m}", first) for m in plan.budget.targets}
-        self.prices = {m: state(f"price_{m}", 0.0) for m in plan.budget.targets}
+        self.log_prices = {m: state(f"log_price_{m}", first) for m in task.budget.targets}
+        self.prices = {m: state(f"price_{m}", 0.0) for m in task.budget.targets}
 
     def prepare(self, prune_steps: int) -> None:
         low, high = _GATE_RATE_RANGE
@@ -78,24 +105,24 @@ class PricedGates(PolicyState):
 
     def move(self, loss_gradients: Sequence[Any], passed: Any, prune_steps: Any) -> None:
         """One step of the gates on `loss + price * cost`, and one of the prices."""
-        plan = self._plan
+        task = self._task
         with tf.GradientTape() as tape:
-            openness = plan.expected_openness()
-            costs = {m: plan.gated.cost.fraction(m, openness) for m in self.prices}
+            openness = task.expected_openness()
+            costs = {m: task.gated.cost.fraction(m, openness) for m in self.prices}
             priced = tf.add_n(
                 [self._price(m, cost, passed, prune_steps) * cost for m, cost in costs.items()]
             )
-        cost_gradients = tape.gradient(priced, [v.value for v in plan.logits])
+        cost_gradients = tape.gradient(priced, [v.value for v in task.logits])
         summed = sum_over_replicas(loss_gradients)
         # The optimizer of Keras sums over the replicas once more.
         share = 1.0 / num_replicas()
         gradients = [share * (g + c) for g, c in zip(summed, cost_gradients, strict=True)]
-        self.gate_optimizer.apply(gradients, plan.logits)
+        self.gate_optimizer.apply(gradients, task.logits)
 
     def _price(self, measure: str, expected: Any, passed: Any, prune_steps: Any) -> Any:
         """Updates lambda of one measure and returns the price of its cost, a constant."""
-        wanted = target_fraction(self._plan.budget.targets[measure], passed / prune_steps)
-        actual = self._plan.fraction(measure)
+        wanted = target_fraction(self._task.budget.targets[measure], passed / prune_steps)
+        actual = self._task.fraction(measure)
         # Probabilities react at once, the deterministic network is what has to arrive.
         excess = 0.5 * (tf.math.log(tf.stop_gradient(expected)) + tf.math.log(actual))
         # Without a bound, a network whose gates all close for a moment would lose its price.
@@ -111,7 +138,7 @@ class PricedGates(PolicyState):
 
     def scores(self) -> Any:
         """The parameters themselves: the further open, the better."""
-        return self._plan.parameters()
+        return self._task.parameters()
 
     def figures(self) -> dict[str, Any]:
         """The price of cost, as lambda."""

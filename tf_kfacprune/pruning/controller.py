@@ -11,24 +11,24 @@ import tensorflow as tf
 from keras import ops
 
 from tf_kfacprune.gates import GatePhase
-from tf_kfacprune.training.policies import PolicyState
-from tf_kfacprune.training.pruning_plan import PruningPlan
+from tf_kfacprune.pruning.policies import PolicyState
+from tf_kfacprune.pruning.task import PruningTask
 
-__all__ = ["BudgetController"]
+__all__ = ["PruningController"]
 
 
-class BudgetController(keras.layers.Layer):
+class PruningController(keras.layers.Layer):
     """State and rules of the three phases; a layer so that it is saved with the model.
 
     Args:
-        plan: What is to be pruned and how far.
+        task: What is to be pruned and how far.
         policy: How gates are moved while pruning.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
-    def __init__(self, plan: PruningPlan, policy: PolicyState, **kwargs: Any) -> None:
+    def __init__(self, task: PruningTask, policy: PolicyState, **kwargs: Any) -> None:
         super().__init__(dtype="float32", **kwargs)
-        self._plan = plan
+        self._task = task
         self.policy = policy
 
         def state(name: str, dtype: str) -> keras.Variable:
@@ -38,24 +38,36 @@ class BudgetController(keras.layers.Layer):
         self.prune_start = state("prune_start", "int64")
         self.prune_end = state("prune_end", "int64")
         self.total_steps = state("total_steps", "int64")
+        self.is_whole = state("is_whole", "bool")
         self.base_learning_rate = state("base_learning_rate", "float32")
         self.built = True
 
     @property
     def logits(self) -> list[keras.Variable]:
         """The trainable parameters of all gates."""
-        return self._plan.logits
+        return self._task.logits
 
     def phase(self) -> Any:
         """The current `GatePhase`, a scalar tensor."""
-        return tf.convert_to_tensor(self._plan.gated.sources[0].phase)
+        return tf.convert_to_tensor(self._task.gated.sources[0].phase)
+
+    def phase_now(self) -> GatePhase:
+        """The current phase, read from the device."""
+        return GatePhase(int(ops.convert_to_numpy(self.phase())))
 
     @property
     def has_settled(self) -> bool:
         """Whether the network is on its budget for good."""
-        return self._plan.budget.is_open or int(self.phase()) == GatePhase.SETTLED
+        return self._task.budget.is_open or self.phase_now() == GatePhase.SETTLED
 
-    def plan(self, total_steps: int, learning_rate: float | None) -> float | None:
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the length of the run is known, so that its phases are."""
+        return int(ops.convert_to_numpy(self.total_steps)) > 0
+
+    def schedule(
+        self, total_steps: int, learning_rate: float | None, *, is_whole: bool = False
+    ) -> float | None:
         """Lays out the phases over a run; a network that has settled before stays settled.
 
         A longer run (`fit(epochs=60, initial_epoch=30)`) decays the learning rate to its new end.
@@ -64,24 +76,29 @@ class BudgetController(keras.layers.Layer):
         Args:
             total_steps: Steps of the run, those done before a resume included.
             learning_rate: The constant learning rate to decay, or None to leave it alone.
+            is_whole: Whether that is the whole run, of which each `fit` to come is a part.
 
         Returns:
             The learning rate that an earlier run began its decay with if that run is over and its
             decay is what the optimizer would go on with; otherwise None.
         """
+        step, planned = (int(ops.convert_to_numpy(v)) for v in (self.step, self.total_steps))
+        if not is_whole and bool(ops.convert_to_numpy(self.is_whole)) and step < planned:
+            return None
+        self.is_whole.assign(is_whole)
         if self.has_settled:
-            return self._plan_further(total_steps, learning_rate)
-        start, end = self._plan.phases.boundaries(total_steps)
+            return self._schedule_further(total_steps, learning_rate)
+        start, end = self._task.phases.boundaries(total_steps)
         self.prune_start.assign(start)
         self.prune_end.assign(end)
         self.total_steps.assign(total_steps)
-        if int(tf.convert_to_tensor(self.step)) == 0:
-            decays = self._plan.phases.decay and learning_rate is not None
+        if step == 0:
+            decays = self._task.phases.decay and learning_rate is not None
             self.base_learning_rate.assign(learning_rate if decays else 0.0)
             self.policy.prepare(end - start)
         return None
 
-    def _plan_further(self, total_steps: int, learning_rate: float | None) -> float | None:
+    def _schedule_further(self, total_steps: int, learning_rate: float | None) -> float | None:
         step, planned, landed, base = (
             float(ops.convert_to_numpy(v))
             for v in (self.step, self.total_steps, self.prune_end, self.base_learning_rate)
@@ -99,37 +116,56 @@ class BudgetController(keras.layers.Layer):
         """Another learning rate to decay, of an optimizer that is compiled in the middle of a run.
 
         Args:
-            learning_rate: As for `plan`.
+            learning_rate: As for `schedule`.
         """
         if int(ops.convert_to_numpy(self.step)) > 0:
-            decays = self._plan.phases.decay and learning_rate is not None
+            decays = self._task.phases.decay and learning_rate is not None
             self.base_learning_rate.assign(learning_rate if decays else 0.0)
 
-    # ------------------------------------------------------------------ inside the training step
+    # ---- between steps, or inside of one
 
-    def enter_phase(self) -> None:
-        """Starts pruning or settling when its step has come; called before the forward pass."""
-        if self._plan.budget.is_open:
+    def due_phase(self, step: int) -> GatePhase:
+        """The phase that a step belongs to, from numbers alone; the step before is in its own.
+
+        Args:
+            step: Number of the step.
+        """
+        phase = self.phase_now()
+        if self._task.budget.is_open or not self.is_scheduled:
+            return phase
+        if phase == GatePhase.HELD_OPEN and step >= int(ops.convert_to_numpy(self.prune_start)):
+            phase = GatePhase.PRUNING
+        if phase == GatePhase.PRUNING and step >= int(ops.convert_to_numpy(self.prune_end)):
+            phase = GatePhase.SETTLED
+        return phase
+
+    def enter_due_phase(self) -> None:
+        """Starts pruning or settles when the step for it has come; before the forward pass."""
+        if self._task.budget.is_open:
             return
-        step, phase = tf.convert_to_tensor(self.step), self.phase()
-        starts = tf.logical_and(
-            phase == int(GatePhase.HELD_OPEN), step >= tf.convert_to_tensor(self.prune_start)
-        )
-        ends = tf.logical_and(
-            phase == int(GatePhase.PRUNING), step >= tf.convert_to_tensor(self.prune_end)
-        )
+        step = tf.convert_to_tensor(self.step)
+        is_scheduled = tf.convert_to_tensor(self.total_steps) > 0
+        starts = tf.logical_and(is_scheduled, step >= tf.convert_to_tensor(self.prune_start))
+        starts = tf.logical_and(starts, tf.equal(self.phase(), int(GatePhase.HELD_OPEN)))
         tf.cond(starts, self._start_pruning, lambda: None)
+        ends = step >= tf.convert_to_tensor(self.prune_end)
+        ends = tf.logical_and(ends, tf.equal(self.phase(), int(GatePhase.PRUNING)))
         tf.cond(ends, self.land, lambda: None)
 
+    def count_step(self) -> None:
+        """Counts a step of the run, if there is a run; called at the end of every step."""
+        is_scheduled = tf.convert_to_tensor(self.total_steps) > 0
+        self.step.assign_add(tf.cast(is_scheduled, "int64"))
+
     def _start_pruning(self) -> None:
-        for source in self._plan.gated.sources:
+        for source in self._task.gated.sources:
             source.phase.assign(int(GatePhase.PRUNING))
 
     def land(self) -> None:
         """Ends the pruning phase: closes what does not fit and settles every gate."""
-        plan = self._plan
-        keep = plan.keep_within(plan.budget.targets, self.policy.scores())
-        for source, part in zip(plan.gated.sources, plan.split(keep), strict=True):
+        task = self._task
+        keep = task.keep_within(task.budget.targets, self.policy.scores())
+        for source, part in zip(task.gated.sources, task.split(keep), strict=True):
             source.settle(part)
 
     def is_pruning(self) -> Any:
@@ -159,7 +195,7 @@ class BudgetController(keras.layers.Layer):
         """Steps since the network landed, a scalar tensor; very many if it has not."""
         since = tf.convert_to_tensor(self.step) - tf.convert_to_tensor(self.prune_end)
         landed = tf.equal(self.phase(), int(GatePhase.SETTLED))
-        if self._plan.budget.is_open:  # on an open budget nothing ever lands
+        if self._task.budget.is_open:  # on an open budget nothing ever lands
             landed = tf.constant(False)
         return tf.where(landed, since, since.dtype.max)
 
@@ -168,19 +204,20 @@ class BudgetController(keras.layers.Layer):
         settled = tf.equal(self.phase(), int(GatePhase.SETTLED))
         return tf.logical_and(settled, tf.convert_to_tensor(self.base_learning_rate) > 0)
 
-    # ------------------------------------------------------------------ figures
+    # ---- figures
 
     def fraction(self, measure: str) -> Any:
         """Cost of the deterministic network relative to the dense one, a scalar tensor."""
-        return self._plan.fraction(measure)
+        return self._task.fraction(measure)
 
     def figures(self) -> dict[str, Any]:
         """What the progress bar shows: expected and actual cost, neurons left, prices."""
-        cost = self._plan.gated.cost
-        actual, expected = self._plan.actual_openness(), self._plan.expected_openness()
+        task, cost = self._task, self._task.gated.cost
+        actual, expected = task.actual_openness(), task.expected_openness()
         result = {"neurons": ops.sum(actual)}
         # Counts always, estimates where the budget bounds them.
-        for measure in dict.fromkeys([*cost.measures, *self._plan.budget.targets]):
+        for measure in dict.fromkeys([*cost.measures, *self._task.budget.targets]):
             result[measure] = cost.fraction(measure, actual)
-            result[f"expected_{measure}"] = cost.fraction(measure, expected)
+            if not self.policy.is_switching:  # else the two are the same
+                result[f"expected_{measure}"] = cost.fraction(measure, expected)
         return {**result, **self.policy.figures()}
