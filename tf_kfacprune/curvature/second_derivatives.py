@@ -3,7 +3,8 @@
 Every entry was measured against finite differences of the (correct) first derivative. *Wrong*
 means silently wrong: the Hessian-vector product of a bilinear resize is zero, that of
 `LayerNormalization` is off by percents, because `tf.nn.moments` stops a gradient which vanishes
-at first order but not at second. *Missing* means that TensorFlow raises.
+at first order but not at second. *Missing* means that TensorFlow raises. Most of them are right
+within `twice_differentiable`, which tells which by its function `mends`.
 """
 
 from __future__ import annotations
@@ -137,7 +138,10 @@ def _fault_of(operation: keras.Operation, training: bool) -> tuple[str, bool]:
     """``(reason, affects Jacobian products)``, with an empty reason for a sound operation."""
     layers = keras.layers
     if isinstance(operation, layers.BatchNormalization) and training and operation.trainable:
-        return (RENORM_HAS_NO_OBJECTIVE if operation.renorm else MOMENTS_STOP_GRADIENT), False
+        if operation.renorm:
+            return RENORM_HAS_NO_OBJECTIVE, False
+        # Synchronized over replicas, it takes a route without tf.nn.moments.
+        return ("", False) if operation.synchronized else (MOMENTS_STOP_GRADIENT, False)
     if isinstance(operation, layers.LayerNormalization):
         # With rms_scaling Keras takes a route without tf.nn.moments.
         return ("", False) if operation.rms_scaling else (MOMENTS_STOP_GRADIENT, False)
