@@ -106,8 +106,7 @@ def transfer_weights(layer: keras.Layer, smaller: keras.Layer, plan: RemovalPlan
 
 
 def fold_gates(layer: keras.Layer, plan: RemovalPlan) -> None:
-    """Folds the gates that a layer reads through and that are neither open nor closed into its own
-    weights, in place.
+    """Folds half-open gates that a layer reads through into its own weights, in place.
 
     Args:
         layer: The layer.
