@@ -16,6 +16,7 @@ from tf_kfacprune.curvature.spectral_radius import (
     energy_of_inputs,
     layer_spectral_radius,
 )
+from tf_kfacprune.curvature.twice_differentiable import mends, twice_differentiable
 
 __all__ = [
     "LABELS",
@@ -42,4 +43,6 @@ __all__ = [
     "gate_curvature",
     "layer_spectral_radius",
     "likelihood_of",
+    "mends",
+    "twice_differentiable",
 ]

@@ -17,6 +17,7 @@ from tf_kfacprune.curvature import (
     energy_of_gradients,
     energy_of_inputs,
     layer_spectral_radius,
+    twice_differentiable,
 )
 
 __all__ = ["CurvaturePenalty"]
@@ -29,13 +30,14 @@ _DECAY = 0.95
 class CurvaturePenalty(keras.layers.Layer):
     """State of a `SpectralRadius`: warm-started eigenvectors and the average radius.
 
-    The curvature is that of the network as it would be used, in inference mode: with moving
-    normalization statistics (second derivatives through batch statistics are wrong in TensorFlow)
-    and deterministic gates.
+    The curvature is that of the network that is trained, in training mode. With the moving
+    statistics of normalizations for constants, kernels in front of them would be pulled to where
+    the trained function does not change at all: networks came out sharper.
 
     Args:
         settings: The regularizer.
-        blocks: Kronecker blocks of the network; those of contractions are regularized.
+        blocks: Kronecker blocks of the network; those of contractions that are trainable when the
+            step is traced are regularized.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
@@ -104,24 +106,25 @@ class CurvaturePenalty(keras.layers.Layer):
     def _evaluate(
         self, batch: Batch, estimator: CurvatureEstimator, variables: Sequence[keras.Variable]
     ) -> list[Any]:
-        blocks = self._blocks()
-        u = [tf.convert_to_tensor(vector) for vector in self.u]
-        v = [tf.convert_to_tensor(vector) for vector in self.v]
-        with tf.GradientTape() as tape:
-            look = estimator.look(batch, blocks, self.settings.labels, training=False)
+        members = [k for k, block in enumerate(self._blocks()) if block.kernel.trainable]
+        blocks = [self._blocks()[k] for k in members]
+        of_u, of_v = [self.u[k] for k in members], [self.v[k] for k in members]
+        u, v = ([tf.convert_to_tensor(vector) for vector in vectors] for vectors in (of_u, of_v))
+        with twice_differentiable(estimator.network), tf.GradientTape() as tape:
+            look = estimator.look(batch, blocks, self.settings.labels, training=True)
             of_blocks = [look.of(block.layer) for block in blocks]
             radii = [
                 layer_spectral_radius(block, uses, u[k], v[k])
                 for k, (block, uses) in enumerate(zip(blocks, of_blocks, strict=True))
             ]
             radius = self.settings.reduce(radii)
-            penalty = self.settings.penalty(self._penalized(radii, radius))
+            penalty = self.settings.penalty(self._penalized(blocks, radii, radius))
         finite = self._update_average(radius)
         for k, (block, uses) in enumerate(zip(blocks, of_blocks, strict=True)):
             along_a = functools.partial(energy_of_inputs, block, uses)
             along_g = functools.partial(energy_of_gradients, block, uses)
-            self.u[k].assign(tf.where(finite, _rotate(u[k], along_a), u[k]))
-            self.v[k].assign(tf.where(finite, _rotate(v[k], along_g), v[k]))
+            of_u[k].assign(tf.where(finite, _rotate(u[k], along_a), u[k]))
+            of_v[k].assign(tf.where(finite, _rotate(v[k], along_g), v[k]))
         if self.settings.strength == 0:
             return [tf.zeros(var.shape, var.dtype) for var in variables]
         return tape.gradient(
@@ -130,11 +133,13 @@ class CurvaturePenalty(keras.layers.Layer):
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
 
-    def _penalized(self, radii: Sequence[Any], radius: Any) -> Any:
+    def _penalized(
+        self, blocks: Sequence[KroneckerBlock], radii: Sequence[Any], radius: Any
+    ) -> Any:
         """The radius that the penalty is on, relative or not."""
         if not self.settings.relative:
             return radius
-        kernels = [tf.convert_to_tensor(block.kernel) for block in self._blocks()]
+        kernels = [tf.convert_to_tensor(block.kernel) for block in blocks]
         return self.settings.reduce(
             [
                 rho * tf.cast(tf.reduce_sum(tf.square(kernel)), "float32")

@@ -14,6 +14,7 @@ from tf_kfacprune.curvature import (
     SpectralRadius,
     check_second_derivatives,
     find_blocks,
+    mends,
 )
 from tf_kfacprune.errors import BudgetError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import GatedNetwork, GatePhase, GateSource, insert_gates
@@ -151,7 +152,7 @@ class PrunableModel(KFACModel):
             groups = GateGroups(gated, round_to, min_channels)
             _check_reachable(budget, gated, groups)
         if curvature is not None and curvature.strength > 0:
-            check_second_derivatives(model)
+            check_second_derivatives(model, training=True, mended=mends)
         kwargs.setdefault("name", f"prunable_{model.name}")
         super().__init__(model, max_skipped_steps=max_skipped_steps, seed=seed, **kwargs)
         self.budget = budget
@@ -169,7 +170,8 @@ class PrunableModel(KFACModel):
             self.controller = PruningController(task, chosen.build(task, seed), name="budget")
         self.curvature_penalty = None
         if curvature is not None:
-            self.curvature_penalty = CurvaturePenalty(curvature, self.blocks, name="curvature")
+            blocks = find_blocks(model, with_frozen=True).blocks  # they may be freed later
+            self.curvature_penalty = CurvaturePenalty(curvature, blocks, name="curvature")
 
     @property
     def gated(self) -> GatedNetwork | None:
@@ -387,7 +389,7 @@ class PrunableModel(KFACModel):
             finally:
                 run.phase = None
 
-        self.train_function = of_phase
+        self.train_function: Any = of_phase
         return of_phase
 
     def _step(self) -> TrainingStep:
