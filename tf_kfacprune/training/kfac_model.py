@@ -69,6 +69,8 @@ class KFACModel(keras.Model):
         Martens & Grosse 2015.
     """
 
+    train_function: Any  # of Keras
+
     def __init__(
         self,
         model: keras.Model,

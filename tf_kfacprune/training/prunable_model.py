@@ -360,7 +360,8 @@ class PrunableModel(KFACModel):
         run = self._run
         if run.shrunk is not None:
             run.shrunk_state = run.shrunk.state()
-            run.shrunk = self.train_function = None
+            run.shrunk = None
+            self.train_function = None
 
     # ---- one training step
 
@@ -382,14 +383,15 @@ class PrunableModel(KFACModel):
                 controller.enter_due_phase()
             if phase not in by_phase:
                 super(PrunableModel, self).make_train_function(force=True)
-                by_phase[phase], self.train_function = self.train_function, of_phase
+                by_phase[phase] = self.train_function
+                self.train_function = of_phase
             run.phase = phase  # read by `train_step` when it is traced
             try:
                 return by_phase[phase](iterator)
             finally:
                 run.phase = None
 
-        self.train_function: Any = of_phase
+        self.train_function = of_phase
         return of_phase
 
     def _step(self) -> TrainingStep:
