@@ -22,6 +22,7 @@ from tf_kfacprune.export.options import (
     refuse_rolled_recurrence,
     refuse_text,
 )
+from tf_kfacprune.export.ports import ports_of
 from tf_kfacprune.export.running import ONLY_INPUT, run_litert
 from tf_kfacprune.export.samples import (
     Examples,
@@ -94,7 +95,8 @@ def tflite(
         max_accuracy_drop: how much lower the accuracy of the file may be than that of the model,
             in [0, 1]; one example may always change sides.
         metadata: labels, input scaling and pruning record to put into the file, for
-            `read_metadata`.
+            `read_metadata`; added to them is which input and output of the file is which of the
+            model.
 
     Returns:
         ``path``.
@@ -145,7 +147,9 @@ def tflite(
             select_ops=select_ops,
             log=log,
         )
-        partial.write_bytes(content if metadata is None else with_metadata(content, metadata))
+        if metadata is not None:
+            content = with_metadata(content, metadata, ports_of(model, signature, content))
+        partial.write_bytes(content)
         if examples is not None:
             allowed = compute_tolerance(twin, quantization) if tolerance is None else tolerance
             what = f"The file for {path}"
