@@ -21,6 +21,7 @@ from tf_kfacprune.cli.shared import (
 from tf_kfacprune.data import Dataset
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.export import Metadata, c_array, saved_model, tflite, with_head
+from tf_kfacprune.export.c_header import check_name
 from tf_kfacprune.export.options import FULL_INTEGER
 
 __all__ = ["command"]
@@ -66,7 +67,17 @@ def _define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer(
-        "batch_size", None, "The only batch size; any by default.", flag_values=values
+        "batch_size",
+        None,
+        "The only batch size; by default 1 for c_array, else any.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "name",
+        None,
+        'For c_array: C identifier of the array, "model" by default; all names in the header and '
+        "its include guard begin with it.",
+        flag_values=values,
     )
     add_data_flags(values, default=None)
     _define_surroundings(values)
@@ -118,7 +129,7 @@ def _execute(values: flags.FlagValues) -> None:
             x_train = fitted_inputs(network, dataset.x_train)[:_REPRESENTATIVE_EXAMPLES]
             representative = _raw(values, x_train)
     options: dict[str, Any] = {
-        "batch_size": values.batch_size,
+        "batch_size": _batch_size(values, network),
         "verify": values.verify,
         "verify_data": examples,
         "max_accuracy_drop": values.max_accuracy_drop,
@@ -142,7 +153,19 @@ def _write(model: keras.Model, values: flags.FlagValues, options: dict[str, Any]
         return tflite(model, values.output, overwrite=values.overwrite, **options)
     with tempfile.TemporaryDirectory() as folder:
         file = tflite(model, Path(folder) / "model.tflite", **options)
-        return c_array(file, values.output, overwrite=values.overwrite)
+        return c_array(file, values.output, name=_array_name(values), overwrite=values.overwrite)
+
+
+def _array_name(values: flags.FlagValues) -> str:
+    return "model" if values.name is None else str(values.name)
+
+
+def _batch_size(values: flags.FlagValues, model: keras.Model) -> int | None:
+    """The batch size asked for; a microcontroller looks at one example at a time."""
+    if values.batch_size is None and values.format == "c_array":
+        inputs = getattr(model, "inputs", None)
+        return (inputs[0].shape[0] if inputs else None) or 1
+    return values.batch_size
 
 
 def _raw(values: flags.FlagValues, x: Any) -> Any:
@@ -176,7 +199,14 @@ def _metadata(values: flags.FlagValues, dataset: Dataset | None) -> Metadata | N
 
 
 def _refuse_useless_flags(values: flags.FlagValues) -> None:
-    """A SavedModel keeps its weights as they are, and has no place for metadata."""
+    """A SavedModel keeps its weights as they are, and has no place for metadata or a C name."""
+    if values.format == "c_array":
+        check_name(_array_name(values))
+    elif values.name is not None:
+        raise InvalidArgumentError(
+            f"--name is for --format=c_array only. Received: --name={values.name} "
+            f"--format={values.format}"
+        )
     if values.format != "saved_model":
         return
     for name in ("quantization", "io_dtype", "labels", "record"):

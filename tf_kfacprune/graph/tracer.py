@@ -109,17 +109,20 @@ class Graph:
         self,
         call_operation: CallOperation | None = None,
         begin: Callable[[Sequence[Any]], None] | None = None,
+        new_input: Callable[[Any], Any] | None = None,
     ) -> keras.Model:
         """Replays the graph on symbolic tensors into a new, flat Functional model.
 
         Args:
             call_operation: As in `run`, on symbolic tensors.
             begin: Receives the new model's inputs before the first call.
+            new_input: Makes an input of the new model from one of the traced one; by default one of
+                the same type, shape and name.
 
         Returns:
             A model with the name and the input and output structure of the traced one.
         """
-        symbolic = [_clone_input(tensor) for tensor in self._functional.inputs]
+        symbolic = [(new_input or _clone_input)(tensor) for tensor in self._functional.inputs]
         if begin is not None:
             begin(symbolic)
         env = self._execute(symbolic, call_operation or _call, None)
