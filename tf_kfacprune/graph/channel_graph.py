@@ -19,7 +19,8 @@ from tf_kfacprune.graph.components import connected_components
 from tf_kfacprune.graph.labels import NO_SLOT, LabelFlow
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, rule_for
 from tf_kfacprune.graph.selection import Selection, Selector
-from tf_kfacprune.graph.tracer import Graph, trace
+from tf_kfacprune.graph.opening import trace_opened
+from tf_kfacprune.graph.tracer import Graph
 
 __all__ = ["ChannelGraph", "Edge", "Frozen", "NeuronGroup", "analyze"]
 
@@ -205,7 +206,8 @@ class ChannelGraph:
             closed = producer.labels[self.neurons(producer.labels) == self.num_neurons]
             events, counts = np.unique(why[self._component[closed]], return_counts=True)
             for event, count in zip(events.tolist(), counts.tolist(), strict=True):
-                reason, where = reasons.ONLY_NEURON, producer.name
+                reason = reasons.ONLY_NEURON if count == 1 else reasons.ALL_COUPLED
+                where = producer.name
                 if event >= 0:
                     reason, where = self.flow.freezes[event].reason, self.flow.freezes[event].where
                 frozen.append(Frozen(producer.name, count, reason, where))
@@ -238,7 +240,7 @@ def analyze(
             would not remove a channel.
         InvalidArgumentError: If `include` or `exclude` names a layer that does not exist.
     """
-    graph = model if isinstance(model, Graph) else trace(model)
+    graph = model if isinstance(model, Graph) else trace_opened(model)
     selection = Selection(graph, include, exclude)
     flow = LabelFlow(graph, prune_inputs, selection.why_left_out)
     for call in graph.calls:

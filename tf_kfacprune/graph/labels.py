@@ -20,7 +20,7 @@ import numpy as np
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import GATES, Call, Value
-from tf_kfacprune.graph.tracer import Graph, trace
+from tf_kfacprune.graph.tracer import Graph
 
 __all__ = ["CONSTANT", "NO_SLOT", "Axes", "Freeze", "LabelFlow", "Producer", "Reading"]
 
@@ -121,7 +121,7 @@ class LabelFlow:
         if not self._sizes:
             graph, shapes = self.graph, (v.shape for v in self.graph.inputs)
             if any(None in shape[1:] for shape in shapes):
-                graph = trace(graph.model, assume=_assume_size)
+                graph = graph.retrace(_assume_size)
             known = [*self.graph.inputs, *(v for call in self.graph.calls for v in call.outputs)]
             sized = [*graph.inputs, *(v for call in graph.calls for v in call.outputs)]
             self._sizes = {a: b.shape for a, b in zip(known, sized, strict=True)}
@@ -292,6 +292,23 @@ class LabelFlow:
         labels = roles.get(name)
         if labels is None:
             labels = roles[name] = self.fresh(size, call.path, call.operation, part)
+        return labels
+
+    def following(self, layer: Any, name: str, size: int) -> Labels:
+        """Labels of channels that a layer does not decide on: they go if what they meet goes.
+
+        Args:
+            layer: The layer.
+            name: The role of the channels.
+            size: How many.
+
+        Returns:
+            The labels; the same in every call of a shared layer.
+        """
+        roles = self._roles.setdefault(layer, {})
+        labels = roles.get(name)
+        if labels is None:
+            labels = roles[name] = self._allocate(np.arange(self.size, self.size + size), NO_SLOT)
         return labels
 
     def share_roles(self, layer: Any, inner: Any) -> None:

@@ -35,7 +35,9 @@ class IndexRule(ChannelRule):
             if labels is None:
                 continue
             if (labels == labels[0]).all():  # cannot be told from an axis without channels
-                flow.freeze(labels, reasons.ONLY_NEURON, call.path)
+                single = len(labels) == 1
+                reason = reasons.ONLY_NEURON if single else reasons.ALL_COUPLED
+                flow.freeze(labels, reason, call.path)
                 continue
             moved = self._move(call, flow, k, labels)
             if moved is None or result[moved[0]] is not None:
@@ -55,14 +57,14 @@ class IndexRule(ChannelRule):
         within the first of these axes, so that whole heads go.
         """
         value, target = call.inputs[0], call.outputs[0].shape
-        shape = [1] + [size or _STAND_IN for size in value.shape[1:]]
-        along = [-1 if k == axis else 1 for k in range(len(shape))]
-        array = np.broadcast_to(labels.reshape(along), shape).astype("int32")
-        moved = np.array(call.operation.call(ops.convert_to_tensor(array)))
-        if moved.shape[0] != 1 or moved.ndim != len(target):
+        moved = _moved(call, axis, labels, [size or _STAND_IN for size in value.shape])
+        if moved is None and None in value.shape:
+            sizes = flow.sizes(value)  # which fit together, but are large
+            moved = _moved(call, axis, labels, [size or _STAND_IN for size in sizes])
+        if moved is None or moved.ndim != len(target):
             return None
-        varying = [k for k in range(1, moved.ndim) if (np.diff(moved, axis=k) != 0).any()]
-        if not varying or target[varying[0]] != moved.shape[varying[0]]:
+        varying = [k for k in range(moved.ndim) if (np.diff(moved, axis=k) != 0).any()]
+        if not varying or varying[0] == 0 or target[varying[0]] != moved.shape[varying[0]]:
             return None
         rows = np.moveaxis(moved, varying[0], 0).reshape(moved.shape[varying[0]], -1)
         if len(varying) > 1:
@@ -72,6 +74,18 @@ class IndexRule(ChannelRule):
 
     def is_homogeneous(self, call: Call) -> bool:
         return True
+
+
+def _moved(
+    call: Call, axis: int, labels: np.ndarray, shape: Sequence[int]
+) -> np.ndarray | None:
+    """What the operation makes of the labels along an axis, or None if the shape does not fit."""
+    along = [-1 if k == axis else 1 for k in range(len(shape))]
+    array = np.broadcast_to(labels.reshape(along), shape).astype("int32")
+    try:
+        return np.array(call.operation.call(ops.convert_to_tensor(array)))
+    except Exception:  # of the backend: the sizes that were put in for unknown ones do not fit
+        return None
 
 
 def _target(shape: Sequence[int | None]) -> tuple[int, ...]:
@@ -91,7 +105,12 @@ class ReshapeOperatorRule(IndexRule):
     """`keras.ops.reshape`: as the layer."""
 
     def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
-        return ops.reshape(args[0], _target(removal.shape(call.outputs[0])))
+        left = removal.shape(call.outputs[0])
+        before = call.outputs[0].shape
+        # What was -1 or computed stays so; what counted channels counts those that are left.
+        asked = call.operation.newshape
+        newshape = [n if a == b else a for n, a, b in zip(asked, left, before, strict=True)]
+        return ops.reshape(args[0], newshape)
 
 
 @register_internal_rule("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Prod", "Std", "Var")
