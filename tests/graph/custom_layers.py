@@ -12,10 +12,12 @@ class FeedForward(layers.Layer):
     def __init__(self, units, activation="relu", **kwargs):
         super().__init__(**kwargs)
         self.units = units
-        self.up = layers.Dense(units, activation=activation, name="dense")
+        self.up = layers.Dense(
+            units, activation=activation, name="dense", dtype=self.dtype_policy
+        )
 
     def build(self, shape):
-        self.down = layers.Dense(shape[-1], name="dense_out")
+        self.down = layers.Dense(shape[-1], name="dense_out", dtype=self.dtype_policy)
         self.up.build(shape)
         self.down.build((*shape[:-1], self.units))
         self.built = True
@@ -157,3 +159,6 @@ class Deciding(layers.Layer):
 
     def call(self, x):
         return x if ops.sum(x) > 0 else -x
+
+    def compute_output_shape(self, shape):
+        return shape

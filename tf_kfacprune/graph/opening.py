@@ -28,7 +28,7 @@ from tf_kfacprune.graph.calls import Value
 from tf_kfacprune.graph.opened_equality import describe_error, why_different
 from tf_kfacprune.graph.recording import Recording
 from tf_kfacprune.graph.rules.registry import has_rule
-from tf_kfacprune.graph.tracer import Graph, Opened, calls_of, inherit_training, trace
+from tf_kfacprune.graph.tracer import Graph, Opened, calls_of, inherit_training, settings_of, trace
 from tf_kfacprune.graph.weight_layer import Weight
 
 __all__ = ["OpaqueLayer", "keep_opaque", "opaque_layers", "open_layer", "trace_opened"]
@@ -218,8 +218,7 @@ def _same_operation(first: Any, second: Any) -> bool:
     if isinstance(first, keras.Layer):  # made while recording, to express a size
         is_stateless = not first.variables and not second.variables
         return is_stateless and _config(first) == _config(second)
-    ignored = {"name", "_inbound_nodes", "_outbound_nodes", "_auto_config"}
-    settings = [{k: v for k, v in vars(x).items() if k not in ignored} for x in (first, second)]
+    settings = settings_of(first), settings_of(second)
     return settings[0].keys() == settings[1].keys() and _same(*map(_sorted, settings), {})
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "is_made_by_layer",
     "mask_of",
     "set_mask",
+    "settings_of",
     "trace",
 ]
 
@@ -313,6 +314,12 @@ def fresh_operation(operation: Any, name: str) -> Any:
     twin._inbound_nodes = []
     twin._outbound_nodes = []
     return twin
+
+
+def settings_of(operation: Any) -> dict[str, Any]:
+    """What tells a stateless operation from others of its class."""
+    of_graph = {"name", "_inbound_nodes", "_outbound_nodes", "_auto_config"}
+    return {key: value for key, value in vars(operation).items() if key not in of_graph}
 
 
 def _call(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -91,7 +91,8 @@ class Weight(keras.layers.Layer):
     def call(self, inputs: Any) -> Any:
         """Returns the weight, converted to the compute type."""
         del inputs
-        return ops.convert_to_tensor(self.weight)
+        # `value` is converted to the compute type; `reshape` makes a tensor of a variable.
+        return ops.reshape(self.weight.value, self.weight_shape)
 
     def compute_output_spec(self, inputs: Any) -> keras.KerasTensor:
         del inputs
