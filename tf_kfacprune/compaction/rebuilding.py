@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -16,6 +17,7 @@ from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GateBank
 from tf_kfacprune.gates.rules import GateRule
 from tf_kfacprune.graph import Call, Value, Weight, fresh_operation, rule_for
+from tf_kfacprune.graph.rules.activations import activation_reason
 
 __all__ = ["rebuild_compact"]
 
@@ -73,6 +75,7 @@ class _Replay:
         if constants:
             return self._add_constants(call, args, kwargs, constants)
         args, kwargs = self._select_features(call, args, kwargs)
+        args, kwargs = call.map_data(partial(self._scaled, call), args, kwargs)
         if isinstance(rule, GateRule):
             return tree.flatten(args)[0]
         if not call.is_layer:
@@ -113,6 +116,14 @@ class _Replay:
             1.0, total.tolist(), name=self._free_name(call, "_constant"), dtype=policy
         )(result)
 
+    def _scaled(self, call: Call, value: Any, tensor: Any) -> Any:
+        """A tensor times the gates on it that its reader does not absorb."""
+        if isinstance(value, Value):
+            for axis, scale in self._plan.unfolded(call, value):
+                shape = [-1 if k == axis else 1 for k in range(len(value.shape))]
+                tensor = ops.multiply(tensor, scale.reshape(shape).astype(value.dtype))
+        return tensor
+
     def _select_features(self, call: Call, args: Any, kwargs: Any) -> Any:
         """Cuts off the input features that nothing reads any more."""
 
@@ -141,6 +152,9 @@ class _Replay:
             return operation  # a lookup table, whose contents are in no config
         config = self._edited_config(call)
         is_edited = config != _config(operation)
+        if activation_reason(getattr(operation, "activation", None)) is None:
+            # A function of the user's own need not be registered with Keras to be kept.
+            config.update({key: operation.activation for key in ("activation",) if key in config})
         try:
             return type(operation).from_config({**config, "name": name})
         except (NotImplementedError, TypeError, ValueError) as error:

@@ -61,6 +61,8 @@ class Edge:
         axis: The channel axis of the tensor, -1 for channels that are read inside the layer.
         neurons: Neuron at each position; `num_neurons` where nothing can be removed.
         slots: In a gated model, the gate that each position has passed; -1 where none.
+        statistic: What an operation takes over the channels: `"sum"`, `"mean"`, `"variance"`; None
+            for a contraction.
     """
 
     call: Call
@@ -70,6 +72,7 @@ class Edge:
     axis: int
     neurons: np.ndarray
     slots: np.ndarray
+    statistic: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,16 @@ class ChannelGraph:
         self._neuron_of_label, groups = self._number(partition)
         self.num_neurons = sum(len(roots) for roots in groups)
         self.edges = [
-            Edge(r.call, r.call.operation, r.role, r.value, r.axis, self.neurons(r.labels), r.slots)
+            Edge(
+                call=r.call,
+                layer=r.call.operation,
+                role=r.role,
+                value=r.value,
+                axis=r.axis,
+                neurons=self.neurons(r.labels),
+                slots=r.slots,
+                statistic=r.statistic,
+            )
             for r in flow.readings
         ]
         self.groups = self._describe(groups)
@@ -280,16 +292,15 @@ def _refuse_misplaced_gate(call: Call, rule: ChannelRule, flow: LabelFlow) -> No
     gated = [value for value in call.inputs if flow.is_gated(value)]
     if not gated or rule.is_homogeneous(call):
         return
-    if isinstance(rule, ContractionRule) and rule.folded:
-        axis = rule.channel_axis(call)
-        others = [
-            labels
-            for value in gated
-            for k, labels in enumerate(flow.of(value))
-            if k != axis % len(value.shape) and labels is not None
-        ]
-        if all((flow.slots(labels) == NO_SLOT).all() for labels in others):
-            return
+    read = rule.read_axes(call)
+    others = [
+        labels
+        for value in gated
+        for k, labels in enumerate(flow.of(value))
+        if k not in read.get(value, set()) and labels is not None
+    ]
+    if read and all((flow.slots(labels) == NO_SLOT).all() for labels in others):
+        return
     kind = type(call.operation).__name__
     raise UnsupportedModelError(
         f"Gate {flow.gate_name(gated[0])!r} stands in front of {call.path!r} ({kind}), behind "

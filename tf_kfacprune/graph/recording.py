@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
-from keras import tree
+from keras import ops, tree
 
 from tf_kfacprune.graph.rules.substitution import substituted
 from tf_kfacprune.graph.symbolic_sizes import symbolic_sizes
@@ -76,7 +76,8 @@ class Recording:
         kwargs = {**kwargs, **self._missing_masks(args, kwargs)}
         if self.takes_training:
             kwargs["training"] = training
-        with _symbolic_weights(self.layer, self.inputs[0]), symbolic_sizes():
+        place = self.inputs[0]
+        with _symbolic_weights(self.layer, place), symbolic_sizes(), _recorded_layers(place):
             outputs = tree.flatten(self.layer.call(*args, **kwargs))
         if not outputs or not all(map(is_symbolic, outputs)):
             return None
@@ -138,6 +139,52 @@ def _symbolic_weights(layer: Any, place: keras.KerasTensor) -> Iterator[None]:
             attributes[name] = tree.map_structure(stand_in, _plain(value))
     with substituted(layer, **attributes):
         yield
+
+
+@contextmanager
+def _recorded_layers(place: keras.KerasTensor) -> Iterator[None]:
+    """Records calls of layers that Keras would not.
+
+    Layers with weights that are called on constants (an embedding of positions) would be run at
+    once: the constants are made symbolic. Layers whose own inference of shapes does not know an
+    argument of their `call` infer them from `call`.
+    """
+    call, symbolic_call = keras.Layer.__call__, keras.Layer.symbolic_call
+    depth = 0
+
+    def recorded_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal depth
+        leaves = tree.flatten((args, kwargs))
+        if depth == 0 and layer.weights and not any(map(is_symbolic, leaves)):
+            args, kwargs = tree.map_structure(
+                lambda leaf: _symbolic_constant(leaf, place), (args, kwargs)
+            )
+        depth += 1
+        try:
+            return call(layer, *args, **kwargs)
+        finally:
+            depth -= 1
+
+    def inferred_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return symbolic_call(layer, *args, **kwargs)
+        except TypeError:
+            return keras.Operation.compute_output_spec(layer, *args, **kwargs)
+
+    keras.Layer.__call__, keras.Layer.symbolic_call = recorded_call, inferred_call
+    try:
+        yield
+    finally:
+        keras.Layer.__call__, keras.Layer.symbolic_call = call, symbolic_call
+
+
+def _symbolic_constant(leaf: Any, place: keras.KerasTensor) -> Any:
+    """A constant tensor as a symbolic one: zero, cut out of an input, plus the constant."""
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return leaf
+    dtype = keras.backend.standardize_dtype(leaf.dtype)
+    zero = ops.zeros_like(place[(0,) * len(place.shape)], dtype=dtype)
+    return zero + ops.convert_to_numpy(leaf)
 
 
 # Where Keras keeps account of weights.

@@ -29,13 +29,18 @@ from tf_kfacprune.errors import UnsupportedModelError
 __all__ = ["symbolic_sizes"]
 
 
+_REPLACED = (
+    *("shape", "arange", "reshape", "broadcast_to", "tile", "zeros", "ones", "full", "slice"),
+)
+
+
 @contextmanager
 def symbolic_sizes() -> Iterator[None]:
     """Makes sizes symbolic within a `with` block, for calls of `keras.ops` on symbolic tensors."""
     sizes = _Sizes()
     replaced: dict[str, Callable[..., Any]] = {
         name: getattr(ops, name)
-        for name in ("shape", "arange", "reshape", "broadcast_to", "zeros", "ones", "full", "slice")
+        for name in _REPLACED
     }
     item = keras.KerasTensor.__getitem__
     for name, original in replaced.items():
@@ -104,8 +109,21 @@ class _Sizes:
     def broadcast_to(self, original: Any, x: Any, shape: Any) -> Any:
         if not any(map(_is_symbolic, shape)):
             return NotImplemented
-        zeros = self._zeros_of(shape, "int32" if _dtype(x) == "bool" else _dtype(x))
+        own = [1] * (len(shape) - len(x.shape)) + list(x.shape)
+        missing = [1 if n == size else size for n, size in zip(own, shape, strict=True)]
+        zeros = self._zeros_of(missing, "int32" if _dtype(x) == "bool" else _dtype(x))
         return ops.logical_or(x, ops.cast(zeros, "bool")) if _dtype(x) == "bool" else x + zeros
+
+    def tile(self, original: Any, x: Any, repeats: Any) -> Any:
+        if not any(map(_is_symbolic, _as_tuple(repeats))):
+            return NotImplemented
+        own = [1] * (len(repeats) - len(x.shape)) + list(x.shape)
+        fixed = [1 if _is_symbolic(n) else n for n in repeats]
+        if any(_is_symbolic(n) and size != 1 for n, size in zip(repeats, own, strict=True)):
+            raise _unsupported("tile", repeats)
+        x = x if all(n == 1 for n in fixed) else original(x, fixed)
+        shape = [n if _is_symbolic(n) else m * n for n, m in zip(repeats, own, strict=True)]
+        return self.broadcast_to(None, x, shape)
 
     def zeros(self, original: Any, shape: Any, dtype: Any = None) -> Any:
         if not any(map(_is_symbolic, _as_tuple(shape))):

@@ -24,6 +24,7 @@ class WeightRule(ChannelRule):
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         layer = call.operation
         sizes = enumerate(layer.weight_shape)
+        flow.own_weights[call.outputs[0]] = call
         return [
             [flow.following(layer, f"axis{k}", size) if size > 1 else None for k, size in sizes]
         ]

@@ -6,14 +6,14 @@ and order of axes, and needs no formula of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from keras import layers, ops
 
 from tf_kfacprune.graph import reasons
-from tf_kfacprune.graph.calls import Call
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import ChannelRule, Count, Removal, Shape
 from tf_kfacprune.graph.rules.registry import register_channel_rule, register_internal_rule
@@ -113,18 +113,57 @@ class ReshapeOperatorRule(IndexRule):
         return ops.reshape(args[0], newshape)
 
 
+@register_internal_rule("Repeat")
+class RepeatRule(IndexRule):
+    """`keras.ops.repeat`: the copies of a channel go together."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        operation = call.operation
+        if operation.axis is None or not isinstance(operation.repeats, int):
+            return self.freeze_all(call, flow, reasons.PICKED)
+        axis = operation.axis % len(call.inputs[0].shape)
+        axes = flow.of(call.inputs[0])
+        labels = axes[axis]
+        if labels is not None:
+            axes[axis] = np.repeat(labels, operation.repeats)
+        return [axes]
+
+
+_STATISTICS = {"Mean": "mean", "Sum": "sum", "Var": "variance", "Std": "variance"}
+
+
 @register_internal_rule("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Prod", "Std", "Var")
 class ReductionRule(ChannelRule):
-    """Reductions: reduced axes are frozen, the others pass."""
+    """Reductions over positions pass channels; sums, means and variances over channels read them.
+
+    A product, a largest or a smallest over channels freezes them.
+    """
+
+    def reduced(self, call: Call) -> set[int]:
+        """The axes that are reduced."""
+        rank, axis = len(call.inputs[0].shape), call.operation.axis
+        axis = range(rank) if axis is None else axis
+        return {k % rank for k in ((axis,) if isinstance(axis, int) else axis)}
+
+    def read_axes(self, call: Call) -> Mapping[Value, set[int]]:
+        is_read = type(call.operation).__name__ in _STATISTICS
+        return {call.inputs[0]: self.reduced(call)} if is_read else {}
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         value, operation = call.inputs[0], call.operation
-        rank = len(value.shape)
-        axis = range(rank) if operation.axis is None else operation.axis
-        reduced = {k % rank for k in ((axis,) if isinstance(axis, int) else axis)}
+        reduced = self.reduced(call)
         axes = flow.of(value)
+        labelled = [k for k in reduced if axes[k] is not None]
+        statistic = _STATISTICS.get(type(operation).__name__)
+        is_over_channels = len(labelled) == 1 and labelled[0] != 0
+        if statistic == "variance":
+            is_over_channels = is_over_channels and len(reduced) == 1
+        if statistic and is_over_channels:
+            flow.read_statistic(call, value, labelled[0], statistic)
+        else:
+            for k in labelled:
+                flow.freeze(axes[k], reasons.REDUCED, call.path)
         for k in reduced:
-            flow.freeze(axes[k], reasons.REDUCED, call.path)
             axes[k] = None
         kept = [labels for k, labels in enumerate(axes) if k not in reduced]
         return [axes if operation.keepdims else kept]
