@@ -16,7 +16,7 @@ References:
 from tf_kfacprune import data, diagnostics, errors, export, layers, reporting, tfmot, zoo
 from tf_kfacprune.compaction import compact, compaction_report, compensate
 from tf_kfacprune.curvature import SpectralRadius
-from tf_kfacprune.graph import ChannelRule, register_channel_rule
+from tf_kfacprune.graph import ChannelRule, keep_opaque, register_channel_rule
 from tf_kfacprune.optimizers import KFAC, LevenbergMarquardt
 from tf_kfacprune.pruning import (
     Budget,
@@ -56,6 +56,7 @@ __all__ = [
     "errors",
     "export",
     "inspect",
+    "keep_opaque",
     "layers",
     "register_channel_rule",
     "report",

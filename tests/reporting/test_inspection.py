@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+import tf_kfacprune as kp
 from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import NeuronGate
 from tf_kfacprune.graph import reasons
@@ -82,7 +83,9 @@ def test_text_and_html_show_groups_and_reasons():
 def test_remedies_say_what_would_unfreeze_channels():
     x = keras.Input((6,), name="x")
     y = keras.layers.Dense(4, name="left_out")(x)
-    y = keras.layers.Lambda(lambda v: v, name="mine")(keras.layers.Dense(5, name="odd")(y))
+    y = kp.keep_opaque(keras.layers.Lambda(lambda v: v, name="mine"))(
+        keras.layers.Dense(5, name="odd")(y)
+    )
     model = keras.Model(x, keras.layers.Dense(2, name="head")(y))
     inspection = inspect(model, exclude=["left_out"])
     remedies = {frozen.layer: frozen.remedy for frozen in inspection.frozen}

@@ -11,7 +11,7 @@ from keras import ops
 
 from tf_kfacprune.compaction.plan import RemovalPlan
 from tf_kfacprune.errors import UnsupportedModelError
-from tf_kfacprune.graph import rule_for
+from tf_kfacprune.graph import Weight, rule_for
 from tf_kfacprune.graph.rules import weight_of
 
 __all__ = ["WeightLink", "fold_gates", "transfer_weights", "weight_links"]
@@ -26,19 +26,21 @@ class WeightLink:
         source: The weight of the layer.
         target: The weight of the copy.
         positions: For each axis the positions that stay.
+        is_table: Whether `target` holds the same entries in another shape.
     """
 
     name: str
     source: keras.Variable
     target: keras.Variable
     positions: tuple[np.ndarray, ...]
+    is_table: bool = False
 
     def take(self, array: np.ndarray) -> np.ndarray:
         """What is left of an array of the shape of `source`."""
         for axis, positions in enumerate(self.positions):
             if len(positions) < array.shape[axis]:
                 array = np.take(array, positions, axis)
-        return array
+        return array.reshape(self.target.shape) if self.is_table else array
 
     def fetch(self) -> None:
         """Copies what is left of `source` to `target`."""
@@ -47,7 +49,8 @@ class WeightLink:
     def write_back(self) -> None:
         """Copies `target` to where it came from; the rest of `source` is left alone."""
         array = np.array(_to_numpy(self.source))
-        array[np.ix_(*self.positions)] = _to_numpy(self.target)
+        left = [len(positions) for positions in self.positions]
+        array[np.ix_(*self.positions)] = _to_numpy(self.target).reshape(left)
         self.source.assign(array)
 
     @property
@@ -69,13 +72,15 @@ def weight_links(
     roles = plan.channels.roles(layer)
     by_role: set[int] = set()
     for name, axes in rule_for(layer).weight_roles(layer).items():
-        weight, target = weight_of(layer, name), weight_of(smaller, name)
+        is_table = isinstance(layer, Weight)
+        weight = weight_of(layer, name)
+        target = smaller.weights[0] if is_table else weight_of(smaller, name)
         by_role.add(id(target))
         positions = tuple(
             plan.positions(roles[role]) if role is not None and role in roles else np.arange(size)
             for role, size in zip(axes, weight.shape, strict=True)
         )
-        yield WeightLink(name, weight, target, positions)
+        yield WeightLink(name, weight, target, positions, is_table)
     for weight, target in zip(layer.weights, smaller.weights, strict=True):
         if id(target) not in by_role:
             yield WeightLink("", weight, target, tuple(map(np.arange, weight.shape)))

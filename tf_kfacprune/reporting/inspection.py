@@ -11,13 +11,13 @@ import numpy as np
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.export.serving import layers_within
 from tf_kfacprune.gates import GatedNetwork, GateSource
-from tf_kfacprune.graph import ChannelGraph, CostModel, analyze, reasons
+from tf_kfacprune.graph import ChannelGraph, CostModel, analyze, opaque_layers, reasons
 from tf_kfacprune.reporting.rendering import Rendered
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-__all__ = ["FrozenChannels", "GroupSummary", "Inspection", "inspect"]
+__all__ = ["FrozenChannels", "GroupSummary", "Inspection", "OpaqueLayer", "inspect"]
 
 # Longer lists of layers are cut in the table (not in the data).
 _LAYERS_SHOWN = 4
@@ -68,18 +68,38 @@ class FrozenChannels:
 
 
 @dataclass(frozen=True)
+class OpaqueLayer:
+    """A layer whose inside is not seen: its weights stay, and its MACs are not counted.
+
+    Attributes:
+        layer: the layer.
+        kind: its class.
+        params: number of its weights, which are counted.
+        reason: why it was not opened.
+    """
+
+    layer: str
+    kind: str
+    params: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Inspection(Rendered):
     """The result of `inspect`; printing it shows tables, a notebook shows them as HTML.
 
     Attributes:
         name: name of the model.
-        macs: multiply-accumulates of one inference, without biases.
+        macs: multiply-accumulates of one inference, without biases and without those of opaque
+            layers.
         params: number of weights, biases and normalization statistics included.
         groups: groups of prunable neurons, in the order of the model.
         frozen: channels that cannot be removed, with reasons.
         least_macs: the least fraction of MACs that pruning can reach, one neuron left per group
             and none of those that are removable.
         least_params: the same for parameters.
+        opened: custom layers that were replaced by what is inside them, with their classes.
+        opaque: layers without a channel rule that could not be opened, with the reason.
     """
 
     name: str
@@ -89,6 +109,8 @@ class Inspection(Rendered):
     frozen: tuple[FrozenChannels, ...]
     least_macs: float
     least_params: float
+    opened: tuple[tuple[str, str], ...] = ()
+    opaque: tuple[OpaqueLayer, ...] = ()
 
     @property
     def num_neurons(self) -> int:
@@ -104,8 +126,13 @@ class Inspection(Rendered):
             f"{_percent(self.least_params)} of the parameters and {_percent(self.least_macs)} of "
             "the MACs stay."
         ]
+        if self.opened:
+            names = tuple(f"{path} ({kind})" for path, kind in self.opened)
+            parts.append(f"Custom layers that were opened: {_shown(names)}.")
         if self.groups:
             parts.append(self._group_table())
+        if self.opaque:
+            parts.append(self._opaque_table())
         if self.frozen:
             parts.append(self._frozen_table())
             parts += self._remedies()
@@ -137,6 +164,23 @@ class Inspection(Rendered):
                 _percent(group.macs_saved) + mark,
                 _percent(group.params_saved) + mark,
             )
+        return table
+
+    def _opaque_table(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table(
+            title="Layers whose inside is not seen",
+            caption="their weights stay, what they read stays, their MACs are not counted",
+            title_justify="left",
+            caption_justify="left",
+        )
+        table.add_column("layer", overflow="fold")
+        table.add_column("class", overflow="fold")
+        table.add_column("params", justify="right")
+        table.add_column("why it is not opened", overflow="fold")
+        for opaque in self.opaque:
+            table.add_row(opaque.layer, opaque.kind, f"{opaque.params:,}", opaque.reason)
         return table
 
     def _frozen_table(self) -> RenderableType:
@@ -193,6 +237,7 @@ def inspect(
     """
     net = getattr(model, "net", model)
     channels, cost = _analysis(net, prune_inputs, include, exclude)
+    graph = channels.graph
     return Inspection(
         name=net.name,
         macs=cost.macs_dense,
@@ -204,6 +249,11 @@ def inspect(
         ),
         least_macs=cost.least("macs"),
         least_params=cost.least("params"),
+        opened=tuple((path, type(layer).__name__) for path, layer in graph.opened.items()),
+        opaque=tuple(
+            OpaqueLayer(o.path, type(o.layer).__name__, o.layer.count_params(), o.reason)
+            for o in opaque_layers(graph)
+        ),
     )
 
 
