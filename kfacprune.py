@@ -18,7 +18,7 @@ from typing import TextIO
 
 __all__ = ["run"]
 
-_EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells have it
+_EXIT_INTERRUPTED, _EXIT_BROKEN_PIPE = 130, 141  # 128 + the signal, as shells have it
 
 
 def run() -> None:
@@ -36,6 +36,8 @@ def run() -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = _EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:  # between two commands' own handlers
+        status = _EXIT_INTERRUPTED
     sys.exit(status)
 
 

@@ -18,7 +18,9 @@ States are saved in the middle of epochs, too.
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import shutil
 import time
@@ -37,6 +39,8 @@ __all__ = ["Backup", "progress"]
 
 # Keras' names.
 _WEIGHTS, _POSITION = "latest.weights.h5", "training_metadata.json"
+# Upper bounds of what an array takes in a file of HDF5, in bytes.
+_HEADER, _ELEMENT = 4096, {"float64": 8, "int64": 8, "uint64": 8}  # others take 4 at most
 # Saving takes a twentieth of the time at most.
 _TIMES_AS_LONG = 20
 
@@ -96,7 +100,7 @@ class Backup(keras.callbacks.BackupAndRestore):
             return
         try:
             self._save(epoch, batch)
-        except (ExportError, OSError, RuntimeError) as error:  # HDF5 raises the last on a full disk
+        except (ExportError, OSError, RuntimeError) as error:  # the last is what HDF5 raises
             self._say_that_it_failed(error)
         end = time.monotonic()
         self._due = end + _TIMES_AS_LONG * (end - begin)
@@ -110,6 +114,7 @@ class Backup(keras.callbacks.BackupAndRestore):
             "batches": self._batches.steps,
         }
         with atomic_directory(self._folder, marker=_POSITION, overwrite=True) as folder:
+            _ask_for_room(folder / _WEIGHTS, self.model)
             writer = keras.callbacks.BackupAndRestore(str(folder))
             writer.set_model(self.model)
             writer.on_epoch_end(epoch - 1)  # the run goes on with the one after
@@ -141,6 +146,24 @@ def progress(folder: Path) -> str | None:
 def _position(folder: Path) -> dict[str, int] | None:
     path = folder / _POSITION
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _ask_for_room(file: Path, model: keras.Model) -> None:
+    """Raises an `OSError` if there is no room for the state.
+
+    HDF5 must not find that out: closing a file that could not be written, it ends the process
+    with a segmentation fault sooner or later.
+    """
+    size = _HEADER + sum(
+        _HEADER + math.prod(v.shape) * _ELEMENT.get(v.dtype, 4)
+        for v in {id(v): v for v in [*model.variables, *model.optimizer.variables]}.values()
+    )
+    with file.open("wb") as stream:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, size)
+        elif shutil.disk_usage(file.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    file.unlink()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

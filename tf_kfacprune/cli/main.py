@@ -44,7 +44,7 @@ def run() -> None:
 
 
 def start_devices() -> None:
-    """Lets TensorFlow look for accelerators, of which its drivers print lines, at a known moment."""
+    """Lets TensorFlow look for accelerators now: its drivers print lines while it does."""
     tf.config.list_logical_devices()
 
 

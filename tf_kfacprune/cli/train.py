@@ -153,8 +153,7 @@ class _Run:
         small = compact(pruned)
         keras_file(small, folder / "compact.keras")
         saved_model(small, folder / "saved_model", verify_data=x_test[:256])
-        data = (x_test, dataset.y_test) if objective.kind == "classes" else None
-        comparison = report(pruned, small, dense=dense, data=data)
+        comparison = report(pruned, small, dense=dense)
         measures = {
             side: objective.measure(model.predict(x_test, verbose=0), dataset.y_test)
             for side, model in (("dense", dense), ("compact", small))
