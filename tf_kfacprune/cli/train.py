@@ -111,7 +111,8 @@ def _define(values: flags.FlagValues) -> None:
     add_output_flags(
         values,
         "output_dir",
-        "Folder for model.keras, compact.keras, compact.tflite, saved_model and record.json.",
+        "Folder for model.keras, compact.keras, compact.tflite, saved_model, record.json and "
+        "report.html.",
     )
 
 
@@ -159,7 +160,14 @@ def _train_into(folder: Path, values: flags.FlagValues) -> Any:
     keras_file(pruned, folder / "model.keras")
     keras_file(small, folder / "compact.keras")
     saved_model(small, folder / "saved_model", verify_data=x_test[:256])
-    comparison = report(pruned, small, dense=dense, data=(x_test, dataset.y_test))
+    comparison = report(
+        pruned,
+        small,
+        dense=dense,
+        data=(x_test, dataset.y_test),
+        flatness=loss if values.curvature else None,
+        html=folder / "report.html",
+    )
     content = record(
         comparison,
         data=dataset.name,
