@@ -13,7 +13,17 @@ References:
     using Kronecker Factored Curvature Approximation", arXiv 2111.08577.
 """
 
-from tf_kfacprune import data, diagnostics, errors, export, layers, reporting, tfmot, zoo
+from tf_kfacprune import (
+    callbacks,
+    data,
+    diagnostics,
+    errors,
+    export,
+    layers,
+    reporting,
+    tfmot,
+    zoo,
+)
 from tf_kfacprune.compaction import compact, compaction_report, compensate
 from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.graph import ChannelRule, keep_opaque, register_channel_rule
@@ -48,6 +58,7 @@ __all__ = [
     "ScheduledClosing",
     "SpectralRadius",
     "TaylorSaliency",
+    "callbacks",
     "compact",
     "compaction_report",
     "compensate",

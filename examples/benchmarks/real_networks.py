@@ -48,9 +48,7 @@ def network_of(name):
     if hasattr(kp.zoo, name):
         return getattr(kp.zoo, name)(shape, 10, seed=0), batch
     build = getattr(keras.applications, name)
-    return build(
-        weights=None, input_shape=shape, classes=10, classifier_activation=None
-    ), batch
+    return build(weights=None, input_shape=shape, classes=10, classifier_activation=None), batch
 
 
 def model_of(variant, network):

@@ -12,9 +12,7 @@ class FeedForward(layers.Layer):
     def __init__(self, units, activation="relu", **kwargs):
         super().__init__(**kwargs)
         self.units = units
-        self.up = layers.Dense(
-            units, activation=activation, name="dense", dtype=self.dtype_policy
-        )
+        self.up = layers.Dense(units, activation=activation, name="dense", dtype=self.dtype_policy)
 
     def build(self, shape):
         self.down = layers.Dense(shape[-1], name="dense_out", dtype=self.dtype_policy)

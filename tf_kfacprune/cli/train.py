@@ -153,7 +153,15 @@ class _Run:
         small = compact(pruned)
         keras_file(small, folder / "compact.keras")
         saved_model(small, folder / "saved_model", verify_data=x_test[:256])
-        comparison = report(pruned, small, dense=dense)
+        has_classes = objective.metric == "accuracy" and small.output_shape[-1] > 1
+        comparison = report(
+            pruned,
+            small,
+            dense=dense,
+            data=(x_test, dataset.y_test) if has_classes else None,
+            flatness=objective.loss if has_classes and values.curvature else None,
+            html=folder / "report.html",
+        )
         measures = {
             side: objective.measure(model.predict(x_test, verbose=0), dataset.y_test)
             for side, model in (("dense", dense), ("compact", small))

@@ -127,7 +127,9 @@ def _difference(expected: Any, found: Any) -> float:
     a, b = (ops.convert_to_numpy(x).astype("float64") for x in (expected, found))
     if a.shape != b.shape or keras.backend.standardize_dtype(found.dtype) != dtype:
         return float("inf")
-    a, b = (np.where(np.isfinite(x), x, np.nan_to_num(x, posinf=1e300, neginf=-1e300)) for x in (a, b))
+    a, b = (
+        np.where(np.isfinite(x), x, np.nan_to_num(x, posinf=1e300, neginf=-1e300)) for x in (a, b)
+    )
     scale = np.abs(a).max(initial=0.0) or 1.0
     error = float(np.abs(a - b).max(initial=0.0) / scale)
     return 0.0 if error <= _TOLERANCES.get(dtype, 0.0) else error

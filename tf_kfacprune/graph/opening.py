@@ -117,9 +117,7 @@ def opaque_layers(graph: Graph) -> list[OpaqueLayer]:
     for call in graph.calls:
         if call.is_layer and not has_rule(call.operation):
             reason = graph.closed.get(call.path, reasons.UNKNOWN_OPERATION)
-            found.setdefault(
-                id(call.operation), OpaqueLayer(call.path, call.operation, reason)
-            )
+            found.setdefault(id(call.operation), OpaqueLayer(call.path, call.operation, reason))
     return list(found.values())
 
 
@@ -170,9 +168,7 @@ def _open(
         opened = recording.record(training=False)
         if opened is not None and recording.takes_training:
             in_training = recording.record(training=True)
-            handed_down = (
-                None if in_training is None else _differences(opened, in_training)
-            )
+            handed_down = None if in_training is None else _differences(opened, in_training)
             if handed_down is None:
                 return BRANCHES
             inherit_training(opened.function, handed_down)
@@ -246,4 +242,3 @@ def _same_leaf(a: Any, b: Any, twin: dict[Value, Value]) -> bool:
     if hasattr(a, "shape") and hasattr(b, "shape"):
         return np.array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
     return type(a) is type(b) and bool(a == b)
-

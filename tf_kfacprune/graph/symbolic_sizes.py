@@ -38,10 +38,7 @@ _REPLACED = (
 def symbolic_sizes() -> Iterator[None]:
     """Makes sizes symbolic within a `with` block, for calls of `keras.ops` on symbolic tensors."""
     sizes = _Sizes()
-    replaced: dict[str, Callable[..., Any]] = {
-        name: getattr(ops, name)
-        for name in _REPLACED
-    }
+    replaced: dict[str, Callable[..., Any]] = {name: getattr(ops, name) for name in _REPLACED}
     item = keras.KerasTensor.__getitem__
     for name, original in replaced.items():
         setattr(ops, name, _dispatch(getattr(sizes, name), original))

@@ -21,6 +21,8 @@ __all__ = ["FrozenChannels", "GroupSummary", "Inspection", "OpaqueLayer", "inspe
 
 # Longer lists of layers are cut in the table (not in the data).
 _LAYERS_SHOWN = 4
+# Longer lists stand one name a line: a narrow terminal would break them before the commas.
+_LONGEST_LINE = 30
 
 
 @dataclass(frozen=True)
@@ -298,9 +300,12 @@ def _summaries(channels: ChannelGraph, cost: CostModel) -> list[GroupSummary]:
 
 
 def _shown(names: tuple[str, ...]) -> str:
-    if len(names) <= _LAYERS_SHOWN:
-        return ", ".join(names)
-    return f"{', '.join(names[: _LAYERS_SHOWN - 1])} and {len(names) - _LAYERS_SHOWN + 1} more"
+    """Names in one short line, or one below the other."""
+    left_out = len(names) - _LAYERS_SHOWN + 1 if len(names) > _LAYERS_SHOWN else 0
+    shown = names[: len(names) - left_out]
+    tail = f"and {left_out} more" if left_out else ""
+    line = f"{', '.join(shown)} {tail}".strip()
+    return line if len(line) <= _LONGEST_LINE else "\n".join([*shown, tail]).strip()
 
 
 def _percent(fraction: float) -> str:

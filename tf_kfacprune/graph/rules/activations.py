@@ -20,7 +20,11 @@ from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import ChannelRule, freeze_by_constant
-from tf_kfacprune.graph.rules.registry import register_channel_rule, register_internal_rule, rule_for
+from tf_kfacprune.graph.rules.registry import (
+    register_channel_rule,
+    register_internal_rule,
+    rule_for,
+)
 from tf_kfacprune.graph.tracer import calls_of
 
 __all__ = ["activation_reason", "freeze_by_activation"]

@@ -76,9 +76,7 @@ class IndexRule(ChannelRule):
         return True
 
 
-def _moved(
-    call: Call, axis: int, labels: np.ndarray, shape: Sequence[int]
-) -> np.ndarray | None:
+def _moved(call: Call, axis: int, labels: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
     """What the operation makes of the labels along an axis, or None if the shape does not fit."""
     along = [-1 if k == axis else 1 for k in range(len(shape))]
     array = np.broadcast_to(labels.reshape(along), shape).astype("int32")
