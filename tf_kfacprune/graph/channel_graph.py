@@ -17,9 +17,9 @@ from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.components import connected_components
 from tf_kfacprune.graph.labels import NO_SLOT, LabelFlow
+from tf_kfacprune.graph.opening import trace_opened
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, rule_for
 from tf_kfacprune.graph.selection import Selection, Selector
-from tf_kfacprune.graph.opening import trace_opened
 from tf_kfacprune.graph.tracer import Graph
 
 __all__ = ["ChannelGraph", "Edge", "Frozen", "NeuronGroup", "analyze"]

@@ -47,7 +47,7 @@ def why_different(recording: Recording, opened: Opened) -> str | None:
         _change(variables)
         try:
             tensors = _inputs_that_fit(recording, layer, variables)
-        except Exception as error:  # whatever a user's own code raises
+        except Exception as error:  # noqa: BLE001 (whatever a user's own code raises)
             return UNCHECKED.format(describe_error(error))
         for training in (False, True):
             start = _values(variables)
@@ -56,7 +56,7 @@ def why_different(recording: Recording, opened: Opened) -> str | None:
             masks = [mask_of(tensor) for tensor in tensors if mask_of(tensor) is not None]
             try:
                 found = tree.flatten(function([*tensors, *masks], training=training))[:count]
-            except Exception as error:  # a size or setting that cannot be recorded
+            except Exception as error:  # noqa: BLE001 (a size that was not recorded)
                 return FAILS.format(describe_error(error))
             found += _values(variables)
             worst = max(map(_difference, expected, found), default=0.0)
@@ -127,7 +127,9 @@ def _difference(expected: Any, found: Any) -> float:
     a, b = (ops.convert_to_numpy(x).astype("float64") for x in (expected, found))
     if a.shape != b.shape or keras.backend.standardize_dtype(found.dtype) != dtype:
         return float("inf")
-    a, b = (np.where(np.isfinite(x), x, np.nan_to_num(x, posinf=1e300, neginf=-1e300)) for x in (a, b))
+    a, b = (
+        np.where(np.isfinite(x), x, np.nan_to_num(x, posinf=1e300, neginf=-1e300)) for x in (a, b)
+    )
     scale = np.abs(a).max(initial=0.0) or 1.0
     error = float(np.abs(a - b).max(initial=0.0) / scale)
     return 0.0 if error <= _TOLERANCES.get(dtype, 0.0) else error

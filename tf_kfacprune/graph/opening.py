@@ -1,14 +1,14 @@
 """Opens custom layers: what `call` does becomes part of the graph.
 
-A layer without a channel rule is called on symbolic tensors, `call` in place of `__call__`, and what
-it does is recorded: the layers that it calls, with their names and weights, operations of
+A layer without a channel rule is called on symbolic tensors, `call` in place of `__call__`, and
+what it does is recorded: the layers that it calls, with their names and weights, operations of
 `keras.ops`, and weights of its own (`Weight` layers around them). The analysis, the gates and the
 compaction then see the inside. Nested custom layers are opened in turn.
 
-Nothing is opened on trust. What was recorded is run next to the layer itself, in inference and in
-training mode, on random inputs and with weights changed at random, so that a value that was computed
-from a weight while recording, and would stay as it was, shows. The weights are put back afterwards.
-Whatever cannot be recorded or differs stays one opaque layer, with the reason.
+What was recorded is run next to the layer itself, in inference and in training mode, on random
+inputs and with weights changed at random, so that a value that was computed from a weight while
+recording, and would stay as it was, shows. The weights are put back afterwards. Whatever cannot be
+recorded or differs stays one opaque layer, with the reason.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def opaque_layers(graph: Graph) -> list[OpaqueLayer]:
     for call in graph.calls:
         if call.is_layer and not has_rule(call.operation):
             reason = graph.closed.get(call.path, reasons.UNKNOWN_OPERATION)
-            found.setdefault(
-                id(call.operation), OpaqueLayer(call.path, call.operation, reason)
-            )
+            found.setdefault(id(call.operation), OpaqueLayer(call.path, call.operation, reason))
     return list(found.values())
 
 
@@ -170,13 +168,11 @@ def _open(
         opened = recording.record(training=False)
         if opened is not None and recording.takes_training:
             in_training = recording.record(training=True)
-            handed_down = (
-                None if in_training is None else _differences(opened, in_training)
-            )
+            handed_down = None if in_training is None else _differences(opened, in_training)
             if handed_down is None:
                 return BRANCHES
             inherit_training(opened.function, handed_down)
-    except Exception as error:  # whatever a user's own code raises
+    except Exception as error:  # noqa: BLE001 (whatever a user's own code raises)
         return NOT_RECORDED.format(describe_error(error))
     if opened is None:
         return NOT_TENSORS
@@ -246,4 +242,3 @@ def _same_leaf(a: Any, b: Any, twin: dict[Value, Value]) -> bool:
     if hasattr(a, "shape") and hasattr(b, "shape"):
         return np.array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
     return type(a) is type(b) and bool(a == b)
-

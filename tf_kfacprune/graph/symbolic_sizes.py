@@ -6,9 +6,9 @@ While a call is being recorded such a size is a symbolic scalar, and the operati
 are expressed by others that find them in the data: with the vector of zeros `z` along an axis of n
 entries, cut out of `zeros_like(x)`,
 
-    n = sum(z + 1),     arange(n) = cumsum(z + 1) - 1,     zeros((n, 4)) = z[:, None] + zeros((1, 4)),
+    n = sum(z + 1),    arange(n) = cumsum(z + 1) - 1,    zeros((n, 4)) = z[:, None] + zeros((1, 4)),
 
-    broadcast_to(x, shape) = x + zeros(shape),      x[:n] = take(x, arange(n)).
+    broadcast_to(x, shape) = x + zeros(shape),    x[:n] = take(x, arange(n)).
 
 So nothing but operations of Keras is left in the graph. Other uses of such a size fail, and the
 layer stays closed.
@@ -38,10 +38,7 @@ _REPLACED = (
 def symbolic_sizes() -> Iterator[None]:
     """Makes sizes symbolic within a `with` block, for calls of `keras.ops` on symbolic tensors."""
     sizes = _Sizes()
-    replaced: dict[str, Callable[..., Any]] = {
-        name: getattr(ops, name)
-        for name in _REPLACED
-    }
+    replaced: dict[str, Callable[..., Any]] = {name: getattr(ops, name) for name in _REPLACED}
     item = keras.KerasTensor.__getitem__
     for name, original in replaced.items():
         setattr(ops, name, _dispatch(getattr(sizes, name), original))

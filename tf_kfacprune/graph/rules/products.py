@@ -1,9 +1,9 @@
 """Channel rules for products of two tensors, `einsum` and `matmul`: attention written by hand.
 
-An axis that both operands have and the result has not is summed over: its channels are coupled, and
-the product reads them. A channel that is zero in one operand adds nothing, so the gate stands on the
-first. An axis of both operands and the result couples its channels; any other passes. Where one
-operand is a weight of the layer itself, the product is a contraction like that of `Dense`.
+An axis that both operands have and the result has not is summed over: its channels are coupled,
+and the product reads them. A channel that is zero in one operand adds nothing, so the gate stands
+on the first. An axis of both operands and the result couples its channels; any other passes. Where
+one operand is a weight of the layer itself, the product is a contraction like that of `Dense`.
 """
 
 from __future__ import annotations

@@ -76,15 +76,13 @@ class IndexRule(ChannelRule):
         return True
 
 
-def _moved(
-    call: Call, axis: int, labels: np.ndarray, shape: Sequence[int]
-) -> np.ndarray | None:
+def _moved(call: Call, axis: int, labels: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
     """What the operation makes of the labels along an axis, or None if the shape does not fit."""
     along = [-1 if k == axis else 1 for k in range(len(shape))]
     array = np.broadcast_to(labels.reshape(along), shape).astype("int32")
     try:
         return np.array(call.operation.call(ops.convert_to_tensor(array)))
-    except Exception:  # of the backend: the sizes that were put in for unknown ones do not fit
+    except Exception:  # noqa: BLE001 (of the backend: sizes put in for unknown ones do not fit)
         return None
 
 
