@@ -272,7 +272,8 @@ def analyze(
 
 def _mark_raw(call: Call, rule: ChannelRule, flow: LabelFlow) -> None:
     """Values computed from inputs alone, without a contraction, are input features too."""
-    if isinstance(rule, ContractionRule) or not call.inputs:
+    is_weight = any(value in flow.own_weights for value in call.outputs)
+    if isinstance(rule, ContractionRule) or is_weight or not call.inputs:
         return
     if all(value in flow.raw for value in call.inputs):
         flow.raw.update(dict.fromkeys(call.outputs, flow.raw[call.inputs[0]]))

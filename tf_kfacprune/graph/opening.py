@@ -14,6 +14,7 @@ recorded or differs stays one opaque layer, with the reason.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -102,6 +103,11 @@ class OpaqueLayer:
     path: str
     layer: keras.Layer
     reason: str
+
+    @property
+    def params(self) -> int:
+        """Number of its weights."""
+        return sum(math.prod(weight.shape) for weight in self.layer.weights)
 
 
 def opaque_layers(graph: Graph) -> list[OpaqueLayer]:

@@ -61,7 +61,7 @@ def uncounted_layers(channels: ChannelGraph, measure: str) -> list[OpaqueLayer]:
     """
     if measure not in _OF_OPERATIONS:
         return []
-    return [opaque for opaque in opaque_layers(channels.graph) if opaque.layer.count_params()]
+    return [opaque for opaque in opaque_layers(channels.graph) if opaque.params]
 
 
 def check_countable(channels: ChannelGraph, measures: Iterable[str], name: str) -> None:
