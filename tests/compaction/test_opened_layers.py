@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from tests.graph import custom_layers as custom
 
+from tests.graph import custom_layers as custom
 from tf_kfacprune.compaction import compact, parity_error
 from tf_kfacprune.gates import GatedNetwork
 from tf_kfacprune.graph import analyze
@@ -132,10 +132,10 @@ def sizes():
         (linear_by_hand, {"stem": 6, "first/w": 5, "x/w": 4}),
         (
             attention_by_hand,
-            {"stem": 6, "attention/query": 3, "attention/query:2": 4, "attention/value": 4},
+            {"stem": 6, "attention/query": 4, "attention/query:2": 3, "attention/value": 4},
         ),
         (learned_tokens, {"stem": 6, "ffn/dense": 5}),
-        (sizes, {"stem": 2}),
+        (sizes, {"stem": 8, "sized/table": 2}),
     ],
 )
 def test_compact_equals_gated(build, prunable, assert_exact):

@@ -67,7 +67,7 @@ class SizeOfData(layers.Layer):
         self.table = layers.Dense(6, name="table")
 
     def build(self, shape):
-        self.table.build((None, shape[-1] // 2))
+        self.table.build(shape)
         self.positions = self.add_weight(shape=(64, shape[-1]), name="positions")
         self.built = True
 
@@ -78,8 +78,8 @@ class SizeOfData(layers.Layer):
         )
         x = x + ops.sin(ops.arange(length, dtype="float32"))[:, None]
         x = x + self.positions[:length] / ops.cast(length, "float32")
-        heads = ops.reshape(x, (batch, length, 2, channels // 2))
-        return ops.reshape(self.table(heads), (batch, length, 12)) + ops.ones((batch, length, 12))
+        heads = ops.reshape(self.table(x), (batch, length, 2, 3))
+        return ops.reshape(2.0 * heads, (batch, length, 6)) + ops.ones((batch, length, 1))
 
 
 class Masked(layers.Layer):

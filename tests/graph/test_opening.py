@@ -1,15 +1,18 @@
-"""Custom layers are opened where that is exact, and stay opaque, with the reason, where it is not."""
+"""Custom layers are opened where that is exact, and stay opaque, with the reason, elsewhere."""
 
 from __future__ import annotations
+
+import re
+from typing import ClassVar
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from tests.graph import custom_layers as custom
 
 import tf_kfacprune as kp
+from tests.graph import custom_layers as custom
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.graph import analyze, opaque_layers, trace_opened
 from tf_kfacprune.graph.rules.registry import has_rule
@@ -137,8 +140,7 @@ def test_what_cannot_be_opened_stays_whole_with_the_reason(layer, reason):
     model = keras.Model(inputs, layers.Dense(2)(x))
     (opaque,) = opaque_layers(trace_opened(model))
     assert opaque.layer is model.layers[2]
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(opaque.reason)
+    assert re.search(reason, opaque.reason)
 
 
 def test_opening_is_switched_off_per_layer_and_per_class():
@@ -164,7 +166,7 @@ def test_a_layer_with_a_rule_of_its_own_is_not_opened():
     class ScaleRule(kp.ChannelRule):
         """Each channel alone."""
 
-        weights = {"gamma": ("channels",), "beta": ("channels",)}
+        weights: ClassVar = {"gamma": ("channels",), "beta": ("channels",)}
 
         def propagate(self, call, flow):
             axes = flow.of(call.inputs[0])
@@ -174,9 +176,7 @@ def test_a_layer_with_a_rule_of_its_own_is_not_opened():
     try:
         graph = trace_opened(blocks())
         assert "block1/scale" not in graph.opened
-        assert [c.path for c in graph.calls if type(c.operation) is custom.Scale][0] == (
-            "block1/scale"
-        )
+        assert any(call.path == "block1/scale" for call in graph.calls)
     finally:
         from tf_kfacprune.graph.rules import registry
 

@@ -1,8 +1,8 @@
 """Weights of opened layers in the compact model, which has no class of this package in it.
 
-A weight that belongs to no ordinary layer becomes the table of an `Embedding`, all rows of which are
-looked up in order. The row numbers are `zeros + arange(rows)`, with a zero from the model's input,
-because a Keras graph computes nothing that does not depend on an input.
+A weight that belongs to no ordinary layer becomes the table of an `Embedding`, all rows of which
+are looked up in order. The row numbers are `zero + arange(rows)`, with a zero from the model's
+input, because a Keras graph computes nothing that does not depend on an input.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class WorkingCopy:
         if not plan.is_wholly_folded:
             raise UnsupportedModelError(
                 f"Gates of {gated.net.name!r} that are neither open nor closed scale products of "
-                "tensors, which no weight absorbs, so a smaller copy cannot be trained in its place."
+                "tensors, which no weight absorbs: a smaller copy cannot be trained in its place."
             )
         for layer in plan.readers:
             fold_gates(layer, plan)

@@ -51,7 +51,7 @@ def insert_gates(
     Returns:
         A flat Functional model of the same layer objects (weights are shared with `model`) and
         the gates. Nested models are inlined; where two inlined layers have the same name, the
-        later one is renamed, with a warning.
+        later one is renamed after its path, with a warning if it lies in no opened layer.
 
     Raises:
         UnsupportedModelError: If the model is not built, is subclassed, has gates already, or
@@ -158,13 +158,19 @@ class _Insertion:
         if operation not in self._twins:
             name = self._free_name(call.path.replace("/", "_"))
             if call.is_layer:
-                self._renamed.append(f"{operation.name!r} to {name!r}")
+                if not self._is_in_opened_layer(call):
+                    self._renamed.append(f"{operation.name!r} to {name!r}")
                 operation.name = name
                 self._twins[operation] = operation
             else:
                 self._twins[operation] = fresh_operation(operation, name)
             self._names[name] = self._twins[operation]
         return self._twins[operation]
+
+    def _is_in_opened_layer(self, call: Call) -> bool:
+        parts = call.path.split("/")
+        opened = self._channels.graph.opened
+        return any("/".join(parts[:k]) in opened for k in range(1, len(parts)))
 
     def _free_name(self, name: str) -> str:
         free, number = name, 0

@@ -5,7 +5,7 @@ are present (p_c = 1). The operation stays what it is and reads, in place of x,
 
     sum         x_c p_c
     mean        x_c p_c C / C'
-    variance    r x_c where present, r mu' elsewhere,    r = sqrt(C / C'),  mu' = sum_c p_c x_c / C',
+    variance    r x_c where present, r mu' elsewhere;  r = sqrt(C / C'), mu' = sum_c p_c x_c / C',
 
 whose sum, mean and variance over all C channels are those of the C' present ones of x. With all
 channels present x is read as it is, to the bit.

@@ -4,9 +4,10 @@ from tf_kfacprune.graph.branches import Branches
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.channel_graph import ChannelGraph, Edge, Frozen, NeuronGroup, analyze
 from tf_kfacprune.graph.cost import CostModel
-from tf_kfacprune.graph.opening import keep_opaque, opaque_layers, trace_opened
 from tf_kfacprune.graph.labels import LabelFlow
 from tf_kfacprune.graph.latency import LatencyTable, layer_signature, values_read
+from tf_kfacprune.graph.opening import keep_opaque, opaque_layers, trace_opened
+from tf_kfacprune.graph.reachability import check_countable, what_stays
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, register_channel_rule, rule_for
 from tf_kfacprune.graph.tracer import Graph, fresh_operation, trace
 from tf_kfacprune.graph.weight_layer import Weight
@@ -27,6 +28,7 @@ __all__ = [
     "Value",
     "Weight",
     "analyze",
+    "check_countable",
     "fresh_operation",
     "keep_opaque",
     "layer_signature",
@@ -36,4 +38,5 @@ __all__ = [
     "trace",
     "trace_opened",
     "values_read",
+    "what_stays",
 ]

@@ -17,9 +17,9 @@ from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.components import connected_components
 from tf_kfacprune.graph.labels import NO_SLOT, LabelFlow
+from tf_kfacprune.graph.opening import trace_opened
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, rule_for
 from tf_kfacprune.graph.selection import Selection, Selector
-from tf_kfacprune.graph.opening import trace_opened
 from tf_kfacprune.graph.tracer import Graph
 
 __all__ = ["ChannelGraph", "Edge", "Frozen", "NeuronGroup", "analyze"]
@@ -272,7 +272,8 @@ def analyze(
 
 def _mark_raw(call: Call, rule: ChannelRule, flow: LabelFlow) -> None:
     """Values computed from inputs alone, without a contraction, are input features too."""
-    if isinstance(rule, ContractionRule) or not call.inputs:
+    is_weight = any(value in flow.own_weights for value in call.outputs)
+    if isinstance(rule, ContractionRule) or is_weight or not call.inputs:
         return
     if all(value in flow.raw for value in call.inputs):
         flow.raw.update(dict.fromkeys(call.outputs, flow.raw[call.inputs[0]]))

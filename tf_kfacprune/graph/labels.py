@@ -44,8 +44,9 @@ class Producer:
 class Reading:
     """A layer reading channels: labels and gate slots per position.
 
-    A contraction reads along one axis of a value, and so does a `statistic` over channels. What a layer reads inside, where no gate can
-    stand, has neither: it is gated by the gate-aware layer around it.
+    A contraction reads along one axis of a value, and so does a `statistic` over channels. What
+    a layer reads inside, where no gate can stand, has neither: it is gated by the gate-aware layer
+    around it.
     """
 
     call: Call

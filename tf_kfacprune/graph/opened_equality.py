@@ -47,7 +47,7 @@ def why_different(recording: Recording, opened: Opened) -> str | None:
         _change(variables)
         try:
             tensors = _inputs_that_fit(recording, layer, variables)
-        except Exception as error:  # whatever a user's own code raises
+        except Exception as error:  # noqa: BLE001 (whatever a user's own code raises)
             return UNCHECKED.format(describe_error(error))
         for training in (False, True):
             start = _values(variables)
@@ -56,7 +56,7 @@ def why_different(recording: Recording, opened: Opened) -> str | None:
             masks = [mask_of(tensor) for tensor in tensors if mask_of(tensor) is not None]
             try:
                 found = tree.flatten(function([*tensors, *masks], training=training))[:count]
-            except Exception as error:  # a size or setting that cannot be recorded
+            except Exception as error:  # noqa: BLE001 (a size that was not recorded)
                 return FAILS.format(describe_error(error))
             found += _values(variables)
             worst = max(map(_difference, expected, found), default=0.0)

@@ -1,19 +1,20 @@
 """Opens custom layers: what `call` does becomes part of the graph.
 
-A layer without a channel rule is called on symbolic tensors, `call` in place of `__call__`, and what
-it does is recorded: the layers that it calls, with their names and weights, operations of
+A layer without a channel rule is called on symbolic tensors, `call` in place of `__call__`, and
+what it does is recorded: the layers that it calls, with their names and weights, operations of
 `keras.ops`, and weights of its own (`Weight` layers around them). The analysis, the gates and the
 compaction then see the inside. Nested custom layers are opened in turn.
 
-Nothing is opened on trust. What was recorded is run next to the layer itself, in inference and in
-training mode, on random inputs and with weights changed at random, so that a value that was computed
-from a weight while recording, and would stay as it was, shows. The weights are put back afterwards.
-Whatever cannot be recorded or differs stays one opaque layer, with the reason.
+What was recorded is run next to the layer itself, in inference and in training mode, on random
+inputs and with weights changed at random, so that a value that was computed from a weight while
+recording, and would stay as it was, shows. The weights are put back afterwards. Whatever cannot be
+recorded or differs stays one opaque layer, with the reason.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -103,6 +104,11 @@ class OpaqueLayer:
     layer: keras.Layer
     reason: str
 
+    @property
+    def params(self) -> int:
+        """Number of its weights."""
+        return sum(math.prod(weight.shape) for weight in self.layer.weights)
+
 
 def opaque_layers(graph: Graph) -> list[OpaqueLayer]:
     """The layers of a graph that have no channel rule and were not opened, in order.
@@ -172,7 +178,7 @@ def _open(
             if handed_down is None:
                 return BRANCHES
             inherit_training(opened.function, handed_down)
-    except Exception as error:  # whatever a user's own code raises
+    except Exception as error:  # noqa: BLE001 (whatever a user's own code raises)
         return NOT_RECORDED.format(describe_error(error))
     if opened is None:
         return NOT_TENSORS

@@ -58,8 +58,8 @@ _REMEDIES = {
     INPUT_FEATURES: "pass prune_inputs=True",
     ALL_COUPLED: "compute them apart: a reshape or a broadcast ties them (see what they meet)",
     NOT_GATED: "put a NeuronGate on every such edge, or let PrunableModel place the gates",
-    UNKNOWN_OPERATION: "use layers and operations with a channel rule inside the layer, or write one "
-    "for it: @kp.register_channel_rule, see docs/channels.md",
+    UNKNOWN_OPERATION: "use layers and operations that have a channel rule, or write one: "
+    "@kp.register_channel_rule, see docs/channels.md",
     UNKNOWN_CELL: "use SimpleRNN, GRU or LSTM layers, one per level",
     UNKNOWN_ACTIVATION: "use a function of keras.activations, or a layer with a channel rule",
     CROSS_CHANNEL_ACTIVATION: "nothing, if this is the model's output; else a sigmoid or a ReLU",

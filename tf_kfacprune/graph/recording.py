@@ -183,7 +183,7 @@ def _symbolic_constant(leaf: Any, place: keras.KerasTensor) -> Any:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return leaf
     dtype = keras.backend.standardize_dtype(leaf.dtype)
-    zero = ops.zeros_like(place[(0,) * len(place.shape)], dtype=dtype)
+    zero = ops.zeros_like(place, dtype=dtype)[(0,) * len(place.shape)]
     return zero + ops.convert_to_numpy(leaf)
 
 

@@ -39,8 +39,10 @@ class Selection:
         include: Sequence[Selector] | Selector | None = None,
         exclude: Sequence[Selector] | Selector = (),
     ) -> None:
-        self._include = None if include is None else _entries("include", include)
-        self._exclude = _entries("exclude", exclude)
+        self._include = None
+        if include is not None:
+            self._include = _without_opened(_entries("include", include), graph)
+        self._exclude = _without_opened(_entries("exclude", exclude), graph)
         paths = [*(call.path for call in graph.calls), *graph.input_names]
         names = {name for path in paths for name in _names(path)}
         operations = {id(call.operation) for call in graph.calls}
@@ -74,6 +76,15 @@ def _entries(argument: str, given: Sequence[Selector] | Selector) -> list[Select
                 f"expression: {error}. Write special characters of a name with a backslash."
             ) from error
     return entries
+
+
+def _without_opened(entries: list[Selector], graph: Graph) -> list[Selector]:
+    """Opened layers among the entries, by their paths: they stand for all that is inside."""
+    found: list[Selector] = []
+    for entry in entries:
+        paths = [path for path, layer in graph.opened.items() if layer is entry]
+        found += map(re.escape, paths) if paths else [entry]
+    return found
 
 
 def _names(path: str) -> Iterator[str]:

@@ -6,9 +6,9 @@ While a call is being recorded such a size is a symbolic scalar, and the operati
 are expressed by others that find them in the data: with the vector of zeros `z` along an axis of n
 entries, cut out of `zeros_like(x)`,
 
-    n = sum(z + 1),     arange(n) = cumsum(z + 1) - 1,     zeros((n, 4)) = z[:, None] + zeros((1, 4)),
+    n = sum(z + 1),    arange(n) = cumsum(z + 1) - 1,    zeros((n, 4)) = z[:, None] + zeros((1, 4)),
 
-    broadcast_to(x, shape) = x + zeros(shape),      x[:n] = take(x, arange(n)).
+    broadcast_to(x, shape) = x + zeros(shape),    x[:n] = take(x, arange(n)).
 
 So nothing but operations of Keras is left in the graph. Other uses of such a size fail, and the
 layer stays closed.
@@ -89,7 +89,9 @@ class _Sizes:
         return ops.cast(ops.cumsum(self._along(stop) + 1) - 1, dtype or "int32")
 
     def reshape(self, original: Any, x: Any, newshape: Any) -> Any:
-        if not isinstance(newshape, (tuple, list)) or not any(map(_is_symbolic, newshape)):
+        if not isinstance(newshape, (tuple, list)):
+            return NotImplemented
+        if not any(n is None or _is_symbolic(n) for n in newshape):
             return NotImplemented
         if not _is_symbolic(x):
             x = ops.convert_to_tensor(x)
@@ -97,7 +99,7 @@ class _Sizes:
         target = [-1 if k in free else int(n) for k, n in enumerate(newshape)]
         if len(free) == 1:
             return original(x, target)
-        is_batch = free[0] == 0 and self._is_first_of(newshape[0], x)
+        is_batch = free[0] == 0 and self._is_batch(newshape[0], x)
         if len(free) == 2 and is_batch and _is_symbolic(x):
             dtype = x.dtype if "float" in x.dtype else None
             return layers.Reshape(target[1:], dtype=dtype)(x)
@@ -183,9 +185,10 @@ class _Sizes:
             raise _unsupported("an operation that makes a tensor", size)
         return self._zeros_along(*self._axis_of[id(size)])
 
-    def _is_first_of(self, size: Any, x: Any) -> bool:
+    def _is_batch(self, size: Any, x: Any) -> bool:
         """Whether a size is that of a batch axis, as the first axis of a tensor is."""
-        return self._axis_of.get(id(size), (None, None))[1] == 0 and x.shape[0] is None
+        is_first = size is None or self._axis_of.get(id(size), (None, None))[1] == 0
+        return is_first and x.shape[0] is None
 
     def _zeros_of(self, shape: Sequence[Any], dtype: Any) -> Any:
         fixed = [1 if _is_symbolic(n) else n for n in shape]

@@ -253,7 +253,7 @@ def inspect(
         least_params=cost.least("params"),
         opened=tuple((path, type(layer).__name__) for path, layer in graph.opened.items()),
         opaque=tuple(
-            OpaqueLayer(o.path, type(o.layer).__name__, o.layer.count_params(), o.reason)
+            OpaqueLayer(o.path, type(o.layer).__name__, o.params, o.reason)
             for o in opaque_layers(graph)
         ),
     )

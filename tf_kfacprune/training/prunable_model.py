@@ -18,7 +18,7 @@ from tf_kfacprune.curvature import (
 )
 from tf_kfacprune.errors import BudgetError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import GatedNetwork, GatePhase, GateSource, insert_gates
-from tf_kfacprune.graph import LatencyTable, trace
+from tf_kfacprune.graph import LatencyTable, check_countable, trace, what_stays
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.pruning import (
     Budget,
@@ -495,11 +495,12 @@ def _refuse(arguments: dict[str, Any], reason: str, remedy: str) -> None:
 
 def _check_reachable(budget: Budget, gated: GatedNetwork, groups: GateGroups) -> None:
     fractions = budget.relative_to(gated.cost).targets
+    check_countable(gated.channels, budget.targets, gated.net.name)
     for measure, target in budget.targets.items():
         least = float(gated.cost.least(measure, groups.least))
         if fractions[measure] < least:
             least *= budget.unit(measure, gated.cost)
-            frozen = "; ".join(f"{f.layer}: {f.reason}" for f in gated.channels.frozen) or "none"
+            frozen = what_stays(gated.channels, gated.cost, measure)
             raise BudgetError(
                 f"Budget {measure}={target} cannot be reached on model {gated.net.name!r}: the "
                 f"least that pruning can reach is {measure}={least:.4g}, with {groups.floor}. "

@@ -87,7 +87,7 @@ def _records_elementwise(function: Any) -> bool:
         together = ops.convert_to_numpy(function(ops.convert_to_tensor(numbers)))
         apart = [function(ops.convert_to_tensor(numbers[:, k : k + 1])) for k in range(5)]
         apart = np.concatenate([ops.convert_to_numpy(x) for x in apart], axis=1)
-    except Exception:  # whatever the function raises: then it is not known
+    except Exception:  # noqa: BLE001 (whatever it raises, it is not known to be one)
         return False
     is_plain = all(_is_elementwise_call(call) for call in calls) and output.shape == (None, 5)
     return is_plain and bool(np.allclose(together, apart, rtol=1e-4, atol=1e-6, equal_nan=True))

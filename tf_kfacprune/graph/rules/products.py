@@ -1,9 +1,9 @@
 """Channel rules for products of two tensors, `einsum` and `matmul`: attention written by hand.
 
-An axis that both operands have and the result has not is summed over: its channels are coupled, and
-the product reads them. A channel that is zero in one operand adds nothing, so the gate stands on the
-first. An axis of both operands and the result couples its channels; any other passes. Where one
-operand is a weight of the layer itself, the product is a contraction like that of `Dense`.
+An axis that both operands have and the result has not is summed over: its channels are coupled,
+and the product reads them. A channel that is zero in one operand adds nothing, so the gate stands
+on the first. An axis of both operands and the result couples its channels; any other passes. Where
+one operand is a weight of the layer itself, the product is a contraction like that of `Dense`.
 """
 
 from __future__ import annotations
@@ -97,15 +97,18 @@ class ProductRule(ContractionRule):
 
     def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
         known, letters = self.operands(call), self.letters(call)
-        if known is None or letters is None or not set(known) & set(flow.own_weights):
+        if known is None or letters is None:
             return []
-        weight = known[1] if known[1] in flow.own_weights else known[0]
-        other = known[0] if weight is known[1] else known[1]
-        kernel = extents(weight, flow, range(len(weight.shape)))
-        of_other = letters[0] if other is known[0] else letters[1]
-        of_weight = letters[1] if other is known[0] else letters[0]
-        places = [k for k, x in enumerate(of_other) if x not in of_weight and k > 0]
-        return [[*extents(other, flow, places), *kernel]]
+        # As everywhere, products of data with data (scores of attention) are not counted.
+        fixed = [None not in value.shape for value in known]
+        if all(fixed):  # a batch of fixed size
+            fixed = [value in flow.own_weights for value in known]
+        if fixed[0] == fixed[1]:
+            return []
+        data, weight = (1, 0) if fixed[0] else (0, 1)
+        places = [k for k, x in enumerate(letters[data]) if x not in letters[weight] and k > 0]
+        kernel = extents(known[weight], flow, range(len(known[weight].shape)))
+        return [[*extents(known[data], flow, places), *kernel]]
 
 
 @register_internal_rule("Einsum")

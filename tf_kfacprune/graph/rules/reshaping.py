@@ -82,7 +82,7 @@ def _moved(call: Call, axis: int, labels: np.ndarray, shape: Sequence[int]) -> n
     array = np.broadcast_to(labels.reshape(along), shape).astype("int32")
     try:
         return np.array(call.operation.call(ops.convert_to_tensor(array)))
-    except Exception:  # of the backend: the sizes that were put in for unknown ones do not fit
+    except Exception:  # noqa: BLE001 (of the backend: sizes put in for unknown ones do not fit)
         return None
 
 

@@ -39,7 +39,7 @@ class EmbeddingRule(ContractionRule):
 
 @register_channel_rule(layers.ReversibleEmbedding)
 class ReversibleEmbeddingRule(EmbeddingRule):
-    """`ReversibleEmbedding`: called in reverse it reads the channels that it creates, tied or not."""
+    """`ReversibleEmbedding`: called in reverse it reads the channels that it creates."""
 
     folded: ClassVar = {}
 
