@@ -117,7 +117,8 @@ def _define_output(values: flags.FlagValues) -> None:
         None,
         "Folder for model.keras, compact.keras, compact.tflite, saved_model, record.json and "
         "report.html. It appears whole at the end. Until then the run is kept in "
-        "<output_dir>.resume. A symbolic link is followed: the folder that it points to is written, the link stays.",
+        "<output_dir>.resume. A symbolic link is followed: the folder that it points to is "
+        "written, the link stays.",
         flag_values=values,
         required=True,
     )
