@@ -236,14 +236,17 @@ class CurvatureEstimator:
 def _data_probe(entries: Entries, examples: Any) -> Any:
     values, root = entries.values, entries.roots
     examples = tf.cast(examples, values.dtype)
-    if not len(values.shape):  # a mean over the batch
-        return examples * root * values
     likelihood = entries.likelihood
-    if isinstance(likelihood, str):
-        averaged: Any = averaged_outputs(entries.loss, entries.prediction.shape)
+    if len(entries.prediction.shape) == 1:  # one number for each example
+        averaged: Any = 1
+    elif isinstance(likelihood, str):
+        averaged = averaged_outputs(entries.loss, entries.prediction.shape)
     else:
         averaged = ops.shape(entries.prediction)[-1] if likelihood.is_mean else 1
-    return ops.sum(root * values) * tf.sqrt(examples * tf.cast(averaged, values.dtype))
+    averaged = tf.sqrt(tf.cast(averaged, values.dtype))
+    if not len(values.shape):  # a mean over the batch
+        return examples * averaged * root * values
+    return tf.sqrt(examples) * averaged * ops.sum(root * values)
 
 
 def _by_output(scaled: Any) -> list[Any]:

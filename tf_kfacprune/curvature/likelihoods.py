@@ -99,6 +99,8 @@ _LOSS_CLASSES: dict[type, str] = {
     keras.losses.MeanSquaredError: "mean_squared_error",
     keras.losses.Poisson: "poisson",
 }
+# What calls `fn`, in all of these classes and in the one that Keras wraps functions in.
+_CALL = keras.losses.MeanSquaredError.call
 
 
 def likelihood_of(loss: Any) -> Likelihood | str:
@@ -117,8 +119,10 @@ def likelihood_of(loss: Any) -> Likelihood | str:
     name = _LOSS_CLASSES.get(type(loss)) or getattr(function, "__name__", type(loss).__name__)
     if name not in _LIKELIHOODS:
         return f"loss {name!r} has no known likelihood to sample labels from"
-    if function is not loss and function is not keras.losses.get(name):
+    if type(loss) not in _LOSS_CLASSES and function is not keras.losses.get(name):
         return f"loss {name!r} is not the function of that name in Keras"
+    if isinstance(loss, keras.losses.Loss) and type(loss).call is not _CALL:
+        return f"loss {type(loss).__name__!r} has a `call` of its own"
     config = loss.get_config() if isinstance(loss, keras.losses.Loss) else {}
     if config.get("axis", -1) != -1:
         return f"loss {name!r} has its classes on axis {config['axis']}, not on the last one"
