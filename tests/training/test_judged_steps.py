@@ -54,9 +54,11 @@ def _assert_inverted_with(optimizer, damping):
     weight = float(to_numpy(curvature._average_weight))
     for state in curvature.states:
         a, g = (to_numpy(f.averages[0]).astype("float64") / weight for f in (state.a, state.g))
-        pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(g) / len(g)))
+        traces = [np.trace(m, axis1=-2, axis2=-1) / m.shape[-1] for m in (a, g)]
+        pi = np.sqrt(traces[0] / traces[1])[..., None, None]
         for factor, matrix, shift in ((state.a, a, pi), (state.g, g, 1.0 / pi)):
-            expected = np.linalg.inv(matrix + shift * np.sqrt(damping) * np.eye(len(matrix)))
+            damped = matrix + shift * np.sqrt(damping) * np.eye(matrix.shape[-1])
+            expected = np.linalg.inv(damped)
             scale = np.abs(expected).max()
             np.testing.assert_allclose(
                 to_numpy(factor.inverses[0]), expected, rtol=1e-3, atol=1e-4 * scale
@@ -143,3 +145,12 @@ def test_weight_decay_follows_the_step_sizes_that_were_taken():
     for plain, decayed in zip(*of_second, strict=True):
         np.testing.assert_allclose(decayed, (1.0 - 0.1 * rate) * plain, rtol=1e-4, atol=1e-6)
     assert rate > 0
+
+
+def test_a_step_is_judged_on_the_first_good_batch_after_a_bad_one():
+    model = _after_one_step()
+    before = _gone_astray(model, 4.0)
+    assert _train(model, np.full_like(X, np.nan))["rejected_steps"] == [0]
+    assert _train(model)["rejected_steps"] == [1]
+    for old, new in zip(before, _values(model.optimizer.block_variables), strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-4)
