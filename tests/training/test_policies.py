@@ -176,7 +176,7 @@ def test_gates_built_by_hand_must_be_of_the_kind_of_the_policy():
 
 @pytest.mark.parametrize(
     ("gate", "policy"),
-    [("deterministic", kp.ScheduledClosing("kfac")), ("hard_concrete", "hard_concrete")],
+    [("deterministic", kp.ScheduledClosing("kfac")), ("hard_concrete", kp.HardConcreteGates())],
 )
 def test_by_default_the_policy_fits_gates_built_by_hand(gate, policy):
     inputs = keras.Input((4,))
