@@ -1,4 +1,4 @@
-"""Scores of gates: what a neuron is worth per cost, above and below zero, and where b comes from."""
+"""Scores of gates: what a neuron is worth per cost, above and below zero; where b comes from."""
 
 import keras
 import numpy as np
