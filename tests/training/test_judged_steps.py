@@ -41,7 +41,9 @@ def _gone_astray(model, size):
     """Makes the last step a large one; returns what the variables were before it."""
     optimizer = model.optimizer
     before = _values(optimizer.block_variables)
-    for place, variable in zip(optimizer._curvature.in_blocks, optimizer.block_variables, strict=True):
+    for place, variable in zip(
+        optimizer._curvature.in_blocks, optimizer.block_variables, strict=True
+    ):
         step = size * np.sign(RNG.normal(size=variable.shape)).astype("float32")
         optimizer._momentums[place].assign(step)
         variable.assign(variable - step)
@@ -154,3 +156,71 @@ def test_a_step_is_judged_on_the_first_good_batch_after_a_bad_one():
     assert _train(model)["rejected_steps"] == [1]
     for old, new in zip(before, _values(model.optimizer.block_variables), strict=True):
         np.testing.assert_allclose(new, old, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["weights", "activities", "add_loss"])
+def test_the_quadratic_model_knows_what_layers_add_to_the_loss(kind):
+    """Of a linear network with squared loss it is the loss: it predicts the change exactly."""
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((6,))
+    regularizer = {} if kind == "add_loss" else {f"{_OF[kind]}_regularizer": "l2"}
+    if kind == "weights":
+        regularizer["kernel_regularizer"] = keras.regularizers.L2(0.5)
+    layer = L.Dense(3, **regularizer)
+    network = keras.Model(
+        inputs, (_Adding() if kind == "add_loss" else L.Identity())(layer(inputs))
+    )
+    model = kp.KFACModel(network, seed=0)
+    damping = kp.LevenbergMarquardt(1e-6, minimum=1e-8)
+    optimizer = kp.KFAC("auto", damping=damping, batch_fraction=1.0)
+    model.compile(optimizer, "mse")
+    y = RNG.normal(size=(BATCH, 3)).astype("float32")
+    before = model.evaluate(X, y, batch_size=BATCH, verbose=0)
+    model.train_on_batch(X, y)
+    change = model.evaluate(X, y, batch_size=BATCH, verbose=0) - before
+    predicted = float(optimizer.adaptive_damping._predicted_change)
+    assert predicted < -0.1
+    assert predicted == pytest.approx(change, rel=1e-3)
+
+
+_OF = {"weights": "kernel", "activities": "activity"}
+
+
+class _Adding(keras.layers.Layer):
+    """Adds the mean square of what it reads to the loss."""
+
+    def call(self, x):
+        self.add_loss(0.3 * keras.ops.mean(x**2))
+        return x
+
+
+def test_losses_of_activations_on_a_part_of_the_batch_are_refused():
+    inputs = keras.Input((6,))
+    network = keras.Model(inputs, L.Dense(3, activity_regularizer="l2")(inputs))
+    model = kp.KFACModel(network)
+    model.compile(kp.KFAC("auto"), LOSS)
+    with pytest.raises(InvalidArgumentError, match="batch_fraction=1"):
+        _train(model)
+
+
+def test_a_step_after_an_overflow_of_the_loss_scale_is_judged_once():
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((6,))
+    hidden = L.Dense(8, "tanh", dtype="mixed_float16")(inputs)
+    model = kp.KFACModel(keras.Model(inputs, L.Dense(3, dtype="float32")(hidden)), seed=0)
+    damping = kp.LevenbergMarquardt(0.5, decay=0.5, every=1)
+    kfac = kp.KFAC("auto", damping=damping, batch_fraction=1.0)
+    scaled = keras.optimizers.LossScaleOptimizer(
+        kfac, initial_scale=64.0, dynamic_growth_steps=1000
+    )
+    model.compile(scaled, LOSS)
+    _train(model)
+    scaled.dynamic_scale.assign(2.0**40)  # the next step overflows
+    _train(model)
+    assert int(kfac.iterations) == 1
+    judged = float(kfac.current_damping)
+    assert judged in (0.25, 0.5, 1.0, 1.5)
+    scaled.dynamic_scale.assign(64.0)
+    _train(model)
+    assert int(kfac.iterations) == 2
+    assert float(kfac.current_damping) == judged
