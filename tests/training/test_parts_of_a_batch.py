@@ -178,7 +178,7 @@ def test_metrics_of_several_outputs_are_not_counted_by_further_passes():
         model = wrap(net)
         optimizer = keras.optimizers.SGD(0.0)
         if model is not net:
-            optimizer = kp.KFAC(1e-12, factor_every=1, adam_ratio=0.0)
+            optimizer = kp.KFAC(1e-12, factor_every=1)
         model.compile(optimizer, [SPARSE, "mse"], metrics=[["accuracy"], ["mae"]])
         histories.append(model.fit(X, y, batch_size=8, shuffle=False, verbose=0).history)
     plain, ours = histories
