@@ -533,7 +533,7 @@ def test_moments_in_a_new_eigenbasis_all_count_the_same():
     factors = [tf.eye(7), tf.eye(3)]
     for step, value in ((8, 100.0), (9, 5.0), (10, 6.0)):
         optimizer.iterations.assign(step)
-        optimizer.update_factors([[*factors, tf.fill((7, 3), value)]])
+        optimizer.update_factors([*factors, tf.fill((7, 3), value)])
     # The eigenvalues of the identity, and the two moments since.
     np.testing.assert_allclose(to_numpy(moments), np.full((7, 3), 4.0), rtol=1e-5)
     with pytest.raises(InvalidArgumentError, match="inverse_every"):
