@@ -20,6 +20,8 @@ from tf_kfacprune.training.trainee import Trainee, call_network
 
 __all__ = ["TrainingStep"]
 
+_ALL = 0.999  # a mean over replicas of what is 1 on all of them, up to rounding
+
 
 class TrainingStep:
     """The step of a model, once compiled; what it needs of the model comes in by argument.
@@ -158,10 +160,13 @@ class TrainingStep:
             with kfac.last_step_undone():
                 old_loss = self.loss_of(batch, call_network(trainee.net, batch.x, training=True))
             after.restore()
-            # On a batch that was no good before the step either, the step is not to blame.
-            change = tf.where(tf.math.is_finite(old_loss), loss - old_loss, 0.0)
-            (change,) = weighted_mean([tf.cast(change, "float32")], batch.size)
-            damping.judge(change, step)
+            # On a batch that was no good before the step either, the step is not to blame: it is
+            # judged on the next one.
+            is_good = tf.math.is_finite(old_loss)
+            change = tf.where(is_good, loss - old_loss, 0.0)
+            of_replica = [tf.cast(value, "float32") for value in (change, is_good)]
+            change, share_good = weighted_mean(of_replica, batch.size)
+            tf.cond(share_good > _ALL, lambda: damping.judge(change, step), damping.keep)
 
         cond(damping.is_due(step, at_once=tf.logical_not(finite)), judge, damping.keep)
         return damping.is_rejected

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tf_kfacprune as kp
-from tf_kfacprune.training.array_batches import batched
+from tf_kfacprune.training.fit_arguments import batched
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(50, 6))
