@@ -112,7 +112,6 @@ def here(place, monkeypatch):
         ([*BENCHMARK, "--dense=lenet300"], 2, "--dense=lenet300 takes"),
         ([*BENCHMARK, "--dense=unbuilt.keras"], 1, "--dense=unbuilt.keras: the model is not built"),
         ([*BENCHMARK, "--dense=no_such_net"], 2, "--dense=no_such_net"),
-        ([*BENCHMARK, "--dense=out2.keras", "--json=fifo", "--overwrite"], 1, "is a FIFO"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
