@@ -1,9 +1,8 @@
 """Archives that unpack to far more than they hold are refused before anything in them is read.
 
-Keras stores the members of a ``.keras`` file as they are; who packs one again makes weights hardly
-smaller and a ``config.json`` some 20 times. Keras itself refuses members of more than 4 GiB only.
-The sizes come from the directory of the archive, and Python reads no more of a member than is
-declared there.
+Keras stores the members of a ``.keras`` file as they are, so that the file is as large as what is in
+it; others may have packed it again. Keras itself refuses members of more than 4 GiB only. The sizes
+come from the directory of the archive: Python reads no more of a member than is declared there.
 
 | symbol | meaning |
 | --- | --- |
@@ -12,8 +11,7 @@ declared there.
 | E | 32, what packing may save |
 
 Bytes that packing does not explain, sum_i max(0, n_i - E p_i), may be 64 MiB in all. A text file
-(``.json``) is read as a whole and may unpack to 64 MiB, packed or not: the largest ``config.json``
-of `keras.applications` has about 1 MB.
+(``.json``) is read as a whole and may have 64 MiB, packed or not.
 """
 
 from __future__ import annotations
