@@ -1,8 +1,9 @@
 """Archives that unpack to far more than they hold are refused before anything in them is read.
 
-Keras stores the members of a ``.keras`` file as they are, so that the file is as large as what is in
-it; others may have packed it again. Keras itself refuses members of more than 4 GiB only. The sizes
-come from the directory of the archive: Python reads no more of a member than is declared there.
+Keras stores the members of a ``.keras`` file as they are, so that the file is as large as what is
+in it; others may have packed it again. Keras itself refuses members of more than 4 GiB only. The
+sizes come from the directory of the archive: Python reads no more of a member than is declared
+there.
 
 | symbol | meaning |
 | --- | --- |
