@@ -83,14 +83,15 @@ def refuse_rolled_recurrence(
         if quantization in FULL_INTEGER:
             raise UnsupportedModelError(
                 f"{where} cannot be converted with quantization={quantization!r}: the converter "
-                "crashes on rolled recurrent layers. Build the layer with unroll=True, or use "
-                "'dynamic' with batch_size=1."
+                "crashes on rolled recurrent layers. Build the network anew with unroll=True in "
+                "this layer, give it the weights (new.set_weights(old.get_weights())) and export "
+                "that; or use 'dynamic' with batch_size=1."
             )
         if batch_size is None:
             raise InvalidArgumentError(
                 f"{where} needs a fixed batch size: there is no built-in operation for a "
-                "recurrent loop over a batch of any size. Pass batch_size=1, or build the layer "
-                "with unroll=True."
+                "recurrent loop over a batch of any size. Pass batch_size=1, or build the network "
+                "anew with unroll=True in this layer and the same weights."
             )
 
 
