@@ -56,7 +56,7 @@ def home_page(readme):
 
 
 def public_names():
-    """`(module, summary, names)` of the package and of the public modules in its `__all__`.
+    """`(module, summary, paths)` of the package and of the public modules in its `__all__`.
 
     Raises:
         PluginError: If a public name has no docstring.
@@ -66,21 +66,40 @@ def public_names():
 
     package = griffe.load(PACKAGE, search_paths=[str(ROOT)])
     modules = {PACKAGE: package}
-    modules |= {
-        f"{PACKAGE}.{name}": package[name] for name in exported(package) if package[name].is_module
-    }
+    doors = [name for name in exported(package) if is_door(name)]
+    modules |= {f"{PACKAGE}.{name}": package[name] for name in doors}
     found, missing = [], []
     for path, module in modules.items():
-        names = [name for name in exported(module) if not module[name].is_module]
+        members = {
+            name: described(module[name], name)
+            for name in exported(module)
+            if path != PACKAGE or name not in doors
+        }
         missing += [
             f"{path}.{name}"
-            for name in names
-            if not module[name].is_attribute and not module[name].has_docstring
+            for name, member in members.items()
+            if not member.is_attribute and not member.has_docstring
         ]
-        found.append((path, module.docstring.value.splitlines()[0], names))
+        summary = module.docstring.value.splitlines()[0]
+        places = [
+            f"{path}.{name}" if member is module[name] else member.canonical_path
+            for name, member in members.items()
+        ]
+        found.append((path, summary, places))
     if missing:
         raise PluginError(f"Public names without a docstring: {', '.join(missing)}")
     return found
+
+
+def is_door(name):
+    """Whether a public name of the package is one of its modules."""
+    path = ROOT / PACKAGE / name
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def described(member, name):
+    """What a public name stands for; a function may have the name of the file that it is in."""
+    return member[name] if member.is_module else member
 
 
 def exported(module):
@@ -91,10 +110,10 @@ def exported(module):
 def reference_page(modules):
     """Markdown of the reference: an entry for every public name."""
     parts = ["# Reference\n"]
-    for path, summary, names in modules:
+    for path, summary, places in modules:
         shown = path.replace(PACKAGE, "kp", 1)
         parts.append(f"## `{shown}`\n\n{summary}\n")
-        parts += [f"::: {path}.{name}\n" for name in names]
+        parts += [f"::: {place}\n" for place in places]
     return "\n".join(parts)
 
 

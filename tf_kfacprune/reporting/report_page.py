@@ -160,8 +160,10 @@ def _run(run: Run | None, comparison: Comparison) -> str:
     whole = ((0.0, 1.0),) if run.first == 0 and run.prune is not None else ()
     costs = [Line(_COST_NAMES[m], (*whole, *run.series[m]), _COST_COLORS[m]) for m in run.costs]
     for measure, outcome in comparison.budget.items():
-        if measure in run.costs and outcome.asked <= 1:
-            line = ((run.first, outcome.asked), (run.last, outcome.asked))
+        if measure in run.costs:
+            # The last value is what was achieved, also of a bound in bytes or microseconds.
+            asked = run.series[measure][-1][1] / outcome.ratio
+            line = ((run.first, asked), (run.last, asked))
             label = f"budget of {_COST_NAMES[measure]}"
             costs.append(Line(label, line, _COST_COLORS[measure], dashed=True))
     if comparison.budget:
