@@ -185,10 +185,6 @@ def test_what_two_branches_share_is_not_taken_away_by_one():
 
 
 @keras.saving.register_keras_serializable("tests")
-def squared(x):
-    return x**2
-
-
 def last_add(make):
     inputs = keras.Input((6, 6, 3))
     x = layers.Conv2D(4, 3, padding="same", name="stem")(inputs)
@@ -209,7 +205,6 @@ KEPT = {
     "pooled": lambda x, y: layers.Add()(
         [x, layers.AveragePooling2D(3, strides=1, padding="same")(outer(y))]
     ),
-    "unknown activation": lambda x, y: layers.Add()([x, outer(y, activation=squared)]),
     "used elsewhere": lambda x, y: layers.Concatenate()([layers.Add()([x, (b := outer(y))]), b]),
     "read with others": lambda x, y: layers.Add()([x, outer(layers.Concatenate()([y, x]))]),
     "no shortcut": lambda x, y: layers.Add()([layers.Conv2D(4, 1)(y), outer(y)]),

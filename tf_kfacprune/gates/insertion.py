@@ -122,7 +122,9 @@ class _Insertion:
 
         def gate(value: Any, tensor: Any) -> Any:
             on_value = edges.get(value, ()) if isinstance(value, Value) else ()
-            for edge in on_value:
+            # A layer may read the same channels of a tensor in several roles (query, key, value).
+            distinct = {(e.axis, e.neurons.tobytes(), e.statistic): e for e in on_value}
+            for edge in distinct.values():
                 tensor = self._gate(edge, tensor)
             return tensor
 
