@@ -16,6 +16,10 @@ FIGURES = {
     "digits_cnn": (53_002, 347_392),
     "mobilenetv2": (140_234, 7_401_984),
     "resnet20": (274_042, 40_813_184),  # with projections; 40.55M MACs without
+    "resnet8": (78_666, 12_501_632),
+    "ds_cnn": (24_908, 2_656_768),
+    "mobilenet_v1_025": (221_794, 7_489_664),
+    "fc_autoencoder": (269_992, 264_192),
 }
 
 
