@@ -1,18 +1,4 @@
-"""A .tflite file as a C array, for microcontrollers without a file system.
-
-The interpreter there works in a block of memory of fixed size, the tensor arena, which must hold
-all activations that live at the same time. Their least size follows from the order of operations:
-tensors are placed from the largest to the smallest at the lowest offset where no tensor alive at
-the same time is, which is how TensorFlow Lite Micro plans its arena. What it keeps there besides
-is estimated from above, by the sizes that its own allocator reports:
-
-| record | bytes |
-| --- | --- |
-| interpreter, inputs and outputs | 1024 |
-| each tensor | 24 |
-| each operation, with the data of its kernel | 192 |
-| each channel that is quantized with a scale of its own | 8 |
-"""
+"""A .tflite file as a C array, for microcontrollers without a file system."""
 
 from __future__ import annotations
 
@@ -20,67 +6,13 @@ import os
 import re
 from pathlib import Path
 
-from tf_kfacprune.errors import ExportError, InvalidArgumentError
+from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.export.arena import runnable_arena
 from tf_kfacprune.export.atomic import write_bytes
-from tf_kfacprune.export.running import litert_job
 
-__all__ = ["activation_bytes", "arena_bytes", "c_array"]
+__all__ = ["c_array"]
 
 _BYTES_PER_LINE = 12
-_FIXED, _PER_TENSOR, _PER_OPERATION, _PER_CHANNEL = 1024, 24, 192, 8
-
-
-def activation_bytes(file: str | os.PathLike[str]) -> int:
-    """Bytes that the activations of one inference need, the larger part of the tensor arena.
-
-    Args:
-        file: a ``.tflite`` file; a free batch size counts as 1.
-
-    Returns:
-        Bytes, each tensor rounded up to 16.
-
-    Raises:
-        ExportError: if the file is missing or LiteRT cannot load it.
-    """
-    return _planned(file)["bytes"]
-
-
-def arena_bytes(file: str | os.PathLike[str]) -> int:
-    """Bytes of a tensor arena in which TensorFlow Lite Micro can run a file.
-
-    Enough for its reference kernels. Kernels made for a processor, such as CMSIS-NN, may want
-    scratch buffers: add some kilobytes there and read `MicroInterpreter::arena_used_bytes`.
-
-    Args:
-        file: a ``.tflite`` file; a free batch size counts as 1.
-
-    Returns:
-        Bytes: `activation_bytes` and an upper estimate of what is kept beside them.
-
-    Raises:
-        ExportError: if the file is missing or LiteRT cannot load it.
-
-    Example:
-        >>> import tf_kfacprune as kp
-        >>> kp.export.arena_bytes("net.tflite")  # doctest: +SKIP
-        6720
-    """
-    found = _planned(file)
-    records = (
-        _FIXED
-        + _PER_TENSOR * found["tensors"]
-        + _PER_OPERATION * found["operations"]
-        + _PER_CHANNEL * found["channels"]
-    )
-    return found["bytes"] + -(-records // 16) * 16
-
-
-def _planned(file: str | os.PathLike[str]) -> dict[str, int]:
-    path = Path(file)
-    if not path.is_file():
-        raise ExportError(f"{path}: no such file.")
-    found = litert_job("arena", {"file": os.fspath(path)}, what=str(path))
-    return {name: int(count) for name, count in found.items()}
 
 
 def c_array(
@@ -104,7 +36,8 @@ def c_array(
 
     Raises:
         InvalidArgumentError: if ``name`` is not a C identifier.
-        ExportError: if the file is missing or damaged, or the path exists or cannot be written.
+        ExportError: if the file is missing or damaged or TensorFlow Lite Micro cannot run it, or
+            the path exists or cannot be written.
 
     Example:
         >>> import tf_kfacprune as kp
@@ -113,7 +46,8 @@ def c_array(
     """
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
         raise InvalidArgumentError(f"name must be a C identifier. Received: name={name!r}.")
-    needed = arena_bytes(file)
+    arena = runnable_arena(file)
+    source = "measured with" if arena.is_measured else "an estimate, without"
     content = Path(file).read_bytes()
     guard = f"{name.upper()}_H_"
     lines = [
@@ -126,8 +60,8 @@ def c_array(
             f"#ifndef {guard}",
             f"#define {guard}",
             "",
-            "/* Size of the tensor arena for the reference kernels of TensorFlow Lite Micro. */",
-            f"enum {{ {name}_arena_bytes = {needed} }};",
+            f"/* Size of the tensor arena, {source} TensorFlow Lite Micro (reference kernels). */",
+            f"enum {{ {name}_arena_bytes = {arena.bytes} }};",
             f"enum {{ {name}_len = {len(content)} }};",
             "",
             f"static const unsigned char {name}[] __attribute__((aligned(16))) = {{",

@@ -17,8 +17,9 @@ import struct
 from collections.abc import Sequence
 
 from tf_kfacprune.errors import ExportError
+from tf_kfacprune.export.flatbuffer import byte_vector, table_fields, table_list, target_of, u32
 
-__all__ = ["add_entry", "read_entries"]
+__all__ = ["add_entry", "read_entries", "root_fields"]
 
 _IDENTIFIER = b"TFL3"
 _ALIGNMENT = 16
@@ -49,16 +50,16 @@ def read_entries(content: bytes) -> dict[str, bytes]:
         ExportError: if the content is not that of a ``.tflite`` file.
     """
     try:
-        root = _root_fields(content)
-        buffers = _vector(content, root["buffers"])
+        root = root_fields(content)
+        buffers = table_list(content, root["buffers"])
         entries = {}
-        for table in _vector(content, root["metadata"]):
-            fields = _fields(content, table)
-            name = _bytes(content, _target(content, fields[0])).decode()
-            index = _u32(content, fields[1]) if len(fields) > 1 and fields[1] else 0
-            buffer = _fields(content, buffers[index])
-            data = _target(content, buffer[0]) if buffer else 0
-            entries[name] = _bytes(content, data)
+        for table in table_list(content, root["metadata"]):
+            fields = table_fields(content, table)
+            name = byte_vector(content, target_of(content, fields[0])).decode()
+            index = u32(content, fields[1]) if len(fields) > 1 and fields[1] else 0
+            buffer = table_fields(content, buffers[index])
+            data = target_of(content, buffer[0]) if buffer else 0
+            entries[name] = byte_vector(content, data)
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise ExportError(f"The content of the .tflite file is damaged: {error}.") from error
     return entries
@@ -81,12 +82,12 @@ def add_entry(content: bytes, name: str, value: bytes) -> bytes:
     """
     if name in read_entries(content):
         raise ExportError(f"The .tflite file has an entry {name!r} already.")
-    root = _root_fields(content)
-    entries = _vector(content, root["metadata"])
-    buffers = _vector(content, root["buffers"])
+    root = root_fields(content)
+    entries = table_list(content, root["metadata"])
+    buffers = table_list(content, root["buffers"])
 
     head = _Head()
-    version = _u32(content, root["version"]) if root["version"] else 0
+    version = u32(content, root["version"]) if root["version"] else 0
     present = {"version", "buffers", "metadata", *(name for name in _FIELDS if root[name])}
     slots = head.table([version] + [0] * (len(_FIELDS) - 1), [name in present for name in _FIELDS])
     head.words[0] = head.last_table
@@ -104,7 +105,7 @@ def add_entry(content: bytes, name: str, value: bytes) -> bytes:
     shift = 4 * len(head.words)
     for slot, field in zip(slots[1:], _FIELDS[1:], strict=True):
         if root[field]:
-            head.point(slot, _target(content, root[field]) + shift)
+            head.point(slot, target_of(content, root[field]) + shift)
     head.point(slots[_FIELDS.index("metadata")], entry_slots[0] * 4 - 4)
     head.point(slots[_FIELDS.index("buffers")], buffer_slots[0] * 4 - 4)
     for slot, table in zip(entry_slots, entries, strict=False):
@@ -161,11 +162,15 @@ class _Head:
         self.words[slot] = target - 4 * slot
 
 
-def _root_fields(content: bytes) -> dict[str, int]:
-    """Positions of the fields of the root table, by name; 0 for absent ones."""
+def root_fields(content: bytes) -> dict[str, int]:
+    """Positions of the fields of the root table, by name; 0 for absent ones.
+
+    Raises:
+        ExportError: if the content is not that of a ``.tflite`` file, or it is of a newer schema.
+    """
     if len(content) < 8 or content[4:8] != _IDENTIFIER:
         raise ExportError("The content is not that of a .tflite file: its identifier is missing.")
-    found = _fields(content, _u32(content, 0))
+    found = table_fields(content, u32(content, 0))
     if any(found[len(_FIELDS) :]):
         raise ExportError(
             "The .tflite file is of a newer schema than this package knows: nothing can be added "
@@ -173,33 +178,3 @@ def _root_fields(content: bytes) -> dict[str, int]:
         )
     found = found[: len(_FIELDS)]
     return dict(zip(_FIELDS, [*found, *[0] * (len(_FIELDS) - len(found))], strict=True))
-
-
-def _fields(content: bytes, table: int) -> list[int]:
-    """Positions of the fields of a table; 0 for absent ones."""
-    description = table - struct.unpack_from("<i", content, table)[0]
-    (size,) = struct.unpack_from("<H", content, description)
-    offsets = struct.unpack_from(f"<{size // 2 - 2}H", content, description + 4)
-    return [table + offset if offset else 0 for offset in offsets]
-
-
-def _vector(content: bytes, field: int) -> list[int]:
-    """Positions of the tables that a vector field lists."""
-    if not field:
-        return []
-    start = _target(content, field)
-    count = _u32(content, start)
-    return [_target(content, start + 4 + 4 * i) for i in range(count)]
-
-
-def _target(content: bytes, position: int) -> int:
-    """Where the offset at a position points; 0 stays 0, for an absent field."""
-    return position + _u32(content, position) if position else 0
-
-
-def _bytes(content: bytes, start: int) -> bytes:
-    return content[start + 4 : start + 4 + _u32(content, start)] if start else b""
-
-
-def _u32(content: bytes, position: int) -> int:
-    return int(struct.unpack_from("<I", content, position)[0])
