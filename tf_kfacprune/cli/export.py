@@ -66,7 +66,10 @@ def _define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer(
-        "batch_size", None, "The only batch size; any by default.", flag_values=values
+        "batch_size",
+        None,
+        "The only batch size; by default any, and 1 in a c_array.",
+        flag_values=values,
     )
     add_data_flags(values, default=None)
     _define_surroundings(values)
@@ -118,7 +121,7 @@ def _execute(values: flags.FlagValues) -> None:
             x_train = fitted_inputs(network, dataset.x_train)[:_REPRESENTATIVE_EXAMPLES]
             representative = _raw(values, x_train)
     options: dict[str, Any] = {
-        "batch_size": values.batch_size,
+        "batch_size": values.batch_size or (1 if values.format == "c_array" else None),
         "verify": values.verify,
         "verify_data": examples,
         "max_accuracy_drop": values.max_accuracy_drop,

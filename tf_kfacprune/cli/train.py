@@ -62,6 +62,17 @@ def _define(values: flags.FlagValues) -> None:
             "budget nothing is pruned.",
             flag_values=values,
         )
+    for name, meaning in [
+        ("flash", "the int8 .tflite file, which lies in flash memory"),
+        ("ram", "the tensor arena that it needs in TensorFlow Lite Micro"),
+    ]:
+        flags.DEFINE_string(
+            name,
+            None,
+            f"Most bytes of {meaning}: 64kB, 64KiB, a number of bytes, or a fraction of the dense "
+            "network's in (0, 1].",
+            flag_values=values,
+        )
     flags.DEFINE_enum(
         "policy", "kfac", POLICIES, "How gates find out whether to close.", flag_values=values
     )
@@ -125,11 +136,8 @@ def _execute(values: flags.FlagValues) -> None:
 
 def _train_into(folder: Path, values: flags.FlagValues) -> Any:
     keras.utils.set_random_seed(values.seed)
-    targets = {m: values[f"budget_{m}"].value for m in ("macs", "params", "bytes", "latency")}
-    if targets["bytes"] is not None and targets["bytes"].is_integer():
-        targets["bytes"] = int(targets["bytes"])
-    asked = {measure: target for measure, target in targets.items() if target is not None}
-    budget = Budget(**asked) if asked else None
+    budget = _budget(values)
+    asked = budget.targets if budget else {}
     dataset = load_data(values)
     if values.validation:
         dataset = validation_split(dataset, values.validation)
@@ -173,6 +181,31 @@ def _train_into(folder: Path, values: flags.FlagValues) -> Any:
     metadata = Metadata.of_record(content, labels=dataset.labels, scale=dataset.scale)
     tflite(small, folder / "compact.tflite", verify_data=x_test[:256], metadata=metadata)
     return comparison
+
+
+def _budget(values: flags.FlagValues) -> Budget | None:
+    """The budget that the flags state; None if they state none."""
+    targets = {m: values[f"budget_{m}"].value for m in ("macs", "params", "bytes", "latency")}
+    if targets["bytes"] is not None and targets["bytes"].is_integer():
+        targets["bytes"] = int(targets["bytes"])
+    board = {}
+    for name in ("flash", "ram"):
+        size = values[name].value
+        if size is not None and _is_fraction(size):
+            targets[name] = float(size)
+        elif size is not None:
+            board[name] = size
+    if board:
+        targets |= Budget.for_board(**board).targets
+    asked = {measure: target for measure, target in targets.items() if target is not None}
+    return Budget(**asked) if asked else None
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return float(text) <= 1.0
+    except ValueError:
+        return False
 
 
 def _fit(model: PrunableModel, loss: Any, x: Any, y: Any, values: flags.FlagValues) -> None:

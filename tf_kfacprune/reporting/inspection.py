@@ -80,6 +80,10 @@ class Inspection(Rendered):
         least_macs: the least fraction of MACs that pruning can reach, one neuron left per group
             and none of those that are removable.
         least_params: the same for parameters.
+        flash: bytes of the int8 file, as predicted.
+        ram: bytes of the tensor arena in which TensorFlow Lite Micro runs it, as predicted.
+        ram_peak: layer whose operation needs most of it; ``"planning"`` or ``"preparing <layer>"``
+            if preparing the file needs more than running it.
     """
 
     name: str
@@ -89,6 +93,9 @@ class Inspection(Rendered):
     frozen: tuple[FrozenChannels, ...]
     least_macs: float
     least_params: float
+    flash: int
+    ram: int
+    ram_peak: str
 
     @property
     def num_neurons(self) -> int:
@@ -102,7 +109,9 @@ class Inspection(Rendered):
             f"Model {self.name!r}: {self.params:,} parameters, {self.macs:,} MACs. "
             f"{self.num_neurons:,} neurons can be pruned; at the least "
             f"{_percent(self.least_params)} of the parameters and {_percent(self.least_macs)} of "
-            "the MACs stay."
+            "the MACs stay.",
+            f"On a microcontroller, in int8: {self.flash:,} bytes of flash and {self.ram:,} bytes "
+            f"of RAM, most of them at {self.ram_peak}.",
         ]
         if self.groups:
             parts.append(self._group_table())
@@ -193,6 +202,7 @@ def inspect(
     """
     net = getattr(model, "net", model)
     channels, cost = _analysis(net, prune_inputs, include, exclude)
+    everything = np.ones(channels.num_neurons)
     return Inspection(
         name=net.name,
         macs=cost.macs_dense,
@@ -204,6 +214,9 @@ def inspect(
         ),
         least_macs=cost.least("macs"),
         least_params=cost.least("params"),
+        flash=cost.count("flash", everything),
+        ram=cost.count("ram", everything),
+        ram_peak=cost.ram_peak(everything),
     )
 
 
