@@ -43,7 +43,7 @@ class Budget:
             `PrunableModel` needs that table.
         flash: Size of the int8 `.tflite` file that `kp.export.tflite` writes with
             ``quantization="int8", batch_size=1``: a fraction in (0, 1], or a whole number of bytes
-            above 1. Predicted from the layers, to about one per cent.
+            above 1. Predicted from the layers: within one per cent for the dense built-in networks.
         ram: Tensor arena in which TensorFlow Lite Micro runs that file, `kp.export.arena_bytes`:
             a fraction in (0, 1], or a whole number of bytes above 1. It is what the operation with
             the most activations needs, and the runtime's records; predicted likewise.
