@@ -1,6 +1,8 @@
 # Two commands, nothing to set up first:
 #   make demo   train, prune and export on the digits data; prints the before/after table
 #   make test   format, lint, types, tests
+#   make docs   the documentation site, in site/, with every snippet of its pages run
+#   make wheel  wheel and sdist, in dist/, each tried in an environment of its own
 # And `make coverage` for the tests with the share of lines that they reach.
 # All create .venv with a suitable Python and install into it; PYTHON=... picks the interpreter.
 
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTHON ?=
 
-.PHONY: demo test coverage clean
+.PHONY: demo test coverage docs wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -25,6 +27,15 @@ test: $(VENV)/.installed-test
 coverage: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
 
+# Snippets that train for real are marked slow, and run here.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m pytest tests/docs -m "slow or not slow"
+	$(BIN)/python -m mkdocs build --strict
+
+wheel: $(BIN)/python
+	$(BIN)/python tests/packaging/smoke.py
+
 # The stamps keep the installation from being repeated until the requirements change.
 $(VENV)/.installed-demo: $(BIN)/python setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[examples]'
@@ -32,6 +43,10 @@ $(VENV)/.installed-demo: $(BIN)/python setup.cfg pyproject.toml
 
 $(VENV)/.installed-test: $(BIN)/python setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(BIN)/python setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs,test]'
 	@touch $@
 
 $(BIN)/python:
@@ -48,4 +63,4 @@ $(BIN)/python:
 	exit 1
 
 clean:
-	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage *.egg-info
+	rm -rf $(VENV) runs build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage *.egg-info

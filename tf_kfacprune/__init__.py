@@ -13,12 +13,32 @@ References:
     using Kronecker Factored Curvature Approximation", arXiv 2111.08577.
 """
 
-from tf_kfacprune import data, diagnostics, errors, export, layers, reporting, tfmot, zoo
+from tf_kfacprune import (
+    callbacks,
+    data,
+    diagnostics,
+    errors,
+    export,
+    layers,
+    reporting,
+    tfmot,
+    zoo,
+)
 from tf_kfacprune.compaction import compact, compaction_report, compensate
 from tf_kfacprune.curvature import SpectralRadius
-from tf_kfacprune.graph import ChannelRule, register_channel_rule
+from tf_kfacprune.graph import ChannelRule, keep_opaque, register_channel_rule
 from tf_kfacprune.optimizers import KFAC, LevenbergMarquardt
-from tf_kfacprune.pruning import Budget, Phases, ScheduledClosing
+from tf_kfacprune.pruning import (
+    Budget,
+    HardConcreteGates,
+    KFACSaliency,
+    MagnitudeSaliency,
+    Phases,
+    ProximalGates,
+    RandomSaliency,
+    ScheduledClosing,
+    TaylorSaliency,
+)
 from tf_kfacprune.reporting import inspect, report
 from tf_kfacprune.training import KFACModel, PrunableModel
 
@@ -26,12 +46,19 @@ __all__ = [
     "KFAC",
     "Budget",
     "ChannelRule",
+    "HardConcreteGates",
     "KFACModel",
+    "KFACSaliency",
     "LevenbergMarquardt",
+    "MagnitudeSaliency",
     "Phases",
+    "ProximalGates",
     "PrunableModel",
+    "RandomSaliency",
     "ScheduledClosing",
     "SpectralRadius",
+    "TaylorSaliency",
+    "callbacks",
     "compact",
     "compaction_report",
     "compensate",
@@ -40,6 +67,7 @@ __all__ = [
     "errors",
     "export",
     "inspect",
+    "keep_opaque",
     "layers",
     "register_channel_rule",
     "report",

@@ -1,6 +1,7 @@
 """Layers for people who build gated models by hand."""
 
 from tf_kfacprune.gates import (
+    Gated,
     GatedConv1D,
     GatedConv1DTranspose,
     GatedConv2D,
@@ -14,6 +15,7 @@ from tf_kfacprune.gates import (
 )
 
 __all__ = [
+    "Gated",
     "GatedConv1D",
     "GatedConv1DTranspose",
     "GatedConv2D",

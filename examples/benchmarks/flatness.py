@@ -298,6 +298,9 @@ def run_plot():
             label = f"{network}, {'pruned, ' if part == 'prune' else ''}{penalty}"
             left.scatter([run["top"] for run in runs], errors, marker=marker, label=label)
     left.set(xlabel="top eigenvalue of the Hessian", ylabel="test error %", xscale="log")
+    ticks = [1, 1.5, 2, 3, 4, 6, 8, 10]
+    left.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    left.minorticks_off()
     for run in runs_of("track"):
         steps, exact, estimate, _ = zip(*run["track"], strict=True)
         label = f"{run['network']}, {'penalty' if run['strength'] else 'no penalty'}"

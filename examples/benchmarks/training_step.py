@@ -33,7 +33,7 @@ def pruning_model(optimizer, curvature=None):
     """A pruned LeNet-5 in the middle of its pruning phase."""
     model = kp.PrunableModel(kp.zoo.lenet5(seed=0), budget=kp.Budget(macs=0.1), curvature=curvature)
     model.compile(optimizer, loss=LOSS, metrics=["accuracy"])
-    model.controller.plan(MANY_STEPS, learning_rate=None)
+    model.plan_phases(MANY_STEPS)
     model.controller.step.assign(int(0.3 * MANY_STEPS))
     return model
 

@@ -62,7 +62,9 @@ def test_train_writes_everything_it_promises(trained):
         "compact.tflite",
         "saved_model",
         "record.json",
+        "report.html",
     }
+    assert "<h2>The run</h2>" in (trained / "report.html").read_text()
     record = json.loads((trained / "record.json").read_text())
     assert record["budget"]["asked"] == {"macs": 0.3}
     assert record["budget"]["achieved"]["macs"] <= 0.3 + 1e-9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import keras
 import numpy as np
@@ -66,9 +67,13 @@ def test_head_and_c_header(files, tmp_path):
     assert run("export", *options, "--head=argmax", f"--output={tmp_path / 'a.tflite'}") == 0
     assert run_tflite(tmp_path / "a.tflite", np.zeros((1, 8, 8, 1))).dtype == np.int32
     header = tmp_path / "net.h"
-    arguments = ["--format=c_array", "--quantization=int8", f"--output={header}"]
+    arguments = ["--format=c_array", "--quantization=int8", "--name=bars", f"--output={header}"]
     assert run("export", *options, *arguments) == 0
-    assert "model_arena_bytes" in header.read_text()
+    text = header.read_text()
+    for part in ("#ifndef BARS_H_", "bars_arena_bytes", "bars_input_0_shape[4] = {1, 8, 8, 1}"):
+        assert part in text
+    # For batches of any size the file would have to find out how many examples there are.
+    assert not re.search(r"Operators: .*\bSHAPE\b", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tflite", "net.h"]
 
 
@@ -103,6 +108,8 @@ def test_benchmark_prints_and_writes_its_figures(files, tmp_path, capsys):
         (["export", "--quantization=int3"], "quantization must be one of"),
         (["export", "--format=saved_model", "--quantization=int8"], "for --format=tflite"),
         (["export", "--format=saved_model", "--labels=a,b"], "for --format=tflite"),
+        (["export", "--format=saved_model", "--name=net"], "--name is for --format=c_array"),
+        (["export", "--format=c_array", "--name=int"], "name must be a C identifier"),
         (["export", "--record=missing.json"], "--record=missing.json"),
         (["export", "--scale=0"], "scale must be a finite number"),
         (["export", "--max_accuracy_drop=3"], "max_accuracy_drop must be"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_kfacprune.curvature import LocationSample, block_for, blocks_of, capture
+from tf_kfacprune.curvature import LocationSample, Record, blocks_of, capture
 from tf_kfacprune.linalg import conv_patches
 
 L = keras.layers
@@ -277,11 +277,9 @@ def test_channels_first_gives_the_factors_of_channels_last():
     rng = np.random.default_rng(0)
     x, g = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(2, 5, 6, 4))
     last, first = (
-        block_for(_built(L.Conv2D(4, 3, padding="same", data_format=order), shape))
+        blocks_of(_built(L.Conv2D(4, 3, padding="same", data_format=order), shape)).blocks[0]
         for order, shape in [("channels_last", (5, 6, 3)), ("channels_first", (3, 5, 6))]
     )
-    from tf_kfacprune.curvature import Record
-
     there = Record(last.layer, tf.constant(x), tf.constant(g))
     swap = (0, 3, 1, 2)
     here = Record(first.layer, tf.constant(x.transpose(swap)), tf.constant(g.transpose(swap)))
@@ -311,16 +309,19 @@ def _built(layer, shape):
     ids=["frozen", "group", "axis", "recurrent", "bias per position", "summed"],
 )
 def test_layers_without_a_block_give_the_reason(layer, shape, reason):
-    result = block_for(_built(layer, shape))
-    assert isinstance(result, str)
-    assert reason in result
+    found = blocks_of(_built(layer, shape))
+    assert not found.blocks
+    assert set(found.reasons) == {v.path for v in layer.weights}
+    assert all(reason in given for given in found.reasons.values())
 
 
 def test_a_subclass_of_a_supported_layer_is_not_guessed():
     class MyDense(keras.layers.Dense):
         pass
 
-    assert "MyDense" in block_for(_built(MyDense(3), (4,)))
+    found = blocks_of(_built(MyDense(3), (4,)))
+    assert not found.blocks
+    assert all("MyDense" in given for given in found.reasons.values())
 
 
 def test_patches_of_a_transposed_convolution_hold_no_zeros_between_for_stride_one():

@@ -7,11 +7,12 @@ import tensorflow as tf
 from keras import layers
 
 from tf_kfacprune.curvature import (
-    exact_likelihoods,
+    Batch,
+    CurvatureEstimator,
+    SingleObjective,
     find_blocks,
     find_gate_layers,
     gate_curvature,
-    per_example_gradients,
 )
 from tf_kfacprune.gates import GatedNetwork, GatePhase, insert_gates
 from tf_kfacprune.layers import GatedDense
@@ -41,18 +42,23 @@ def _inputs(*shape):
     return tf.constant(rng.normal(size=(BATCH, *shape)).astype("float32"))
 
 
-def _mean_of(outputs):
+def _linear(y_true, outputs):
     """A loss whose gradient does not depend on the outputs, nor on the gates in between."""
+    del y_true
     weights = tf.reshape(tf.linspace(-1.0, 2.0, outputs.shape[-1]), [1, -1])
-    return tf.reduce_mean(tf.reduce_sum(outputs * weights, axis=-1))
+    return tf.reduce_sum(outputs * weights, axis=-1)
 
 
-def _squares(outputs):
-    return tf.reduce_mean(tf.square(outputs - 0.3))
+def _squares(y_true, outputs):
+    del y_true
+    return tf.reduce_sum(tf.square(outputs - 0.3), axis=-1)
 
 
-def _curvature(gated, x, loss):
-    return to_numpy(gate_curvature(gated, find_gate_layers(gated), x, lambda y: [loss(y)]))
+def _curvature(gated, x, loss, labels="data", weights=None, y=None):
+    estimator = CurvatureEstimator(gated.net, SingleObjective(loss))
+    batch = Batch(x, np.zeros((len(x), 1), "float32") if y is None else y, weights)
+    layers = find_gate_layers(gated)
+    return to_numpy(gate_curvature(gated, layers, estimator, batch, labels, training=False))
 
 
 @pytest.mark.parametrize("readers", [1, 2])
@@ -64,8 +70,11 @@ def test_it_is_the_quadratic_form_of_kfac_for_the_removal_from_all_readers(reade
     net = keras.Model(inputs, layers.Concatenate()(outputs) if readers > 1 else outputs[0])
     gated, x = _gated(net), _inputs(5)
     blocks = [b for b in find_blocks(gated.net).blocks if b.layer.name.startswith("reader")]
-    records, g = per_example_gradients(gated.net, x, blocks, _squares, training=False)
-    a = to_numpy(blocks[0].factor_a(records[0], g[0])).astype("float64")
+    estimator = CurvatureEstimator(gated.net, SingleObjective(_squares))
+    batch = Batch(x, np.zeros((BATCH, 1), "float32"))
+    look = estimator.look(batch, blocks, "data", training=False)
+    (g,) = look.probes
+    a = to_numpy(blocks[0].factor_a(look.records[0], g[0])).astype("float64")
     # Readers behind one gate are one contraction, its weights and gradients side by side.
     g = np.concatenate([to_numpy(part) for part in g], axis=1).astype("float64")
     w = np.concatenate([to_numpy(block.layer.kernel) for block in blocks], axis=1)
@@ -85,11 +94,11 @@ def test_locations_add_up_in_activations_and_average_in_gradients(shape):
     with tf.GradientTape() as tape:
         a = net.get_layer("hidden")(x)
         tape.watch(a)
-        loss = _mean_of(tf.reshape(net.get_layer("reader")(a), [BATCH, -1])) * BATCH
+        loss = tf.reduce_sum(_linear(None, tf.reshape(net.get_layer("reader")(a), [BATCH, -1])))
     h = to_numpy(tape.gradient(loss, a)).astype("float64").reshape(BATCH, -1, 4)
     a = to_numpy(a).astype("float64").reshape(BATCH, -1, 4)
     expected = (a**2).sum(1).mean(0) * (h**2).mean((0, 1))
-    np.testing.assert_allclose(_curvature(_gated(net), x, _mean_of), expected, rtol=2e-5)
+    np.testing.assert_allclose(_curvature(_gated(net), x, _linear), expected, rtol=2e-5)
 
 
 def test_closed_gates_have_the_curvature_of_reopening():
@@ -98,8 +107,8 @@ def test_closed_gates_have_the_curvature_of_reopening():
     hidden = layers.Dense(6, activation="tanh", name="hidden")(inputs)
     gated = _gated(keras.Model(inputs, layers.Dense(3, name="head")(hidden)))
     x = _inputs(5)
-    opened = _curvature(gated, x, _mean_of)
-    closed = _curvature(_switched(gated, [0, 1, 0, 1, 1, 0]), x, _mean_of)
+    opened = _curvature(gated, x, _linear)
+    closed = _curvature(_switched(gated, [0, 1, 0, 1, 1, 0]), x, _linear)
     assert opened.min() > 0
     np.testing.assert_allclose(closed, opened, rtol=1e-5)
 
@@ -111,9 +120,7 @@ def test_with_slope_it_is_the_loss_without_the_neuron_where_the_loss_is_quadrati
     gated = _gated(keras.Model(inputs, layers.Dense(3, name="head")(hidden)))
     x, y = _inputs(5), _inputs(3)
     z = np.array([1, 0, 1, 1, 0, 1], "float32")
-    exact = exact_likelihoods("mean_squared_error")
-    _switched(gated, z)
-    curvature = to_numpy(gate_curvature(gated, find_gate_layers(gated), x, exact))
+    curvature = _curvature(_switched(gated, z), x, "mse", "exact", y=y)
 
     def loss(gates):
         _switched(gated, gates)
@@ -136,7 +143,7 @@ def test_neurons_that_are_gated_inside_a_layer_are_seen_by_their_gates():
     gated = _gated(keras.Model(inputs, layers.Dense(2, name="head")(pooled)))
     x = _inputs(4, 6)[:1]  # one example has no others to be told from
     with tf.GradientTape() as tape:
-        loss = _squares(gated.net(x, training=False))
+        loss = tf.reduce_sum(_squares(None, gated.net(x, training=False)))
     slope = to_numpy(tape.gradient(loss, gated.sources[0].logits.value))
     inside = np.array([":" in g.name or "attention" in g.name for g in gated.channels.groups])
     found = _curvature(gated, x, _squares)

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+from tf_kfacprune.curvature import Batch, SingleObjective
 from tf_kfacprune.curvature.diagnostics import CurvatureOperator, hessian_spectrum
-from tf_kfacprune.curvature.objective import Objective
 from tf_kfacprune.errors import DataError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import GatePhase, NeuronGate
 
@@ -60,7 +60,7 @@ def dense_gradient(model, x, y, loss, flat) -> np.ndarray:
     original = [v.numpy() for v in model.trainable_variables]
     assign(model, flat)
     with tf.GradientTape() as tape:
-        value = Objective(loss).sum(y, model(x, training=False)) / N
+        value = SingleObjective(loss).sum(Batch(x, y), model(x, training=False)) / N
     gradients = tape.gradient(value, [v.value for v in model.trainable_variables])
     for variable, value in zip(model.trainable_variables, original, strict=True):
         variable.assign(value)

@@ -51,3 +51,9 @@ def test_rank_correlation_is_that_of_spearman(flatness):
 def test_compact_networks_are_as_small_as_the_page_says(flatness):
     sizes = {n: s["compact"](0).count_params() for n, s in flatness.NETWORKS.items()}
     assert sizes == {"mlp": 8910, "lenet": 3350}
+
+
+def test_labels_of_the_plot_stand_apart(flatness, figures, overlapping):
+    flatness.run_plot()
+    (figure,) = figures
+    assert overlapping(figure) == []

@@ -77,3 +77,9 @@ def test_a_high_price_closes_gates(frontier, task):
     case = dataclasses.replace(task.case, adam_rate=1e-3)
     small = frontier.METHODS["hard_concrete"](dataclasses.replace(task, case=case, strength=100.0))
     assert small.count_params() < task.model.count_params()
+
+
+def test_labels_of_the_plot_stand_apart(frontier, figures, overlapping):
+    frontier.plot()
+    (figure,) = figures
+    assert overlapping(figure) == []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from tf_kfacprune.errors import ExportError
 from tf_kfacprune.export import atomic
-from tf_kfacprune.export.atomic import atomic_directory, atomic_file, write_bytes
+from tf_kfacprune.export.atomic import atomic_directory, atomic_file, check_directory, write_bytes
 
 
 def fail_after(write, content, error):
@@ -232,3 +234,69 @@ def test_folder_that_a_killed_process_had_moved_is_put_back(tmp_path):
         pytest.fail("the block ran")
     assert (tmp_path / "saved" / "m").read_text() == "old"
     assert os.listdir(tmp_path) == ["saved"]
+
+
+def special_files(folder):
+    """A FIFO, a socket and a character device, by name."""
+    os.mkfifo(folder / "fifo")
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(folder / "socket"))
+    listening.close()
+    return {"fifo": folder / "fifo", "socket": folder / "socket", "device": Path(os.devnull)}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("fifo", "a FIFO"), ("socket", "a socket"), ("device", "a character device")],
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_special_file_is_never_replaced(tmp_path, monkeypatch, kind, said, linked):
+    monkeypatch.chdir(tmp_path)  # names of sockets must be short
+    target = special_files(Path())[kind]
+    before = os.lstat(target)
+    if linked:
+        Path("link").symlink_to(target)
+    for write in (
+        lambda path: write_bytes(path, b"new", overwrite=True),
+        lambda path: atomic_directory(path, marker="m", overwrite=True).__enter__(),
+    ):
+        with pytest.raises(ExportError, match=f"is {said}.*not even with overwrite"):
+            write(Path("link") if linked else target)
+    assert os.path.samestat(os.lstat(target), before)
+
+
+def test_link_is_followed_and_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    old = write_bytes(tmp_path / "real" / "blob", b"old")
+    (tmp_path / "link.bin").symlink_to(old)
+    with pytest.raises(ExportError, match="blob already exists"):
+        write_bytes(tmp_path / "link.bin", b"new")
+    with atomic_file(tmp_path / "link.bin", overwrite=True) as partial:
+        assert partial.suffix == ".bin"  # formats are told by it
+        partial.write_bytes(b"new")
+    assert (tmp_path / "link.bin").is_symlink()
+    assert old.read_bytes() == b"new"
+    assert os.listdir(tmp_path / "real") == ["blob"]
+
+
+def test_link_to_a_folder_is_followed_and_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "m").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    check_directory(tmp_path / "link", marker="m", overwrite=True)
+    with atomic_directory(tmp_path / "link", marker="m", overwrite=True) as partial:
+        (partial / "m").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "m").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_links_to_nothing_are_written_through_and_circles_are_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "later" / "file")
+    write_bytes(tmp_path / "link", b"new")
+    assert (tmp_path / "later" / "file").read_bytes() == b"new"
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ExportError, match="leads in a circle"):
+        write_bytes(tmp_path / "a", b"new", overwrite=True)

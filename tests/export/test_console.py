@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import subprocess
+import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -67,3 +71,44 @@ def test_no_log_is_kept_before_there_is_one(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"^It exists\.$"), log_kept_on_error("net.tflite"):
         raise ExportError("It exists.")
     assert not list(tmp_path.iterdir())
+
+
+def test_streams_kept_from_inside_lead_to_the_terminal_afterwards(capfd):
+    """Loggers bind the stream that they find; so do functions that keep ``sys.stderr.write``."""
+    with captured_console() as log:
+        handler = logging.StreamHandler()
+        write, stream = sys.stdout.write, sys.stderr
+        handler.emit(logging.makeLogRecord({"msg": "inside"}))
+        write("inside, too\n")
+    assert log.text.split("\n")[:2] == ["inside", "inside, too"]
+    handler.emit(logging.makeLogRecord({"msg": "after"}))
+    write("after, too\n")
+    stream.writelines(["the last\n"])
+    stream.flush()
+    assert not stream.closed
+    assert capfd.readouterr() == ("after, too\n", "after\nthe last\n")
+
+
+def test_streams_of_nested_blocks_lead_outwards(capfd):
+    with captured_console() as outer:
+        with captured_console() as inner:
+            print("first")
+            stream = sys.stdout
+        stream.write("second\n")
+    stream.write("third\n")
+    assert (inner.text, outer.text) == ("first\n", "second\n")
+    assert capfd.readouterr() == ("third\n", "")
+
+
+def test_tensorflows_logger_works_after_an_export(tmp_path):
+    """In a process of its own: absl sets up the root logger once, when a SavedModel is written."""
+    program = """
+        import sys, keras, tensorflow as tf, tf_kfacprune as kp
+        net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        kp.export.tflite(net, sys.argv[1], verify=False)
+        tf.get_logger().warning("a later warning")
+        """
+    command = [sys.executable, "-c", textwrap.dedent(program), tmp_path / "net.tflite"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "a later warning" in done.stderr
+    assert "Logging error" not in done.stderr

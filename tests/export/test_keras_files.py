@@ -71,3 +71,66 @@ def test_missing_file_and_foreign_file_are_named(tmp_path):
     (tmp_path / "net.h5").write_bytes(b"")
     with pytest.raises(InvalidArgumentError, match=r"ends in \.keras"):
         load_keras(tmp_path / "net.h5")
+
+
+def repacked(source, target, changes=(), compression=zipfile.ZIP_DEFLATED):
+    """A copy of an archive, packed, with some members replaced or added."""
+    with (
+        zipfile.ZipFile(source) as old,
+        zipfile.ZipFile(target, "w", compression, compresslevel=1) as new,
+    ):
+        contents = {name: old.read(name) for name in old.namelist()} | dict(changes)
+        for name, content in contents.items():
+            new.writestr(name, content)
+    return target
+
+
+def config_with(saved, padding):
+    with zipfile.ZipFile(saved) as archive:
+        return archive.read("config.json") + b" " * padding
+
+
+def test_packed_archive_with_a_model_is_read(model, saved, tmp_path):
+    """Spaces are valid JSON: 60 MB of them are strange, but not too many."""
+    content = config_with(saved, 60 * 2**20)
+    path = repacked(saved, tmp_path / "packed.keras", {"config.json": content})
+    assert path.stat().st_size < 10**6
+    x = np.ones((2, 3), "float32")
+    np.testing.assert_array_equal(load_keras(path)(x), model(x))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_padding_in_the_config_is_refused_before_it_is_read(
+    saved, tmp_path, monkeypatch, compression
+):
+    content = config_with(saved, 65 * 2**20)
+    path = repacked(saved, tmp_path / "bomb.keras", {"config.json": content}, compression)
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)  # a member that is read is an error
+    said = rf"bomb\.keras: member 'config\.json' unpacks to {len(content):,} bytes"
+    with pytest.raises(InvalidArgumentError, match=said):
+        load_keras(path)
+
+
+def test_many_small_bombs_are_one(saved, tmp_path):
+    """Each may be; all together unpack to 90 MB more than packing explains."""
+    changes = {f"assets/{i}.txt": b" " * (31 * 2**20) for i in range(3)}
+    path = repacked(saved, tmp_path / "bomb.keras", changes)
+    with pytest.raises(InvalidArgumentError, match=r"\d members unpack to 9\d,\d+,\d+ bytes"):
+        load_keras(path)
+
+
+def test_weights_of_zeros_may_be_packed_small(saved, tmp_path):
+    """40 MB of zeros, as a pruned network has them, take up a thousandth."""
+    from tf_kfacprune.export.archives import refuse_bomb
+
+    changes = {"model.weights.h5": bytes(40 * 2**20)}
+    refuse_bomb(repacked(saved, tmp_path / "zeros.keras", changes))
+
+
+def test_damaged_directory_is_named(saved):
+    content = bytearray(saved.read_bytes())
+    start = content.rindex(b"PK\x01\x02")
+    content[start : start + 4] = b"KPKP"
+    saved.write_bytes(content)
+    with pytest.raises(InvalidArgumentError, match=r"net\.keras: the directory of this archive"):
+        load_keras(saved)

@@ -10,7 +10,7 @@ import pytest
 
 import tf_kfacprune as kp
 from tf_kfacprune.errors import ExportError, InvalidArgumentError
-from tf_kfacprune.export import Metadata, read_metadata, run_tflite, tflite
+from tf_kfacprune.export import Metadata, Port, read_metadata, run_tflite, tflite
 from tf_kfacprune.export.metadata import ENTRY
 from tf_kfacprune.export.model_file import add_entry, read_entries
 
@@ -44,6 +44,8 @@ def test_metadata_comes_back_and_the_outputs_are_the_same(model, tmp_path, quant
     assert (found.labels, found.scale, found.offset) == (FULL.labels, FULL.scale, FULL.offset)
     assert found.pruning == FULL.pruning
     assert found.version == kp.__version__
+    assert found.inputs == (Port("image", "image", 0),)
+    assert found.outputs == (Port("fc", "output", 0),)
     np.testing.assert_array_equal(run_tflite(described, X), run_tflite(plain, X))
     assert described.stat().st_size - plain.stat().st_size < 700
 

@@ -76,13 +76,15 @@ def test_all_zero_reference_allows_only_zeros():
         compare(zeros + 1e-6, reference=zeros)
 
 
-def test_half_precision_models_get_their_own_tolerance():
+def test_half_precision_models_get_the_tolerance_of_their_dtype():
     def net(policy):
         layer = keras.layers.Dense(2, dtype=policy)
         return keras.Sequential([keras.Input((3,)), layer])
 
     assert compute_tolerance(net("float32")) == 1e-4
-    assert compute_tolerance(net("mixed_float16")) == 5e-2
+    assert compute_tolerance(net("mixed_float16")) == 20 * 2.0**-11
+    assert compute_tolerance(net("mixed_bfloat16")) == 20 * 2.0**-8
+    assert compute_tolerance(net("mixed_float16"), "int8") == 0.2
 
 
 def test_missing_litert_names_the_package(monkeypatch, tmp_path):

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_kfacprune.curvature import Record, block_for, per_example_gradients
+from tf_kfacprune.curvature import (
+    Batch,
+    CurvatureEstimator,
+    Record,
+    SingleObjective,
+    blocks_of,
+)
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.training import KFACModel
@@ -53,7 +59,7 @@ class _Reference:
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_steps_equal_the_float64_reference(use_bias, kl_clip):
     layer = _dense(use_bias=use_bias)
-    block = block_for(layer)
+    block = blocks_of(layer).blocks[0]
     optimizer = KFAC(0.1, momentum=0.8, damping=0.05, kl_clip=kl_clip, factor_decay=0.7)
     optimizer.bind([block])
     optimizer.build(block.variables)
@@ -64,7 +70,7 @@ def test_steps_equal_the_float64_reference(use_bias, kl_clip):
     rng = np.random.default_rng(0)
     for seed in range(4):
         a, g = _factors(block.n_a, seed), _factors(3, 10 + seed)
-        optimizer.update_factors([(tf.constant(a), tf.constant(g))])
+        optimizer.update_factors([tf.constant(a), tf.constant(g)])
         reference.update(a, g)
         gradient = rng.normal(size=(block.n_a, 3)).astype("float32")
         optimizer.apply(block.from_matrix(tf.constant(gradient)), block.variables)
@@ -77,7 +83,7 @@ def test_steps_equal_the_float64_reference(use_bias, kl_clip):
     ("every", "early"), [(1, []), (2, [1]), (10, [1, 2, 4]), (16, [1, 2, 4, 8])]
 )
 def test_factors_are_updated_periodically_and_more_often_at_first(every, early):
-    block = block_for(_dense())
+    block = blocks_of(_dense()).blocks[0]
     optimizer = KFAC(factor_every=every)
     optimizer.bind([block])
     optimizer.build(block.variables)
@@ -93,7 +99,7 @@ def test_the_block_is_the_exact_ggn_of_a_linear_layer_with_squared_loss():
     """A (x) G with G = 2/D I, the output Hessian of the mean squared error, is the dense GGN."""
     rng = np.random.default_rng(0)
     layer = _dense(4, 3)
-    block = block_for(layer)
+    block = blocks_of(layer).blocks[0]
     x = rng.normal(size=(6, 4)).astype("float32")
     record = Record(layer, tf.constant(x), layer(x))
     a = np.array(block.factor_a(record, None), "float64")
@@ -125,11 +131,13 @@ def test_gradients_of_preactivations_are_per_example_and_sum_to_the_weight_gradi
     inputs = keras.Input((5,))
     hidden = keras.layers.Dense(4, activation="tanh")(inputs)
     model = keras.Model(inputs, keras.layers.Dense(3)(hidden))
-    blocks = [block_for(layer) for layer in model.layers[1:]]
+    blocks = [blocks_of(layer).blocks[0] for layer in model.layers[1:]]
     x = np.random.default_rng(0).normal(size=(7, 5)).astype("float32")
     y = np.arange(7) % 3
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    records, g = per_example_gradients(model, x, blocks, lambda out: loss(y, out), training=True)
+    estimator = CurvatureEstimator(model, SingleObjective(loss))
+    look = estimator.look(Batch(x, y), blocks, "data", training=True)
+    records, (g,) = look.records, look.probes
     with tf.GradientTape() as tape:
         value = loss(y, model(x))
     expected = tape.gradient(value, [b.kernel.value for b in blocks])
@@ -152,22 +160,22 @@ def test_variables_without_a_block_take_the_steps_of_keras_adam():
 
 def test_factors_with_nan_are_left_out():
     layer = _dense()
-    block = block_for(layer)
+    block = blocks_of(layer).blocks[0]
     optimizer = KFAC()
     optimizer.bind([block])
     optimizer.build(block.variables)
-    optimizer.update_factors([(tf.constant(_factors(5, 0)), tf.constant(_factors(3, 1)))])
+    optimizer.update_factors([tf.constant(_factors(5, 0)), tf.constant(_factors(3, 1))])
     before = [to_numpy(v) for v in optimizer.variables]
     poisoned = _factors(5, 2)
     poisoned[0, 0] = np.nan
-    optimizer.update_factors([(tf.constant(poisoned), tf.constant(_factors(3, 3)))])
+    optimizer.update_factors([tf.constant(poisoned), tf.constant(_factors(3, 3))])
     for old, new in zip(before, optimizer.variables, strict=True):
         np.testing.assert_array_equal(to_numpy(new), old)
 
 
 def test_inverses_follow_their_own_period_after_the_first_steps():
     layer = _dense()
-    block = block_for(layer)
+    block = blocks_of(layer).blocks[0]
     optimizer = KFAC(1e-6, factor_every=1, inverse_every=3)
     optimizer.bind([block])
     optimizer.build(block.variables)
@@ -175,7 +183,7 @@ def test_inverses_follow_their_own_period_after_the_first_steps():
     for step in range(8):
         (inverse,) = [v for v in optimizer.variables if v.path.endswith("a_inverse")]
         before = to_numpy(inverse)
-        optimizer.update_factors([(tf.constant(_factors(5, step)), tf.constant(_factors(3, step)))])
+        optimizer.update_factors([tf.constant(_factors(5, step)), tf.constant(_factors(3, step))])
         changed.append(not np.array_equal(before, to_numpy(inverse)))
         optimizer.apply([tf.zeros(v.shape) for v in block.variables], block.variables)
     assert changed == [True, True, True, True, False, False, True, False]
@@ -193,7 +201,7 @@ def test_config_round_trips():
 
 def test_summary_lists_blocks_memory_and_the_rest_with_a_reason():
     layer, free = _dense(4, 3), keras.Variable(np.zeros(7, "float32"), name="free")
-    block = block_for(layer)
+    block = blocks_of(layer).blocks[0]
     optimizer = KFAC()
     optimizer.bind([block])
     optimizer.build([*block.variables, free])
@@ -257,7 +265,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_an_optimizer_serves_one_model():
-    first, second = block_for(_dense()), block_for(_dense())
+    first, second = blocks_of(_dense()).blocks[0], blocks_of(_dense()).blocks[0]
     optimizer = KFAC()
     optimizer.bind([first])
     optimizer.build(first.variables)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_kfacprune.curvature import block_for
+from tf_kfacprune.curvature import blocks_of
 from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.optimizers.block_states import STATES
+from tf_kfacprune.optimizers.preconditioners import PRECONDITIONERS, refreshed
 
 to_numpy = keras.ops.convert_to_numpy
 N_A, N_OUT, CAP, DAMPING = 8, 5, 3, 0.2
@@ -17,13 +17,13 @@ SIZES_A, SIZES_G = [3, 3, 2], [3, 2]
 def _state(inverse, cap=CAP):
     layer = keras.layers.Dense(N_OUT)
     layer.build((None, N_A - 1))
-    block = block_for(layer)
+    block = blocks_of(layer).blocks[0]
 
     def add_variable(shape, initializer, dtype, name):
         return keras.Variable(initializer, shape=shape, dtype=dtype, name=name)
 
     index_of = {id(v): i for i, v in enumerate(block.variables)}
-    return STATES[inverse](block, index_of, add_variable, cap, "split")
+    return PRECONDITIONERS[inverse](block, index_of, add_variable, cap, "split")
 
 
 def _moment(n, seed):
@@ -39,13 +39,13 @@ def _cut(matrix, sizes):
 def _filled(state):
     a, g = _moment(N_A, 0), _moment(N_OUT, 1)
     parts = [
-        *state.a.statistics(tf.constant(a, tf.float32)),
-        *state.g.statistics(tf.constant(g, tf.float32)),
+        *state.a.parts_of(tf.constant(a, tf.float32)),
+        *state.g.parts_of(tf.constant(g, tf.float32)),
     ]
     averages = [*state.a.averages, *state.g.averages]
     for variable, part in zip(averages, parts, strict=True):
         variable.assign(part)
-    new = state.refreshed(1.0, tf.constant(DAMPING))
+    new = refreshed([state], 1.0, tf.constant(DAMPING))
     for variable, value in zip(state.inverting, new, strict=True):
         variable.assign(value)
     return _cut(a, SIZES_A), _cut(g, SIZES_G)
@@ -93,14 +93,18 @@ def test_rows_are_rotated_block_by_block():
     state = _state("ekfac")
     _filled(state)
     rows = np.random.default_rng(3).normal(size=(2, 4, N_A)).astype("float32")
-    basis = to_numpy(state.a.rotate_left(tf.eye(N_A), back=True))
-    np.testing.assert_allclose(to_numpy(state.a.rotate_rows(rows)), rows @ basis, atol=1e-5)
+    basis = np.zeros((N_A, N_A))
+    ends = np.cumsum(SIZES_A)
+    for end, size, part in zip(ends, SIZES_A, state.a.vectors, strict=True):
+        basis[end - size : end, end - size : end] = to_numpy(part)
+    got = to_numpy(state.a.times(state.a.vectors, rows, -1))
+    np.testing.assert_allclose(got, rows @ basis, atol=1e-5)
 
 
 def test_summary_shows_the_blocks():
     layer = keras.layers.Dense(N_OUT)
     layer.build((None, N_A - 1))
-    block = block_for(layer)
+    block = blocks_of(layer).blocks[0]
     optimizer = KFAC(max_factor_dim=CAP, large_factors="split")
     optimizer.bind([block])
     optimizer.build(block.variables)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import pytest
 
 from tf_kfacprune.export import FileSize
-from tf_kfacprune.reporting import Comparison, ModelFigures
+from tf_kfacprune.pruning import BudgetOutcome
+from tf_kfacprune.reporting import Comparison, Flatness, ModelFigures
 
+OPEN = BudgetOutcome(1.0, 1.0)
 DENSE = ModelFigures(
     neurons={"image": 784, "fc1": 300, "fc2": 100},
     params=266_610,
@@ -73,7 +76,34 @@ def test_fraction_left_is_exact():
     assert Comparison(replace(DENSE, macs=None), COMPACT).fraction("macs") is None
 
 
-def test_notebook_gets_html_with_the_figures():
-    html = Comparison(DENSE, COMPACT)._repr_html_()
-    assert html.startswith("<pre")
-    assert "266,610" in html
+def test_notebook_gets_a_real_table_with_the_figures():
+    comparison = Comparison(
+        DENSE, COMPACT, budget={"macs": BudgetOutcome(0.08, 0.07, "a < b"), "params": OPEN}
+    )
+    html = comparison._repr_html_()
+    table = ElementTree.fromstring(f"<div>{html}</div>").find("table")
+    head = [cell.text or "" for cell in table.find("thead/tr")]
+    body = {row[0].text: [cell.text for cell in row[1:]] for row in table.find("tbody")}
+    assert head == ["", "dense", "compact", "left"]
+    assert {"": head[1:], **body} == rows(comparison)
+    assert body["parameters"] == ["266,610", "19,700", "7.4 %"]
+    assert "<p>budget of macs: a &lt; b</p>" in html
+
+
+def test_flatness_is_shown_where_it_was_measured():
+    dense = replace(DENSE, flatness=Flatness(20.0, 1500.0, 500))
+    small = replace(COMPACT, flatness=Flatness(5.0, 150.0, 500))
+    table = rows(Comparison(dense, small))
+    assert table["top Hessian eigenvalue"] == ["20", "5", "25.0 %"]
+    assert table["same, scale-invariant"] == ["1,500", "150", "10.0 %"]
+    unknown = replace(COMPACT, flatness=Flatness(None, None, 500, "no second derivative"))
+    assert rows(Comparison(dense, unknown))["top Hessian eigenvalue"] == ["20", "–", "–"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_line_is_wider_than_the_terminal(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    reason = "the cheapest that could reopen, 1 neuron of a layer, would make macs=0.2 of 0.1"
+    comparison = Comparison(DENSE, COMPACT, budget={"macs": BudgetOutcome(0.1, 0.09, reason)})
+    assert max(map(len, str(comparison).splitlines())) <= width
+    assert rows(comparison)["parameters"] == ["266,610", "19,700", "7.4 %"]

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+import tf_kfacprune as kp
 from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import NeuronGate
 from tf_kfacprune.graph import reasons
@@ -79,10 +80,27 @@ def test_text_and_html_show_groups_and_reasons():
         assert f"{inspection.params:,} parameters" in shown
 
 
+@pytest.mark.parametrize("width", [80, 200])
+def test_tables_are_no_wider_than_the_terminal_and_names_stay_whole(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    x = keras.Input((4, 4, 2), name="a_rather_long_name_of_an_input")
+    y = keras.layers.Conv2D(2, 1, name="stage1_block1_b_conv")(x)
+    for k in range(3):
+        branch = keras.layers.Conv2D(2, 1, name=f"stage1_block{k + 2}_b_conv")(y)
+        y = keras.layers.Add()([y, branch])
+    model = keras.Model(x, keras.layers.Dense(2)(keras.layers.Flatten()(y)))
+    text = str(inspect(model))
+    assert max(map(len, text.splitlines())) <= width
+    for k in range(4):
+        assert f"│ stage1_block{k + 1}_b_conv " in text
+
+
 def test_remedies_say_what_would_unfreeze_channels():
     x = keras.Input((6,), name="x")
     y = keras.layers.Dense(4, name="left_out")(x)
-    y = keras.layers.Lambda(lambda v: v, name="mine")(keras.layers.Dense(5, name="odd")(y))
+    y = kp.keep_opaque(keras.layers.Lambda(lambda v: v, name="mine"))(
+        keras.layers.Dense(5, name="odd")(y)
+    )
     model = keras.Model(x, keras.layers.Dense(2, name="head")(y))
     inspection = inspect(model, exclude=["left_out"])
     remedies = {frozen.layer: frozen.remedy for frozen in inspection.frozen}

@@ -6,12 +6,14 @@ import keras
 import numpy as np
 import pytest
 
+import tf_kfacprune as kp
 from tf_kfacprune.compaction import compact
-from tf_kfacprune.errors import DataError, InvalidArgumentError
+from tf_kfacprune.curvature.diagnostics import hessian_spectrum
+from tf_kfacprune.errors import DataError, ExportError, InvalidArgumentError
 from tf_kfacprune.gates import GateSource
 from tf_kfacprune.gates.insertion import insert_gates
 from tf_kfacprune.reporting import accuracy, report
-from tf_kfacprune.reporting.figures import tflite_size
+from tf_kfacprune.reporting.figures import flatness_of, tflite_size
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 6)).astype("float32")
@@ -94,3 +96,57 @@ def test_tflite_size_holds_the_weights_once(models):
     assert tflite_size(dense).raw - tflite_size(small).raw == pytest.approx(
         4 * (dense.count_params() - small.count_params()), abs=200
     )
+
+
+def test_the_page_is_written_whole_and_shows_the_run(tmp_path):
+    """A whole run: what `fit` logged comes to the page without being handed over."""
+    keras.utils.set_random_seed(0)
+    net = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(20, activation="relu", name="fc"),
+            keras.layers.Dense(3, name="out"),
+        ]
+    )
+    pm = kp.PrunableModel(net, kp.Budget(macs=0.5), policy="magnitude", seed=0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    pm.compile("adam", loss)
+    pm.fit(X, Y, batch_size=8, epochs=4, verbose=0)
+    small = compact(pm)
+    path = tmp_path / "report.html"
+    comparison = report(pm, small, data=(X, Y), files=False, flatness=loss, html=path)
+    exact = hessian_spectrum(small, (X, Y), loss).top
+    assert comparison.compact.flatness.top == pytest.approx(exact, rel=0.02)
+    assert comparison.compact.flatness.num_examples == len(X)
+    text = path.read_text()
+    for shown in (
+        "Pruning began after 0.2 epochs and ended on the budget after 1 epoch",
+        f"{comparison.compact.neurons['fc']} of 20",
+        "Budget(macs=0.5)",
+        "Adam",
+    ):
+        assert shown in text
+    with pytest.raises(ExportError, match="already exists"):
+        report(pm, small, files=False, html=path)
+    report(pm, small, files=False, html=path, overwrite=True)
+    assert path.read_text() != text
+
+
+def test_a_page_that_cannot_be_made_leaves_nothing(models, tmp_path):
+    _, gated, small = models
+    with pytest.raises(InvalidArgumentError, match=r"\.html or \.htm.*report\.pdf"):
+        report(gated, small, html=tmp_path / "report.pdf")
+    with pytest.raises(InvalidArgumentError, match="flatness needs data"):
+        report(gated, small, flatness="mse")
+    with pytest.raises(InvalidArgumentError, match="Pass the model"):
+        report(gated, models[0], html=tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flatness_that_cannot_be_computed_has_a_reason():
+    image = keras.Input((4, 4, 1))
+    x = keras.layers.UpSampling2D(interpolation="bilinear", name="up")(image)
+    model = keras.Model(image, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
+    found = flatness_of(model, np.ones((3, 4, 4, 1), "float32"), np.zeros((3, 2)), "mse")
+    assert found.top is None
+    assert "'up'" in found.reason

@@ -11,6 +11,7 @@ import pytest
 
 from tf_kfacprune.errors import ExportError, InvalidArgumentError
 from tf_kfacprune.reporting import Comparison, ModelFigures, record, versions, write_json_atomic
+from tf_kfacprune.reporting.records import command_line
 
 COMPARISON = Comparison(
     ModelFigures({"fc": 4}, params=100, macs=80, accuracy=0.9),
@@ -49,6 +50,14 @@ def test_command_of_this_process_has_no_path_of_this_machine(monkeypatch, tmp_pa
     ]:
         monkeypatch.setattr(sys, "argv", [program, "--seed=0"])
         assert record(COMPARISON, data="digits", seed=0)["command"] == f"{shown} --seed=0"
+
+
+def test_a_notebook_has_no_command_line(monkeypatch):
+    for program in ("", "-c", "/usr/lib/python3/site-packages/ipykernel_launcher.py"):
+        monkeypatch.setattr(sys, "argv", [program, "-f", "kernel.json"])
+        assert command_line() is None
+    monkeypatch.setattr(sys, "argv", ["train.py", "--name=a b"])
+    assert command_line() == "python train.py '--name=a b'"
 
 
 def test_names_of_the_record_are_not_overwritten():

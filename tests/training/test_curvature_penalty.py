@@ -6,17 +6,19 @@ import pytest
 import tensorflow as tf
 
 from tf_kfacprune.curvature import (
+    Batch,
+    CurvatureEstimator,
+    SingleObjective,
     SpectralRadius,
-    block_for,
     capture,
-    per_example_gradients,
+    find_blocks,
 )
 from tf_kfacprune.errors import InvalidArgumentError
-from tf_kfacprune.training.batches import head_of_batch
 from tf_kfacprune.training.curvature_penalty import CurvaturePenalty
 
 to_numpy = keras.ops.convert_to_numpy
 BATCH = 12
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def _network():
@@ -35,41 +37,68 @@ def _data():
     return rng.normal(size=(BATCH, 6, 6, 1)).astype("float32"), np.arange(BATCH) % 4
 
 
-LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+def _contractions(model):
+    return [block for block in find_blocks(model).blocks if block.is_contraction]
 
 
-def _mean_loss(outputs, y):
-    return LOSS(y, outputs)
+def _estimator(model):
+    return CurvatureEstimator(model, SingleObjective(LOSS), keras.random.SeedGenerator(0))
+
+
+def _evaluated(penalty, model, x, y, variables=None, step=0, estimator=None):
+    estimator = estimator or _estimator(model)
+    variables = model.trainable_variables if variables is None else variables
+    return penalty.gradients(tf.constant(step), Batch(x, y), estimator, variables)
 
 
 def _converged_gradients(penalty, model, x, y):
     """Gradients after enough steps for the eigenvectors to converge."""
-    step = tf.function(
-        lambda: penalty.gradients(tf.constant(0), x, y, _mean_loss, model.trainable_variables)
-    )
+    estimator = _estimator(model)
+    step = tf.function(lambda: _evaluated(penalty, model, x, y, estimator=estimator))
     for _ in range(250):
         gradients = step()
     return gradients
 
 
 def _penalty(model, **settings):
-    blocks = [block_for(layer) for layer in model.layers if hasattr(layer, "kernel")]
-    return CurvaturePenalty(SpectralRadius(every=1, batch_fraction=1.0, **settings), model, blocks)
+    settings = {"labels": "data", "every": 1, "batch_fraction": 1.0, **settings}
+    return CurvaturePenalty(SpectralRadius(**settings), find_blocks(model).blocks)
 
 
 def _dense_radii(model, x, y):
-    """lambda_max(A) lambda_max(G) of each block from dense factors, eigenvalues in float64."""
-    blocks = [block_for(layer) for layer in model.layers if hasattr(layer, "kernel")]
-    records, g = per_example_gradients(model, x, blocks, lambda o: _mean_loss(o, y), training=False)
-    factors = [b.factors([r], [[d]]) for b, r, d in zip(blocks, records, g, strict=True)]
-    top = [[np.linalg.eigvalsh(np.array(f, "float64"))[-1] for f in pair] for pair in factors]
+    """lambda_max(A) lambda_max(G) of each block with labels of the data, in float64 NumPy."""
+    conv, norm, dense = model.layers[1], model.layers[2], model.layers[4]
+    kernel, bias = (to_numpy(v).astype("float64") for v in (conv.kernel, conv.bias))
+    patches = np.array(
+        [[x[:, i : i + 3, j : j + 3, 0].reshape(BATCH, 9) for j in range(4)] for i in range(4)],
+        "float64",
+    )
+    patches = patches.reshape(16, BATCH, 9).swapaxes(0, 1)  # (batch, T, 9)
+    h = np.tanh(patches @ kernel.reshape(9, 3) + bias)
+    gamma, beta, mean, variance = (to_numpy(v).astype("float64") for v in norm.weights)
+    scale = gamma / np.sqrt(variance + norm.epsilon)
+    flat = ((h - mean) * scale + beta).reshape(BATCH, -1)
+    weight, last_bias = (to_numpy(v).astype("float64") for v in (dense.kernel, dense.bias))
+    logits = flat @ weight + last_bias
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    g = p - np.eye(4)[y]
+    g_conv = (g @ weight.T).reshape(BATCH, 16, 3) * scale * (1 - h**2)
+    a_conv = np.concatenate([patches, np.ones((BATCH, 16, 1))], axis=-1)
+    a_dense = np.c_[flat, np.ones(BATCH)]
+    factors = [
+        (np.einsum("bti,btj->ij", a_conv, a_conv) / BATCH, g_conv.reshape(-1, 3)),
+        (a_dense.T @ a_dense / BATCH, g),
+    ]
+    top = [
+        (np.linalg.eigvalsh(a)[-1], np.linalg.eigvalsh(r.T @ r / len(r))[-1]) for a, r in factors
+    ]
     return [a * g for a, g in top]
 
 
 def test_capture_is_bit_equal_to_the_model_and_leaves_the_layers_alone():
     model = _network()
     x, _ = _data()
-    blocks = [block_for(layer) for layer in model.layers if hasattr(layer, "kernel")]
+    blocks = _contractions(model)
     activations = [block.layer.activation for block in blocks]
     outputs, records = capture(model, x, blocks, training=False)
     np.testing.assert_array_equal(np.array(outputs), np.array(model(x, training=False)))
@@ -127,7 +156,7 @@ def test_relative_radii_are_blind_to_rescaled_inputs_and_layers_and_plain_ones_a
         penalty = _penalty(model, strength=1.0, relative=relative)
         kernels = [first.kernel, second.kernel]
         y = np.arange(BATCH) % 3
-        gradients = penalty.gradients(tf.constant(0), x, y, _mean_loss, kernels)
+        gradients = _evaluated(penalty, model, x, y, kernels)
         # along a change of all kernels by the same percentage
         return sum(
             float(tf.reduce_sum(g * to_numpy(k))) for g, k in zip(gradients, kernels, strict=True)
@@ -142,11 +171,10 @@ def test_a_batch_that_is_not_finite_leaves_averages_and_directions_alone():
     model = _network()
     x, y = _data()
     penalty = _penalty(model)
-    variables = model.trainable_variables
-    penalty.gradients(tf.constant(0), x, y, _mean_loss, variables)
+    _evaluated(penalty, model, x, y)
     before = [to_numpy(w) for w in penalty.weights]
     x[0, 0, 0] = np.inf
-    penalty.gradients(tf.constant(0), x, y, _mean_loss, variables)
+    _evaluated(penalty, model, x, y)
     for old, weight in zip(before, penalty.weights, strict=True):
         np.testing.assert_array_equal(old, to_numpy(weight))
 
@@ -155,7 +183,7 @@ def test_below_the_threshold_there_is_no_gradient():
     model = _network()
     x, y = _data()
     penalty = _penalty(model, threshold=1e6)
-    gradients = penalty.gradients(tf.constant(0), x, y, _mean_loss, model.trainable_variables)
+    gradients = _evaluated(penalty, model, x, y)
     assert all(not np.any(np.array(g)) for g in gradients)
     assert float(penalty.radius()) > 0
 
@@ -163,14 +191,11 @@ def test_below_the_threshold_there_is_no_gradient():
 def test_the_penalty_is_due_every_kth_step_with_weight_k():
     model = _network()
     x, y = _data()
-    blocks = [block_for(layer) for layer in model.layers if hasattr(layer, "kernel")]
-    once = CurvaturePenalty(SpectralRadius(1.0, every=1, batch_fraction=1.0), model, blocks)
-    third = CurvaturePenalty(SpectralRadius(1.0, every=3, batch_fraction=1.0), model, blocks)
-    variables = model.trainable_variables
-    reference = once.gradients(tf.constant(0), x, y, _mean_loss, variables)
+    once, third = (_penalty(model, strength=1.0, every=every) for every in (1, 3))
+    reference = _evaluated(once, model, x, y)
     sizes = []
     for step in range(4):
-        gradients = third.gradients(tf.constant(step), x, y, _mean_loss, variables)
+        gradients = _evaluated(third, model, x, y, step=step)
         sizes.append(sum(float(tf.reduce_sum(tf.abs(g))) for g in gradients))
         if step == 0:
             for g, r in zip(gradients, reference, strict=True):
@@ -178,11 +203,68 @@ def test_the_penalty_is_due_every_kth_step_with_weight_k():
     assert [size > 0 for size in sizes] == [True, False, False, True]
 
 
-def test_head_of_batch_takes_the_first_share_of_every_tensor():
-    data = {"a": tf.range(10), "b": tf.zeros((10, 2)), "none": None}
-    head = head_of_batch(data, 0.25)
-    assert head["a"].shape[0] == head["b"].shape[0] == 3
-    assert head["none"] is None
+class _Shared:
+    """Logits of a Dense layer W that is used twice: `tanh(tanh(x W) W) V`, in float64 NumPy.
+
+    Its factors are those of the true Fisher of softmax, of all labels, not of drawn ones.
+    """
+
+    def __init__(self):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((3,))
+        shared = keras.layers.Dense(3, "tanh", use_bias=False)
+        last = keras.layers.Dense(2, use_bias=False)
+        self.model = keras.Model(inputs, last(shared(shared(inputs))))
+        self.x = np.random.default_rng(0).normal(size=(BATCH, 3)).astype("float32")
+        self.y = np.arange(BATCH) % 2
+
+    def radii(self, w, v):
+        """lambda_max of the sums over uses of A, and of the means over uses of G."""
+        x = self.x.astype("float64")
+        first = np.tanh(x @ w)
+        second = np.tanh(first @ w)
+        p = np.exp(second @ v)
+        p /= p.sum(1, keepdims=True)
+        fisher = p[:, :, None] * np.eye(2) - p[:, :, None] * p[:, None, :]
+
+        def back(matrix, weights, slope):
+            jacobian = weights.T[None] * slope[:, None, :]  # (batch, out, in)
+            return np.einsum("bji,bjk,bkl->bil", jacobian, matrix, jacobian)
+
+        g_second = back(fisher, v, 1 - second**2)
+        g_first = back(g_second, w, 1 - first**2)
+        a_shared = (x.T @ x + first.T @ first) / BATCH
+        g_shared = 0.5 * (g_first.mean(0) + g_second.mean(0))
+        pairs = [(a_shared, g_shared), (second.T @ second / BATCH, fisher.mean(0))]
+        return [np.linalg.eigvalsh(a)[-1] * np.linalg.eigvalsh(g)[-1] for a, g in pairs]
+
+    def differences(self, direction, step=1e-5):
+        """Derivative of the sum of the radii along a direction, by central differences."""
+        weights = [to_numpy(v).astype("float64") for v in self.model.trainable_variables]
+        ends = [
+            sum(self.radii(*(w + sign * step * d for w, d in zip(weights, direction, strict=True))))
+            for sign in (1, -1)
+        ]
+        return (ends[0] - ends[1]) / (2 * step)
+
+
+def test_the_default_penalty_has_the_gradient_of_the_fisher_and_sums_over_uses():
+    """Labels are drawn: value and gradient are right in the mean over many draws."""
+    case = _Shared()
+    x, y = np.tile(case.x, (2000, 1)), np.tile(case.y, 2000)
+    penalty = _penalty(case.model, strength=1.0, relative=False, labels="sampled")
+    gradients = _converged_gradients(penalty, case.model, x, y)
+    weights = [to_numpy(v).astype("float64") for v in case.model.trainable_variables]
+    expected = sum(case.radii(*weights))
+    assert float(penalty.radius()) == pytest.approx(expected, rel=0.02)
+    scale = float(np.sqrt(sum(np.sum(np.array(g) ** 2) for g in gradients)))
+    rng = np.random.default_rng(3)
+    for _ in range(4):
+        direction = [rng.normal(size=w.shape) for w in weights]
+        norm = np.sqrt(sum(np.sum(d**2) for d in direction))
+        direction = [d / norm for d in direction]
+        got = sum(np.sum(np.array(g) * d) for g, d in zip(gradients, direction, strict=True))
+        assert got == pytest.approx(case.differences(direction), abs=0.05 * scale)
 
 
 @pytest.mark.parametrize(

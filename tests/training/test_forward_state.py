@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from tf_kfacprune.training.forward_state import ForwardState
+from tf_kfacprune.curvature import ForwardState
 
 to_numpy = keras.ops.convert_to_numpy
 

@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 
 import tf_kfacprune as kp
-from tf_kfacprune.curvature import find_blocks, per_example_gradients
+from tf_kfacprune.curvature import Batch, CurvatureEstimator, SingleObjective, find_blocks
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GateAware
 
@@ -110,11 +110,10 @@ def test_attention_has_the_factors_it_has_without_gates():
 
     def factors(net):
         blocks = [b for b in find_blocks(net).blocks if b.name.startswith("attention/")]
-        records, g = per_example_gradients(
-            net, x, blocks, lambda y: keras.ops.mean(keras.ops.sum(y**2, axis=-1)), training=False
-        )
-        uses = zip(blocks, records, g, strict=True)
-        return {b.name: [np.asarray(f) for f in b.factors([r], [[d]])] for b, r, d in uses}
+        estimator = CurvatureEstimator(net, SingleObjective("mse"))
+        batch = Batch(x, np.zeros((16, 3), "float32"))
+        look = estimator.look(batch, blocks, "exact", training=False)
+        return {b.name: [np.asarray(f) for f in b.factors(look.of(b.layer))] for b in blocks}
 
     expected, found = factors(plain), factors(gated)
     assert set(found) == {f"attention/{part}" for part in ("query", "key", "value", "output")}

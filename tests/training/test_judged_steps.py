@@ -41,11 +41,30 @@ def _gone_astray(model, size):
     """Makes the last step a large one; returns what the variables were before it."""
     optimizer = model.optimizer
     before = _values(optimizer.block_variables)
-    for place, variable in zip(optimizer._layout.in_blocks, optimizer.block_variables, strict=True):
+    for place, variable in zip(
+        optimizer._curvature.in_blocks, optimizer.block_variables, strict=True
+    ):
         step = size * np.sign(RNG.normal(size=variable.shape)).astype("float32")
         optimizer._momentums[place].assign(step)
         variable.assign(variable - step)
     return before
+
+
+def _assert_inverted_with(optimizer, damping):
+    """Inverses are those of the averages with factored damping, reckoned in float64."""
+    curvature = optimizer._curvature
+    weight = float(to_numpy(curvature._average_weight))
+    for state in curvature.states:
+        a, g = (to_numpy(f.averages[0]).astype("float64") / weight for f in (state.a, state.g))
+        traces = [np.trace(m, axis1=-2, axis2=-1) / m.shape[-1] for m in (a, g)]
+        pi = np.sqrt(traces[0] / traces[1])[..., None, None]
+        for factor, matrix, shift in ((state.a, a, pi), (state.g, g, 1.0 / pi)):
+            damped = matrix + shift * np.sqrt(damping) * np.eye(matrix.shape[-1])
+            expected = np.linalg.inv(damped)
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(
+                to_numpy(factor.inverses[0]), expected, rtol=1e-3, atol=1e-4 * scale
+            )
 
 
 def _assert_taken_back(model, size):
@@ -60,11 +79,7 @@ def _assert_taken_back(model, size):
         np.testing.assert_array_equal(new, old)
     optimizer = model.optimizer
     assert float(optimizer.current_damping) == pytest.approx(3.0 * damping)
-    debias = 1.0 / to_numpy(optimizer._average_weight)
-    for state in optimizer._layout.states:  # inverted anew with it
-        expected = state.refreshed(debias, optimizer.current_damping)
-        for variable, new in zip(state.inverting, expected, strict=True):
-            np.testing.assert_allclose(to_numpy(variable), to_numpy(new), rtol=1e-4, atol=1e-5)
+    _assert_inverted_with(optimizer, 3.0 * damping)
     assert int(model.optimizer.iterations) == 1
     assert _train(model)["rejected_steps"] == [1]
     assert int(model.optimizer.iterations) == 2
@@ -132,3 +147,80 @@ def test_weight_decay_follows_the_step_sizes_that_were_taken():
     for plain, decayed in zip(*of_second, strict=True):
         np.testing.assert_allclose(decayed, (1.0 - 0.1 * rate) * plain, rtol=1e-4, atol=1e-6)
     assert rate > 0
+
+
+def test_a_step_is_judged_on_the_first_good_batch_after_a_bad_one():
+    model = _after_one_step()
+    before = _gone_astray(model, 4.0)
+    assert _train(model, np.full_like(X, np.nan))["rejected_steps"] == [0]
+    assert _train(model)["rejected_steps"] == [1]
+    for old, new in zip(before, _values(model.optimizer.block_variables), strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["weights", "activities", "add_loss"])
+def test_the_quadratic_model_knows_what_layers_add_to_the_loss(kind):
+    """Of a linear network with squared loss it is the loss: it predicts the change exactly."""
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((6,))
+    regularizer = {} if kind == "add_loss" else {f"{_OF[kind]}_regularizer": "l2"}
+    if kind == "weights":
+        regularizer["kernel_regularizer"] = keras.regularizers.L2(0.5)
+    layer = L.Dense(3, **regularizer)
+    network = keras.Model(
+        inputs, (_Adding() if kind == "add_loss" else L.Identity())(layer(inputs))
+    )
+    model = kp.KFACModel(network, seed=0)
+    damping = kp.LevenbergMarquardt(1e-6, minimum=1e-8)
+    optimizer = kp.KFAC("auto", damping=damping, batch_fraction=1.0)
+    model.compile(optimizer, "mse")
+    y = RNG.normal(size=(BATCH, 3)).astype("float32")
+    before = model.evaluate(X, y, batch_size=BATCH, verbose=0)
+    model.train_on_batch(X, y)
+    change = model.evaluate(X, y, batch_size=BATCH, verbose=0) - before
+    predicted = float(optimizer.adaptive_damping._predicted_change)
+    assert predicted < -0.1
+    assert predicted == pytest.approx(change, rel=1e-3)
+
+
+_OF = {"weights": "kernel", "activities": "activity"}
+
+
+class _Adding(keras.layers.Layer):
+    """Adds the mean square of what it reads to the loss."""
+
+    def call(self, x):
+        self.add_loss(0.3 * keras.ops.mean(x**2))
+        return x
+
+
+def test_losses_of_activations_on_a_part_of_the_batch_are_refused():
+    inputs = keras.Input((6,))
+    network = keras.Model(inputs, L.Dense(3, activity_regularizer="l2")(inputs))
+    model = kp.KFACModel(network)
+    model.compile(kp.KFAC("auto"), LOSS)
+    with pytest.raises(InvalidArgumentError, match="batch_fraction=1"):
+        _train(model)
+
+
+def test_a_step_after_an_overflow_of_the_loss_scale_is_judged_once():
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((6,))
+    hidden = L.Dense(8, "tanh", dtype="mixed_float16")(inputs)
+    model = kp.KFACModel(keras.Model(inputs, L.Dense(3, dtype="float32")(hidden)), seed=0)
+    damping = kp.LevenbergMarquardt(0.5, decay=0.5, every=1)
+    kfac = kp.KFAC("auto", damping=damping, batch_fraction=1.0)
+    scaled = keras.optimizers.LossScaleOptimizer(
+        kfac, initial_scale=64.0, dynamic_growth_steps=1000
+    )
+    model.compile(scaled, LOSS)
+    _train(model)
+    scaled.dynamic_scale.assign(2.0**40)  # the next step overflows
+    _train(model)
+    assert int(kfac.iterations) == 1
+    judged = float(kfac.current_damping)
+    assert judged in (0.25, 0.5, 1.0, 1.5)
+    scaled.dynamic_scale.assign(64.0)
+    _train(model)
+    assert int(kfac.iterations) == 2
+    assert float(kfac.current_damping) == judged

@@ -34,9 +34,9 @@ def _pruning(policy, budget=None, net=None):
         phases=kp.Phases(0.2, 0.4),
         seed=0,
     )
-    model.controller.plan(STEPS, None)
+    model.controller.schedule(STEPS, None)
     model.controller.step.assign(int(0.5 * STEPS))
-    model.controller.enter_phase()
+    model.controller.enter_due_phase()
     return model
 
 
@@ -176,7 +176,7 @@ def test_gates_built_by_hand_must_be_of_the_kind_of_the_policy():
 
 @pytest.mark.parametrize(
     ("gate", "policy"),
-    [("deterministic", kp.ScheduledClosing("kfac")), ("hard_concrete", "hard_concrete")],
+    [("deterministic", kp.ScheduledClosing("kfac")), ("hard_concrete", kp.HardConcreteGates())],
 )
 def test_by_default_the_policy_fits_gates_built_by_hand(gate, policy):
     inputs = keras.Input((4,))
@@ -192,7 +192,7 @@ def test_by_default_neurons_are_closed_by_their_curvature():
 
 def test_curvature_without_a_likelihood_falls_back_with_a_warning():
     model = kp.PrunableModel(_network(), kp.Budget(macs=0.5), policy="kfac")
-    with pytest.warns(UserWarning, match="ScheduledClosing.*empirical Fisher.*hinge"):
+    with pytest.warns(UserWarning, match="KFACSaliency.*empirical Fisher.*hinge"):
         model.compile("sgd", "categorical_hinge")
 
 

@@ -53,13 +53,11 @@ class Sizes(keras.callbacks.Callback):
         self.x, self.trained, self.same = x, [], []
 
     def on_epoch_begin(self, epoch, logs=None):
-        shrunk = self.model.shrunk
-        trained = self.model if shrunk is None else shrunk.trainer
-        self.trained.append(sum(v.shape.num_elements() for v in trained.network_variables))
+        self.trained.append(sum(v.shape.num_elements() for v in self.model.trainee.variables))
 
     def on_epoch_end(self, epoch, logs=None):
         if self.model.shrunk is not None:
-            of_copy = self.model.shrunk.trainer.net.predict(self.x, verbose=0)
+            of_copy = self.model.shrunk.trainee.net.predict(self.x, verbose=0)
             of_network = self.model.net.predict(self.x, verbose=0)
             self.same.append(np.abs(of_copy - of_network).max() / np.abs(of_network).max())
 

@@ -47,18 +47,6 @@ def test_losses_that_are_no_means_are_refused(reduction):
     model.compile("adam", loss)
 
 
-def test_one_loss_on_two_outputs_has_no_likelihood():
-    inputs = keras.Input((6,))
-    model = kp.KFACModel(keras.Model(inputs, [L.Dense(1)(inputs), L.Dense(1)(inputs)]))
-    with pytest.warns(UserWarning, match="several losses or outputs"):
-        model.compile(kp.KFAC(0.01), "mse")
-    targets = [X[:, :1], X[:, 1:2]]
-    losses = model.fit(X, targets, epochs=5, batch_size=16, verbose=0).history["loss"]
-    assert losses[-1] < losses[0]
-    with pytest.raises(InvalidArgumentError, match="one loss on one output"):
-        model.compile(kp.KFAC("auto"), "mse")
-
-
 def test_the_only_loss_may_come_in_a_list(recwarn):
     inputs = keras.Input((6,))
     model = kp.KFACModel(keras.Model(inputs, L.Dense(3)(inputs)))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from absl import flags
 
-from tf_kfacprune.cli.command import Command
-from tf_kfacprune.cli.shared import (
-    add_data_flags,
-    fitted_inputs,
-    load_data,
-    model_named,
-    model_of,
-)
-from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.cli.command import Command, UsageError
+from tf_kfacprune.cli.models import fitted_inputs, model_named, model_of
+from tf_kfacprune.cli.shared import add_data_flags, add_overwrite_flag, load_data
 from tf_kfacprune.export import benchmark
 from tf_kfacprune.export.options import FULL_INTEGER
 from tf_kfacprune.reporting import plot_benchmark, versions, write_json_atomic
@@ -61,7 +57,7 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "plot", None, "Draw them into this .png, .svg or .pdf file.", flag_values=values
     )
-    flags.DEFINE_bool("overwrite", False, "Replace outputs that exist already.", flag_values=values)
+    add_overwrite_flag(values)
 
 
 def _run(values: flags.FlagValues) -> None:
@@ -69,12 +65,14 @@ def _run(values: flags.FlagValues) -> None:
     threads = [_positive(text) for text in values.threads]
     dataset = load_data(values) if values.data else None
     models = {
-        "dense": model_named(values.dense, dataset),
+        "dense": model_named(values.dense, dataset, flag="dense"),
         "compact": model_of(values.model, "benchmark"),
     }
+    _refuse_unrelated(values, models)
     data = representative = None
     if dataset is not None:
-        data = (fitted_inputs(models["compact"], dataset.x_test), dataset.y_test)
+        if dataset.kind == "classes":
+            data = (fitted_inputs(models["compact"], dataset.x_test), dataset.y_test)
         if set(formats) & set(FULL_INTEGER):
             representative = fitted_inputs(models["compact"], dataset.x_train)
     measured = benchmark(
@@ -93,10 +91,29 @@ def _run(values: flags.FlagValues) -> None:
         plot_benchmark(measured, values.plot, overwrite=values.overwrite)
 
 
+def _refuse_unrelated(values: flags.FlagValues, models: dict[str, Any]) -> None:
+    """Models that take or return something else cannot do the same work."""
+    shapes = {
+        name: (
+            [tuple(tensor.shape) for tensor in model.inputs],
+            [tuple(tensor.shape) for tensor in model.outputs],
+        )
+        for name, model in models.items()
+        if hasattr(model, "inputs") and hasattr(model, "outputs")
+    }
+    for k, what in enumerate(("takes", "returns")):
+        found = {name: sides[k] for name, sides in shapes.items()}
+        if len(found) == 2 and found["dense"] != found["compact"]:
+            raise UsageError(
+                f"--dense={values.dense} {what} {found['dense']} and --model={values.model} "
+                f"{what} {found['compact']}: two models that do different work cannot be compared."
+            )
+
+
 def _formats(given: list[str]) -> list[str | None]:
     unknown = [name for name in given if name not in _FORMATS]
     if unknown or not given:
-        raise InvalidArgumentError(
+        raise UsageError(
             f"--formats must be some of {', '.join(_FORMATS)}. Received: "
             f"--formats={','.join(given)}"
         )
@@ -105,7 +122,7 @@ def _formats(given: list[str]) -> list[str | None]:
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise InvalidArgumentError(
+        raise UsageError(
             f"--threads must be positive integers, comma-separated. Received: {text!r}"
         )
     return int(text)

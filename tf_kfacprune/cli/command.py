@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from absl import flags
 
-__all__ = ["Command"]
+from tf_kfacprune.errors import InvalidArgumentError, KFACPruneError
+
+__all__ = ["Command", "FileError", "UsageError", "define_number", "import_modules", "naming"]
+
+
+class UsageError(InvalidArgumentError):
+    """A flag is wrong: in itself, or beside the other flags, the model or the data."""
+
+
+class FileError(KFACPruneError):
+    """A file that a flag names cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,13 @@ class Command:
 
     def __post_init__(self) -> None:
         self.define(self.flags)
+        flags.DEFINE_list(
+            "import",
+            [],
+            "Modules of yours, comma-separated, to import first: they register layers and other "
+            "classes of a --model. Looked for in the current folder, too. Their code is run.",
+            flag_values=self.flags,
+        )
         flags.DEFINE_bool("debug", False, "Show the traceback of an error.", flag_values=self.flags)
         flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=self.flags)
 
@@ -58,7 +81,109 @@ class Command:
         lines = [f"{program} {self.name}: {self.summary}", "", "Flags:"]
         own = self.flags.flags_by_module_dict().values()
         for flag in sorted((f for group in own for f in group), key=lambda f: f.name):
-            default = "" if flag.default in (None, False, []) else f" [{flag.default}]"
+            # Only `required=True` makes validators here.
+            default = " (required)" if flag.validators else ""
+            if flag.default not in (None, False, []):
+                default = f" [{flag.default}]"
             lines.append(f"  --{flag.name}{default}")
             lines.append(f"      {flag.help}")
         return "\n".join(lines)
+
+
+class _NumberParser(flags.FloatParser):
+    """Finite numbers, above a bound or from it on."""
+
+    def __init__(self, above: float | None, lower: float | None, upper: float | None) -> None:
+        super().__init__()
+        self._above, self._lower, self._upper = above, lower, upper
+
+    def convert(self, argument: Any) -> float:
+        value = super().convert(argument)
+        if (
+            not math.isfinite(value)
+            or (self._above is not None and value <= self._above)
+            or (self._lower is not None and value < self._lower)
+            or (self._upper is not None and value > self._upper)
+        ):
+            bounds = [
+                f"{word} {bound:g}"
+                for word, bound in (
+                    ("above", self._above),
+                    ("from", self._lower),
+                    ("up to", self._upper),
+                )
+                if bound is not None
+            ]
+            raise ValueError(" ".join(["must be a finite number", *bounds]))
+        return value
+
+
+def define_number(
+    values: flags.FlagValues,
+    name: str,
+    default: float | None,
+    help_text: str,
+    *,
+    above: float | None = None,
+    lower: float | None = None,
+    upper: float | None = None,
+) -> None:
+    """Defines a flag for a finite number; absl's own takes inf, and nan past every bound.
+
+    Args:
+        values: Where the flag is defined.
+        name: Name of the flag.
+        default: Its value if it is not given.
+        help_text: Its help.
+        above: What it must exceed.
+        lower: Least value.
+        upper: Largest value.
+    """
+    parser, serializer = _NumberParser(above, lower, upper), flags.ArgumentSerializer()
+    flags.DEFINE(parser, name, default, help_text, values, serializer)
+
+
+@contextmanager
+def naming(*names: str, of: type[KFACPruneError] = KFACPruneError) -> Iterator[None]:
+    """Turns an error about arguments into one about the flags that they came from.
+
+    Args:
+        *names: Names of the flags.
+        of: Which errors are about them.
+
+    Raises:
+        UsageError: For such an error.
+    """
+    try:
+        yield
+    except of as error:
+        raise UsageError(f"{', '.join(f'--{name}' for name in names)}: {error}") from error
+
+
+def import_modules(values: flags.FlagValues) -> None:
+    """Imports the modules of ``--import``.
+
+    Raises:
+        UsageError: If one cannot be found.
+        FileError: If one raises an error.
+    """
+    for name in values["import"].value:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise UsageError(
+                "--import must be names of modules, such as my_layers for my_layers.py. Received: "
+                f"{name!r}"
+            )
+        # Programs, unlike `python -m`, do not look into the current folder.
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"--import={name}: {error}. Looked in {os.getcwd()} and where Python's modules are."
+            ) from error
+        # Code of the user's, which may raise anything.
+        except Exception as error:
+            raise FileError(
+                f"--import={name}: the module raises {type(error).__name__}: {error}"
+            ) from error

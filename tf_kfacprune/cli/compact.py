@@ -5,7 +5,8 @@ from __future__ import annotations
 from absl import flags
 
 from tf_kfacprune.cli.command import Command
-from tf_kfacprune.cli.shared import add_output_flags, model_of
+from tf_kfacprune.cli.models import model_of
+from tf_kfacprune.cli.shared import add_output_flags
 from tf_kfacprune.compaction import compact, compaction_report
 from tf_kfacprune.export import keras_file
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 from absl import flags
 
-from tf_kfacprune.cli.command import Command
-from tf_kfacprune.cli.shared import (
-    add_data_flags,
-    add_output_flags,
-    fitted_inputs,
-    load_data,
-    model_of,
-)
+from tf_kfacprune.cli.command import Command, FileError, UsageError, define_number
+from tf_kfacprune.cli.models import fitted_inputs, model_of
+from tf_kfacprune.cli.shared import add_data_flags, add_output_flags, load_data
 from tf_kfacprune.data import Dataset
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.export import Metadata, c_array, saved_model, tflite, with_head
+from tf_kfacprune.export.c_header import check_name
 from tf_kfacprune.export.options import FULL_INTEGER
 
 __all__ = ["command"]
@@ -68,17 +65,24 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "batch_size",
         None,
-        "The only batch size; by default any, and 1 in a c_array.",
+        "The only batch size; by default 1 for c_array, else any.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "name",
+        None,
+        'For c_array: C identifier of the array, "model" by default; all names in the header and '
+        "its include guard begin with it.",
         flag_values=values,
     )
     add_data_flags(values, default=None)
     _define_surroundings(values)
     flags.DEFINE_bool("verify", True, "Run what was written and compare.", flag_values=values)
-    flags.DEFINE_float(
+    define_number(
+        values,
         "max_accuracy_drop",
         0.01,
         "How much lower its accuracy on the test set may be, as a fraction.",
-        flag_values=values,
     )
     add_output_flags(values, "output", "Path of the file (tflite, c_array) or folder.")
 
@@ -88,10 +92,8 @@ def _define_surroundings(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "head", "none", _HEADS, "Put this behind the network's output.", flag_values=values
     )
-    flags.DEFINE_float(
-        "scale", 1.0, "Multiply raw inputs by this, inside the exported model.", flag_values=values
-    )
-    flags.DEFINE_float("offset", 0.0, "Add this after scaling.", flag_values=values)
+    define_number(values, "scale", 1.0, "Multiply raw inputs by this, inside the exported model.")
+    define_number(values, "offset", 0.0, "Add this after scaling.")
     flags.DEFINE_list(
         "labels",
         [],
@@ -116,12 +118,14 @@ def _execute(values: flags.FlagValues) -> None:
     examples = representative = None
     dataset = load_data(values) if values.data else None
     if dataset is not None:
-        examples = (_raw(values, fitted_inputs(network, dataset.x_test)), dataset.y_test)
+        examples = _raw(values, fitted_inputs(network, dataset.x_test))
+        if dataset.kind == "classes":
+            examples = (examples, dataset.y_test)
         if values.quantization in FULL_INTEGER:
             x_train = fitted_inputs(network, dataset.x_train)[:_REPRESENTATIVE_EXAMPLES]
             representative = _raw(values, x_train)
     options: dict[str, Any] = {
-        "batch_size": values.batch_size or (1 if values.format == "c_array" else None),
+        "batch_size": _batch_size(values, network),
         "verify": values.verify,
         "verify_data": examples,
         "max_accuracy_drop": values.max_accuracy_drop,
@@ -133,7 +137,7 @@ def _execute(values: flags.FlagValues) -> None:
             "quantization": values.quantization,
             "representative_data": representative,
             "io_dtype": values.io_dtype,
-            "metadata": _metadata(values, dataset),
+            "metadata": _metadata(values, dataset, network),
         }
         path = _write(model, values, options)
     print(f"Wrote {path}" + (f", verified against {values.model}" if values.verify else ""))
@@ -145,7 +149,19 @@ def _write(model: keras.Model, values: flags.FlagValues, options: dict[str, Any]
         return tflite(model, values.output, overwrite=values.overwrite, **options)
     with tempfile.TemporaryDirectory() as folder:
         file = tflite(model, Path(folder) / "model.tflite", **options)
-        return c_array(file, values.output, overwrite=values.overwrite)
+        return c_array(file, values.output, name=_array_name(values), overwrite=values.overwrite)
+
+
+def _array_name(values: flags.FlagValues) -> str:
+    return "model" if values.name is None else str(values.name)
+
+
+def _batch_size(values: flags.FlagValues, model: keras.Model) -> int | None:
+    """The batch size asked for; a microcontroller looks at one example at a time."""
+    if values.batch_size is None and values.format == "c_array":
+        inputs = getattr(model, "inputs", None)
+        return (inputs[0].shape[0] if inputs else None) or 1
+    return values.batch_size
 
 
 def _raw(values: flags.FlagValues, x: Any) -> Any:
@@ -158,7 +174,9 @@ def _scales(values: flags.FlagValues) -> bool:
     return (values.scale, values.offset) != (1.0, 0.0)
 
 
-def _metadata(values: flags.FlagValues, dataset: Dataset | None) -> Metadata | None:
+def _metadata(
+    values: flags.FlagValues, dataset: Dataset | None, network: keras.Model
+) -> Metadata | None:
     """What the file says; what the flags leave out is taken from the data set."""
     if not values.labels and not values.record:
         return None
@@ -166,25 +184,47 @@ def _metadata(values: flags.FlagValues, dataset: Dataset | None) -> Metadata | N
     if dataset is not None:
         labels = labels or dataset.labels
         scale = 1.0 if _scales(values) else dataset.scale
+    _check_labels(labels, network)
     if not values.record:
         return Metadata(labels, scale)
     try:
         record = json.loads(Path(values.record).read_text())
         return Metadata.of_record(record, labels=labels, scale=scale)
-    except (OSError, ValueError, TypeError, AttributeError, InvalidArgumentError) as error:
-        raise InvalidArgumentError(
+    except (
+        *(OSError, ValueError, TypeError, AttributeError, InvalidArgumentError),
+        RecursionError,  # of JSON that is nested too deeply
+    ) as error:
+        raise FileError(
             "--record must be the record.json of a training run. Received: "
             f"--record={values.record} ({type(error).__name__}: {error})"
         ) from error
 
 
+def _check_labels(labels: Sequence[str], network: keras.Model) -> None:
+    """There is a name for every class; a single output decides between two."""
+    outputs = network.outputs[0].shape[-1] if len(network.outputs) == 1 else None
+    classes = 2 if outputs == 1 else outputs
+    if labels and classes is not None and len(labels) != classes:
+        raise UsageError(
+            f"--labels must name every class of the model once: it has {classes}. Received: "
+            f"{len(labels)} names, {', '.join(labels[:10])}"
+        )
+
+
 def _refuse_useless_flags(values: flags.FlagValues) -> None:
-    """A SavedModel keeps its weights as they are, and has no place for metadata."""
+    """A SavedModel keeps its weights as they are, and has no place for metadata or a C name."""
+    if values.format == "c_array":
+        check_name(_array_name(values))
+    elif values.name is not None:
+        raise InvalidArgumentError(
+            f"--name is for --format=c_array only. Received: --name={values.name} "
+            f"--format={values.format}"
+        )
     if values.format != "saved_model":
         return
     for name in ("quantization", "io_dtype", "labels", "record"):
         if given := getattr(values, name):
-            raise InvalidArgumentError(
+            raise UsageError(
                 f"--{name} is for --format=tflite and c_array only. Received: --{name}={given} "
                 f"--format={values.format}"
             )

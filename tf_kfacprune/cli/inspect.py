@@ -6,12 +6,8 @@ from absl import flags
 
 from tf_kfacprune import zoo
 from tf_kfacprune.cli.command import Command
-from tf_kfacprune.cli.shared import (
-    add_data_flags,
-    add_selection_flags,
-    load_data,
-    model_named,
-)
+from tf_kfacprune.cli.models import model_named
+from tf_kfacprune.cli.shared import add_data_flags, add_selection_flags, load_data
 from tf_kfacprune.reporting import inspect
 
 __all__ = ["command"]

@@ -2,214 +2,245 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import keras
 from absl import flags
 
-from tf_kfacprune import zoo
-from tf_kfacprune.cli.command import Command
-from tf_kfacprune.cli.shared import (
-    add_data_flags,
-    add_output_flags,
-    add_selection_flags,
-    fitted_inputs,
-    load_data,
-    loss_for,
-    model_named,
-)
+from tf_kfacprune.cli import train_flags
+from tf_kfacprune.cli.backup import Backup, progress
+from tf_kfacprune.cli.batches import EpochBatches
+from tf_kfacprune.cli.command import Command, UsageError, import_modules, naming
+from tf_kfacprune.cli.kept_run import DENSE, MODEL, RECORD, KeptRun
+from tf_kfacprune.cli.models import fitted_inputs, model_named
+from tf_kfacprune.cli.objectives import kind_asked_for, objective_for
+from tf_kfacprune.cli.shared import load_data
+from tf_kfacprune.cli.stopping import Stopping, stop_signals
 from tf_kfacprune.compaction import compact
 from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.data import validation_split
-from tf_kfacprune.export import Metadata, keras_file, latency_table, saved_model, tflite
+from tf_kfacprune.errors import BudgetError
+from tf_kfacprune.export import Metadata, keras_file, latency_table, load_keras, saved_model, tflite
 from tf_kfacprune.export.atomic import atomic_directory
-from tf_kfacprune.pruning import POLICIES, Budget
-from tf_kfacprune.reporting import record, report, write_json_atomic
+from tf_kfacprune.pruning import Budget
+from tf_kfacprune.reporting import Comparison, record, report, write_json_atomic
 from tf_kfacprune.training import PrunableModel
 
 __all__ = ["command"]
 
-# As `compile` takes them; None is the library's own.
-_OPTIMIZERS = {"kfac": None, "adam": "adam", "sgd": "sgd"}
-RECORD = "record.json"
-
 
 def command() -> Command:
     """The command, with flags of its own."""
-    return Command("train", "Train and prune a network, compact and export it.", _define, _execute)
-
-
-def _define(values: flags.FlagValues) -> None:
-    add_data_flags(values)
-    flags.DEFINE_string(
-        "model",
-        "digits_cnn",
-        f"Network: {', '.join(zoo.NAMES)}, or the path of a .keras file of your own.",
-        flag_values=values,
-    )
-    for measure, meaning, absolute in [
-        ("macs", "multiply-accumulates", ""),
-        ("params", "parameters", ""),
-        ("bytes", ".tflite bytes", ", or a number of bytes above 1"),
-        ("latency", "latency on this machine", ", or microseconds above 1"),
-    ]:
-        flags.DEFINE_float(
-            f"budget_{measure}",
-            None,
-            f"Fraction of the dense network's {meaning} to keep, in (0, 1]{absolute}. Without any "
-            "budget nothing is pruned.",
-            flag_values=values,
-        )
-    for name, meaning in [
-        ("flash", "the int8 .tflite file, which lies in flash memory"),
-        ("ram", "the tensor arena that it needs in TensorFlow Lite Micro"),
-    ]:
-        flags.DEFINE_string(
-            name,
-            None,
-            f"Most bytes of {meaning}: 64kB, 64KiB, a number of bytes, or a fraction of the dense "
-            "network's in (0, 1].",
-            flag_values=values,
-        )
-    flags.DEFINE_enum(
-        "policy", "kfac", POLICIES, "How gates find out whether to close.", flag_values=values
-    )
-    flags.DEFINE_bool("prune_inputs", False, "Prune input features too.", flag_values=values)
-    add_selection_flags(values)
-    flags.DEFINE_integer(
-        "round_to",
-        None,
-        "Keep channels in multiples of this number, e.g. 8.",
-        lower_bound=1,
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "min_channels",
-        None,
-        "Keep at least so many channels per layer, and no residual branch goes as a whole.",
-        lower_bound=1,
-        flag_values=values,
-    )
-    flags.DEFINE_float(
-        "curvature",
-        0.0,
-        "Strength of the penalty on the spectral radius of the curvature; 0 for none.",
-        lower_bound=0.0,
-        flag_values=values,
-    )
-    flags.DEFINE_enum("optimizer", "kfac", list(_OPTIMIZERS), "Optimizer.", flag_values=values)
-    flags.DEFINE_float(
-        "learning_rate", None, "Learning rate; the optimizer's own if left out.", flag_values=values
-    )
-    for name, default, meaning in [
-        ("epochs", 30, "Passes over the training data, all phases together."),
-        ("batch_size", 128, "Examples per step."),
-    ]:
-        flags.DEFINE_integer(name, default, meaning, lower_bound=1, flag_values=values)
-    flags.DEFINE_integer(
-        "validation",
-        0,
-        "Hold out this many training examples and measure on them instead of the test set.",
-        lower_bound=0,
-        flag_values=values,
-    )
-    flags.DEFINE_bool(
-        "compare_dense", False, "Train the dense network too, to compare with.", flag_values=values
-    )
-    flags.DEFINE_integer("seed", 0, "Seed of everything random.", flag_values=values)
-    add_output_flags(
-        values,
-        "output_dir",
-        "Folder for model.keras, compact.keras, compact.tflite, saved_model and record.json.",
+    return Command(
+        "train", "Train and prune a network, compact and export it.", train_flags.define, _execute
     )
 
 
 def _execute(values: flags.FlagValues) -> None:
-    # The folder appears whole at the end, or not at all; a wrong one is refused before training.
-    with atomic_directory(values.output_dir, marker=RECORD, overwrite=values.overwrite) as folder:
-        comparison = _train_into(folder, values)
-    print(comparison)
+    with stop_signals() as stopping, KeptRun(values) as run:
+        if run.is_complete:
+            print(f"{values.output_dir} is complete.")
+            return
+        if values.resume:
+            import_modules(values)
+            run.check_output()
+            if not run.is_resumed:
+                print(f"Nothing to resume in {run.folder}: the run starts at its beginning.")
+        _Run(values, run, stopping).execute()
     print(f"Wrote {values.output_dir}{os.sep}")
 
 
-def _train_into(folder: Path, values: flags.FlagValues) -> Any:
-    keras.utils.set_random_seed(values.seed)
-    budget = _budget(values)
-    asked = budget.targets if budget else {}
-    dataset = load_data(values)
-    if values.validation:
-        dataset = validation_split(dataset, values.validation)
-    network = model_named(values.model, dataset, values.seed)
-    x_train = fitted_inputs(network, dataset.x_train)
-    x_test = fitted_inputs(network, dataset.x_test)
-    loss = loss_for(network)
-    dense = None
-    if values.compare_dense:
-        dense = model_named(values.model, dataset, values.seed)
-        _fit(PrunableModel(dense, seed=values.seed), loss, x_train, dataset.y_train, values)
-    pruned = PrunableModel(
-        network,
-        budget=budget,
-        latency_table=latency_table(network) if "latency" in asked else None,
-        curvature=SpectralRadius(values.curvature) if values.curvature else None,
-        policy=values.policy,
-        prune_inputs=values.prune_inputs,
-        include=values.include or None,
-        exclude=values.exclude,
-        round_to=values.round_to,
-        min_channels=values.min_channels,
-        seed=values.seed,
-    )
-    _fit(pruned, loss, x_train, dataset.y_train, values)
-    small = compact(pruned)
-    keras_file(pruned, folder / "model.keras")
-    keras_file(small, folder / "compact.keras")
-    saved_model(small, folder / "saved_model", verify_data=x_test[:256])
-    comparison = report(pruned, small, dense=dense, data=(x_test, dataset.y_test))
-    content = record(
-        comparison,
-        data=dataset.name,
-        seed=values.seed,
-        budget=asked,
-        model=values.model,
-        epochs=values.epochs,
-        batch_size=values.batch_size,
-    )
-    write_json_atomic(folder / RECORD, content)
-    metadata = Metadata.of_record(content, labels=dataset.labels, scale=dataset.scale)
-    tflite(small, folder / "compact.tflite", verify_data=x_test[:256], metadata=metadata)
-    return comparison
+class _Run:
+    """The steps of a run, each of which is left out if the interrupted run has done it."""
+
+    def __init__(self, values: flags.FlagValues, kept: KeptRun, stopping: Stopping) -> None:
+        self._values = values
+        self._kept = kept
+        self._stopping = stopping
+        keras.utils.set_random_seed(values.seed)
+        self._budget = _budget(values)
+        loaded = load_data(values, kind_asked_for(values))
+        if values.validation:
+            with naming("validation"):
+                loaded = validation_split(loaded, values.validation)
+        self._network = model_named(values.model, loaded, values.seed)
+        self._objective, self._dataset = objective_for(values, self._network, loaded)
+        self._x_train = fitted_inputs(self._network, loaded.x_train)
+        self._x_test = fitted_inputs(self._network, loaded.x_test)
+
+    def execute(self) -> None:
+        """Everything from the untrained network to the written folder."""
+        values = self._values
+        self._kept.begin(self._dataset)
+        pruned, dense = self._prunable(), None
+        if values.compare_dense:
+            whole = model_named(values.model, self._dataset, values.seed)
+            dense = self._trained("dense", DENSE, PrunableModel(whole, seed=values.seed)).net
+        pruned = self._trained("pruned", MODEL, pruned)
+        output = atomic_directory(values.output_dir, marker=RECORD, overwrite=values.overwrite)
+        with output as folder:
+            comparison, more = self._write(folder, pruned, dense)
+        print(comparison, *filter(None, [more]), sep="\n")
+
+    def _prunable(self) -> PrunableModel:
+        values, network, budget = self._values, self._network, self._budget
+        table = None
+        if budget is not None and budget.latency is not None:
+            table = self._kept.remembered("latency_table", lambda: latency_table(network))
+        with naming(*map(train_flags.flag_of, _targets(values)), of=BudgetError):
+            model = PrunableModel(
+                network,
+                budget=budget,
+                latency_table=table,
+                curvature=SpectralRadius(values.curvature) if values.curvature else None,
+                policy=values.policy,
+                prune_inputs=values.prune_inputs,
+                include=values.include or None,
+                exclude=values.exclude,
+                round_to=values.round_to,
+                min_channels=values.min_channels,
+                seed=values.seed,
+            )
+        _refuse_loose_bounds(model)
+        return model
+
+    def _trained(self, name: str, file: str, model: PrunableModel) -> PrunableModel:
+        """The model after its training, which is kept."""
+        path = self._kept.folder / file
+        if path.is_file():
+            return load_keras(path)
+        values, state = self._values, self._kept.folder / name
+        model.compile(
+            optimizer=train_flags.OPTIMIZERS[values.optimizer],
+            loss=self._objective.loss,
+            metrics=self._objective.metrics(),
+        )
+        if values.learning_rate is not None:
+            model.optimizer.learning_rate = values.learning_rate
+        batches = EpochBatches(self._x_train, self._dataset.y_train, values.batch_size, values.seed)
+        done = f" It goes on after {progress(state)}." if progress(state) else ""
+        print(
+            f"Training the {name} network on {len(self._x_train)} examples, loss "
+            f"{self._objective.loss.name}.{done} The first step is traced before it runs, which "
+            "takes from seconds to minutes.",
+            flush=True,
+        )
+        try:
+            model.fit(
+                batches.dataset,
+                shuffle=False,
+                epochs=values.epochs,
+                verbose=1 if sys.stdout.isatty() else 2,
+                callbacks=[batches, Backup(state, batches, self._stopping)],
+            )
+        finally:
+            self._stopping.deferred = False
+        keras_file(model, path)
+        shutil.rmtree(state, ignore_errors=True)
+        return model
+
+    def _write(self, folder: Path, pruned: PrunableModel, dense: Any) -> tuple[Comparison, str]:
+        """Writes everything into the folder; returns the comparison, and what it has no row for."""
+        values, dataset, objective = self._values, self._dataset, self._objective
+        x_test = self._x_test
+        shutil.copyfile(self._kept.folder / MODEL, folder / MODEL)
+        small = compact(pruned)
+        keras_file(small, folder / "compact.keras")
+        saved_model(small, folder / "saved_model", verify_data=x_test[:256])
+        has_classes = objective.metric == "accuracy" and small.output_shape[-1] > 1
+        comparison = report(
+            pruned,
+            small,
+            dense=dense,
+            data=(x_test, dataset.y_test) if has_classes else None,
+            flatness=objective.loss if has_classes and values.curvature else None,
+            html=folder / "report.html",
+        )
+        measures = {
+            side: objective.measure(model.predict(x_test, verbose=0), dataset.y_test)
+            for side, model in (("dense", dense), ("compact", small))
+            if model is not None
+        }
+        if objective.metric == "accuracy":
+            comparison = replace(
+                comparison,
+                **{
+                    side: replace(getattr(comparison, side), accuracy=measure)
+                    for side, measure in measures.items()
+                },
+            )
+        content = record(
+            comparison,
+            data=dataset.name,
+            seed=values.seed,
+            budget=_targets(values),
+            command=self._kept.command(),
+            model=values.model,
+            epochs=values.epochs,
+            batch_size=values.batch_size,
+            loss=objective.loss.name,
+            metric={"name": objective.metric, **measures},
+        )
+        write_json_atomic(folder / RECORD, content)
+        metadata = Metadata.of_record(content, labels=dataset.labels, scale=dataset.scale)
+        tflite(small, folder / "compact.tflite", verify_data=x_test[:256], metadata=metadata)
+        words = ", ".join(f"{side} {measure:.6g}" for side, measure in measures.items())
+        return comparison, f"{objective.metric}: {words}" if objective.metric != "accuracy" else ""
+
+
+def _targets(values: flags.FlagValues) -> dict[str, float]:
+    """The bounds that were asked for, by measure."""
+    given = {m: values[f"budget_{m}"].value for m in train_flags.MEASURES}
+    targets = {measure: target for measure, target in given.items() if target is not None}
+    if targets.get("bytes", 0.5).is_integer():
+        targets["bytes"] = int(targets["bytes"])
+    for name in train_flags.BOARD:
+        size = values[name].value
+        if size is not None:
+            with naming(train_flags.flag_of(name)):
+                targets[name] = _board_size(name, size)
+    return targets
+
+
+def _board_size(name: str, size: str) -> float:
+    """A bound on flash or RAM: a fraction, or a number of bytes with or without a unit."""
+    try:
+        fraction = float(size)
+    except ValueError:
+        fraction = math.inf
+    if fraction <= 1:
+        return fraction
+    sizes: dict[str, Any] = {name: size}
+    return Budget.for_board(**sizes).targets[name]
 
 
 def _budget(values: flags.FlagValues) -> Budget | None:
-    """The budget that the flags state; None if they state none."""
-    targets = {m: values[f"budget_{m}"].value for m in ("macs", "params", "bytes", "latency")}
-    if targets["bytes"] is not None and targets["bytes"].is_integer():
-        targets["bytes"] = int(targets["bytes"])
-    board = {}
-    for name in ("flash", "ram"):
-        size = values[name].value
-        if size is not None and _is_fraction(size):
-            targets[name] = float(size)
-        elif size is not None:
-            board[name] = size
-    if board:
-        targets |= Budget.for_board(**board).targets
-    asked = {measure: target for measure, target in targets.items() if target is not None}
-    return Budget(**asked) if asked else None
+    targets = _targets(values)
+    with naming(*map(train_flags.flag_of, targets)):
+        return Budget(**targets) if targets else None
 
 
-def _is_fraction(text: str) -> bool:
-    try:
-        return float(text) <= 1.0
-    except ValueError:
-        return False
+def _refuse_loose_bounds(model: PrunableModel) -> None:
+    """An absolute bound that the dense network meets asks for nothing, and is a mistyped one.
 
-
-def _fit(model: PrunableModel, loss: Any, x: Any, y: Any, values: flags.FlagValues) -> None:
-    model.compile(optimizer=_OPTIMIZERS[values.optimizer], loss=loss, metrics=["accuracy"])
-    if values.learning_rate is not None:
-        model.optimizer.learning_rate = values.learning_rate
-    model.fit(x, y, batch_size=values.batch_size, epochs=values.epochs, verbose=2)
+    What a board has is given as it is: only if it holds the whole network nothing is asked for.
+    """
+    if model.budget is None or model.gated is None:
+        return
+    cost, targets = model.gated.cost, model.budget.targets
+    dense = {m: float(cost.dense(m)) for m, target in targets.items() if target > 1}
+    loose = [measure for measure in dense if targets[measure] >= dense[measure]]
+    if len(loose) < len(targets):
+        loose = [measure for measure in loose if measure not in train_flags.BOARD]
+    for measure in loose:
+        raise UsageError(
+            f"--{train_flags.flag_of(measure)}={targets[measure]:g}: the network costs "
+            f"{dense[measure]:,.0f} before pruning, so that nothing would have to be pruned. Ask "
+            "for less, or leave the flag out."
+        )

@@ -7,7 +7,17 @@ import numpy as np
 
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GatedNetwork
-from tf_kfacprune.graph import Branches, Call, ChannelGraph, Edge, Graph, Value, analyze, trace
+from tf_kfacprune.graph import (
+    Branches,
+    Call,
+    ChannelGraph,
+    Edge,
+    Graph,
+    Value,
+    analyze,
+    rule_for,
+    trace,
+)
 
 __all__ = ["RemovalPlan"]
 
@@ -42,8 +52,19 @@ class RemovalPlan:
         self._keep_with_constant = np.append(self.keep, True)
         self._gate_with_constant = np.append(self.gates, np.float32(1.0))
         self._scales: dict[tuple[keras.Layer, str], np.ndarray] = {}
+        self._unfolded: dict[tuple[Call, Value], list[Edge]] = {}
         for edge in self.channels.edges:
-            self._add_scale(edge, self._gate_with_constant[edge.slots])
+            if edge.statistic is not None:
+                continue  # taken over the channels that are present, whatever their gates
+            if edge.value is not None and not _is_folded(edge):
+                self._unfolded.setdefault((edge.call, edge.value), []).append(edge)
+            else:
+                self._add_scale(edge, self._gate_with_constant[edge.slots])
+
+    @property
+    def is_wholly_folded(self) -> bool:
+        """Whether weights absorb all gates that are neither open nor closed."""
+        return not any(self.unfolded(*place) for place in self._unfolded)
 
     def positions(self, neurons: np.ndarray) -> np.ndarray:
         """The positions that stay on an axis, given the neuron at each position."""
@@ -74,6 +95,18 @@ class RemovalPlan:
         """Whether a layer absorbs a gate that is not fully open."""
         return any((z != 1).any() for (reader, _), z in self._scales.items() if reader is layer)
 
+    def unfolded(self, call: Call, value: Value) -> list[tuple[int, np.ndarray]]:
+        """Gates on a tensor that no weight of the reader absorbs: axes, and what is left of them.
+
+        Those of products of two tensors, and of layers that use one weight for two purposes.
+        """
+        found = []
+        for edge in self._unfolded.get((call, value), ()):
+            scale = self._gate_with_constant[edge.slots][self.positions(edge.neurons)]
+            if (scale != 1).any():
+                found.append((edge.axis, scale))
+        return found
+
     def shape(self, value: Value) -> tuple[int | None, ...]:
         """The shape of a tensor once channels are gone."""
         axes = self.channels.axes(value)
@@ -95,3 +128,11 @@ class RemovalPlan:
                 "different values, which one set of weights cannot absorb. Share the gate too, or "
                 "use one layer per call."
             )
+
+
+def _is_folded(edge: Edge) -> bool:
+    """Whether a weight of the reader absorbs the gates of an edge."""
+    if not isinstance(edge.layer, keras.Layer):
+        return False
+    rule = rule_for(edge.layer)
+    return any(edge.role in rule.folded_roles(name) for name in rule.weight_roles(edge.layer))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import keras
 from keras import ops, tree
 
 from tf_kfacprune.compaction.constants import Constant, elementwise, output_on_zeros, sum_of
+from tf_kfacprune.compaction.own_weights import holder, look_up
 from tf_kfacprune.compaction.plan import RemovalPlan
 from tf_kfacprune.compaction.weights import WeightLink, transfer_weights, weight_links
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GateBank
 from tf_kfacprune.gates.rules import GateRule
-from tf_kfacprune.graph import Call, Value, fresh_operation, rule_for
+from tf_kfacprune.graph import Call, Value, Weight, fresh_operation, rule_for
+from tf_kfacprune.graph.rules.activations import activation_reason
 
 __all__ = ["rebuild_compact"]
 
@@ -29,7 +33,7 @@ def rebuild_compact(plan: RemovalPlan) -> tuple[keras.Model, list[WeightLink]]:
         each of its weights comes from.
     """
     replay = _Replay(plan)
-    model = plan.graph.rebuild(replay)
+    model = plan.graph.rebuild(replay, begin=replay.begin)
     links = [link for pair in replay.copied_layers() for link in weight_links(*pair, plan)]
     return model, links
 
@@ -42,6 +46,12 @@ class _Replay:
         self._compact: dict[Any, Any] = {}
         self._names = set(plan.graph.input_names)
         self._selected: dict[tuple[Value, int], Any] = {}
+        self._held: dict[Weight, Any] = {}
+        self._place: Any = None
+
+    def begin(self, inputs: Sequence[Any]) -> None:
+        """Takes note of the new model's inputs."""
+        self._place = inputs[0]
 
     def copied_layers(self) -> list[tuple[keras.Layer, keras.Layer]]:
         """The layers of the network and their smaller copies."""
@@ -60,9 +70,12 @@ class _Replay:
             return elementwise(call, constants[0])
         if not self._plan.is_needed(call):
             return [None] * len(call.outputs)
+        if isinstance(operation, Weight):
+            return self._hold(call, operation)
         if constants:
             return self._add_constants(call, args, kwargs, constants)
         args, kwargs = self._select_features(call, args, kwargs)
+        args, kwargs = call.map_data(partial(self._scaled, call), args, kwargs)
         if isinstance(rule, GateRule):
             return tree.flatten(args)[0]
         if not call.is_layer:
@@ -76,6 +89,15 @@ class _Replay:
         if call.is_layer and compact is not operation:
             transfer_weights(operation, compact, self._plan)
         return outputs
+
+    def _hold(self, call: Call, weight: Weight) -> Any:
+        """What is left of an opened layer's own weight, held by an ordinary layer."""
+        if weight not in self._held:
+            shape = [size or 0 for size in self._plan.shape(call.outputs[0])]
+            table = self._compact[weight] = holder(weight, shape, self._free_name(call))
+            self._held[weight] = look_up(table, shape, self._place)
+            transfer_weights(weight, table, self._plan)
+        return self._held[weight]
 
     def _add_constants(self, call: Call, args: Any, kwargs: Any, constants: list[Constant]) -> Any:
         """A sum of which some operands are constants, with as few layers as possible."""
@@ -93,6 +115,14 @@ class _Replay:
         return keras.layers.Rescaling(
             1.0, total.tolist(), name=self._free_name(call, "_constant"), dtype=policy
         )(result)
+
+    def _scaled(self, call: Call, value: Any, tensor: Any) -> Any:
+        """A tensor times the gates on it that its reader does not absorb."""
+        if isinstance(value, Value):
+            for axis, scale in self._plan.unfolded(call, value):
+                shape = [-1 if k == axis else 1 for k in range(len(value.shape))]
+                tensor = ops.multiply(tensor, scale.reshape(shape).astype(value.dtype))
+        return tensor
 
     def _select_features(self, call: Call, args: Any, kwargs: Any) -> Any:
         """Cuts off the input features that nothing reads any more."""
@@ -122,6 +152,9 @@ class _Replay:
             return operation  # a lookup table, whose contents are in no config
         config = self._edited_config(call)
         is_edited = config != _config(operation)
+        if activation_reason(getattr(operation, "activation", None)) is None:
+            # A function of the user's own need not be registered with Keras to be kept.
+            config.update({key: operation.activation for key in ("activation",) if key in config})
         try:
             return type(operation).from_config({**config, "name": name})
         except (NotImplementedError, TypeError, ValueError) as error:

@@ -11,7 +11,7 @@ from keras import ops
 
 from tf_kfacprune.compaction.plan import RemovalPlan
 from tf_kfacprune.errors import UnsupportedModelError
-from tf_kfacprune.graph import rule_for
+from tf_kfacprune.graph import Weight, rule_for
 from tf_kfacprune.graph.rules import weight_of
 
 __all__ = ["WeightLink", "fold_gates", "transfer_weights", "weight_links"]
@@ -26,19 +26,21 @@ class WeightLink:
         source: The weight of the layer.
         target: The weight of the copy.
         positions: For each axis the positions that stay.
+        is_table: Whether `target` holds the same entries in another shape.
     """
 
     name: str
     source: keras.Variable
     target: keras.Variable
     positions: tuple[np.ndarray, ...]
+    is_table: bool = False
 
     def take(self, array: np.ndarray) -> np.ndarray:
         """What is left of an array of the shape of `source`."""
         for axis, positions in enumerate(self.positions):
             if len(positions) < array.shape[axis]:
                 array = np.take(array, positions, axis)
-        return array
+        return array.reshape(self.target.shape) if self.is_table else array
 
     def fetch(self) -> None:
         """Copies what is left of `source` to `target`."""
@@ -47,7 +49,8 @@ class WeightLink:
     def write_back(self) -> None:
         """Copies `target` to where it came from; the rest of `source` is left alone."""
         array = np.array(_to_numpy(self.source))
-        array[np.ix_(*self.positions)] = _to_numpy(self.target)
+        left = [len(positions) for positions in self.positions]
+        array[np.ix_(*self.positions)] = _to_numpy(self.target).reshape(left)
         self.source.assign(array)
 
     @property
@@ -69,13 +72,15 @@ def weight_links(
     roles = plan.channels.roles(layer)
     by_role: set[int] = set()
     for name, axes in rule_for(layer).weight_roles(layer).items():
-        weight, target = weight_of(layer, name), weight_of(smaller, name)
+        is_table = isinstance(layer, Weight)
+        weight = weight_of(layer, name)
+        target = smaller.weights[0] if is_table else weight_of(smaller, name)
         by_role.add(id(target))
         positions = tuple(
             plan.positions(roles[role]) if role is not None and role in roles else np.arange(size)
             for role, size in zip(axes, weight.shape, strict=True)
         )
-        yield WeightLink(name, weight, target, positions)
+        yield WeightLink(name, weight, target, positions, is_table)
     for weight, target in zip(layer.weights, smaller.weights, strict=True):
         if id(target) not in by_role:
             yield WeightLink("", weight, target, tuple(map(np.arange, weight.shape)))
@@ -106,22 +111,43 @@ def transfer_weights(layer: keras.Layer, smaller: keras.Layer, plan: RemovalPlan
 
 
 def fold_gates(layer: keras.Layer, plan: RemovalPlan) -> None:
-    """Folds the gates that a layer reads through into its own weights, in place.
+    """Folds half-open gates that a layer reads through into its own weights, in place.
 
     Args:
         layer: The layer.
         plan: The gates that layers read through.
+
+    Raises:
+        UnsupportedModelError: If that would change a weight that is frozen.
     """
     for name in rule_for(layer).weight_roles(layer):
         weight = weight_of(layer, name)
-        weight.assign(_folded(layer, name, weight, plan))
+        before = _to_numpy(weight)
+        folded = _folded(layer, name, weight, plan, is_soft_only=True)
+        if np.array_equal(before, folded):
+            continue
+        if not weight.trainable:
+            raise UnsupportedModelError(
+                f"Weight {weight.path!r} of layer {layer.name!r} is frozen, and half-open gates "
+                "would have to be folded into it."
+            )
+        weight.assign(folded)
 
 
-def _folded(layer: keras.Layer, name: str, weight: keras.Variable, plan: RemovalPlan) -> np.ndarray:
+def _folded(
+    layer: keras.Layer,
+    name: str,
+    weight: keras.Variable,
+    plan: RemovalPlan,
+    *,
+    is_soft_only: bool = False,
+) -> np.ndarray:
     rule, array = rule_for(layer), _to_numpy(weight)
     for role in rule.folded_roles(name):
         scale = plan.scale(layer, role)
         if scale is not None:
+            if is_soft_only:  # what closed gates hide is not read, and stays as it is
+                scale = np.where(scale == 0, 1.0, scale).astype(scale.dtype)
             array = rule.fold(layer, name, role, array, scale)
     return array
 

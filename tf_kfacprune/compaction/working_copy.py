@@ -33,6 +33,11 @@ class WorkingCopy:
 
     def __init__(self, gated: GatedNetwork) -> None:
         plan = RemovalPlan(gated.net, gated)
+        if not plan.is_wholly_folded:
+            raise UnsupportedModelError(
+                f"Gates of {gated.net.name!r} that are neither open nor closed scale products of "
+                "tensors, which no weight absorbs: a smaller copy cannot be trained in its place."
+            )
         for layer in plan.readers:
             fold_gates(layer, plan)
         for source in gated.sources:

@@ -1,57 +1,48 @@
 """Curvature: Kronecker blocks and factors, capture, spectral radius, exact diagnostics."""
 
-from tf_kfacprune.curvature.blocks import (
-    KroneckerBlock,
-    LayerBlocks,
-    LocationSample,
-    Record,
-    block_for,
-    blocks_of,
-)
-from tf_kfacprune.curvature.capture import (
-    capture,
-    of_examples,
-    per_example_gradients,
-    probe_gradients,
-)
+from tf_kfacprune.curvature.batch import Batch
+from tf_kfacprune.curvature.blocks import KroneckerBlock, LocationSample, Record, blocks_of
+from tf_kfacprune.curvature.capture import capture
 from tf_kfacprune.curvature.discovery import NetworkBlocks, find_blocks
-from tf_kfacprune.curvature.fisher import (
-    SampledLikelihood,
-    exact_likelihoods,
-    sampled_likelihood,
-)
+from tf_kfacprune.curvature.estimator import LABELS, CurvatureEstimator, Look, Uses
+from tf_kfacprune.curvature.forward_state import ForwardState
 from tf_kfacprune.curvature.gate_curvature import find_gate_layers, gate_curvature
-from tf_kfacprune.curvature.gauss_newton import gauss_newton_form
-from tf_kfacprune.curvature.objective import Objective
+from tf_kfacprune.curvature.likelihoods import Likelihood, likelihood_of
+from tf_kfacprune.curvature.objective import CompiledObjective, SingleObjective
 from tf_kfacprune.curvature.second_derivatives import check_second_derivatives
 from tf_kfacprune.curvature.spectral_radius import (
     SpectralRadius,
-    along_gradients,
+    energy_of_gradients,
+    energy_of_inputs,
     layer_spectral_radius,
 )
+from tf_kfacprune.curvature.twice_differentiable import mends, twice_differentiable
 
 __all__ = [
+    "LABELS",
+    "Batch",
+    "CompiledObjective",
+    "CurvatureEstimator",
+    "ForwardState",
     "KroneckerBlock",
-    "LayerBlocks",
+    "Likelihood",
     "LocationSample",
+    "Look",
     "NetworkBlocks",
-    "Objective",
     "Record",
-    "SampledLikelihood",
+    "SingleObjective",
     "SpectralRadius",
-    "along_gradients",
-    "block_for",
+    "Uses",
     "blocks_of",
     "capture",
     "check_second_derivatives",
-    "exact_likelihoods",
+    "energy_of_gradients",
+    "energy_of_inputs",
     "find_blocks",
     "find_gate_layers",
     "gate_curvature",
-    "gauss_newton_form",
     "layer_spectral_radius",
-    "of_examples",
-    "per_example_gradients",
-    "probe_gradients",
-    "sampled_likelihood",
+    "likelihood_of",
+    "mends",
+    "twice_differentiable",
 ]

@@ -13,13 +13,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import keras
-import tensorflow as tf
 
-from tf_kfacprune.curvature.blocks import KroneckerBlock, Record
+from tf_kfacprune.curvature.batch import mask_of
+from tf_kfacprune.curvature.blocks import Record
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph.rules.substitution import substituted
 
-__all__ = ["capture", "of_examples", "per_example_gradients", "probe_gradients"]
+__all__ = ["OfLayer", "capture"]
 
 Network = Callable[..., Any]
 
@@ -46,7 +46,8 @@ def _recording(layer: keras.layers.Layer, records: list[Record]) -> Iterator[Non
     def recording_call(x: Any, *args: Any, **kwargs: Any) -> Any:
         shown.clear()
         outputs = call(x, *args, **kwargs)
-        records.append(Record(layer, x, shown[-1] if shown else outputs))
+        mask = layer.compute_mask(x, mask_of(x)) if layer.supports_masking else None
+        records.append(Record(layer, x, shown[-1] if shown else outputs, mask))
         return outputs
 
     replaced: dict[str, Any] = {"call": recording_call}
@@ -91,66 +92,3 @@ def capture(
             "`trainable = False` on those that it does not use."
         )
     return outputs, records
-
-
-def probe_gradients(
-    network: Network,
-    x: Any,
-    blocks: Sequence[KroneckerBlock],
-    mean_losses: Callable[[Any], Sequence[Any]],
-    training: bool,
-) -> tuple[list[Record], list[list[Any]]]:
-    """Gradients of each example's own losses with respect to its pre-activations.
-
-    Args:
-        network: The model; called as `network(x, training=training)`.
-        x: Inputs in the structure of the model's inputs.
-        blocks: Blocks to record.
-        mean_losses: Maps the model's outputs to one or more losses, averaged over the batch.
-        training: Whether layers run in training mode.
-
-    Returns:
-        The records, and for each loss one gradient g per record, shaped like the pre-activation,
-        float32.
-    """
-    with tf.GradientTape(persistent=True) as tape:
-        outputs, records = capture(network, x, blocks, training)
-        # A loss is a mean over the batch; g belongs to the example. Scaled before, not after
-        # differentiation, small gradients survive in half precision.
-        batch = tf.shape(keras.tree.flatten(x)[0])[0]
-        summed = [loss * tf.cast(batch, loss.dtype) for loss in mean_losses(outputs)]
-    points = [record.s for record in records]
-    probes = []
-    for loss in summed:
-        found = tape.gradient(loss, points, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        probes.append([tf.cast(g, tf.float32) for g in found])
-    return records, probes
-
-
-def of_examples(values: Any, tensor: Any) -> Any:
-    """One value per example, shaped to be multiplied with a tensor of examples.
-
-    Args:
-        values: Shape `(batch,)`.
-        tensor: Shape `(batch, ...)`, or `(batch * k, ...)` with k rows in a row per example.
-
-    Returns:
-        Shape `(batch, 1, ...)` or `(batch * k, 1, ...)`.
-    """
-    rows = tf.shape(tensor)[0]
-    repeated = tf.repeat(values, rows // tf.shape(values)[0])
-    return tf.reshape(repeated, [rows, *[1] * (len(tensor.shape) - 1)])
-
-
-def per_example_gradients(
-    network: Network,
-    x: Any,
-    blocks: Sequence[KroneckerBlock],
-    mean_loss: Callable[[Any], Any],
-    training: bool,
-) -> tuple[list[Record], list[Any]]:
-    """`probe_gradients` of a single loss: the records, and one gradient per record."""
-    records, (gradients,) = probe_gradients(
-        network, x, blocks, lambda outputs: [mean_loss(outputs)], training
-    )
-    return records, gradients

@@ -30,7 +30,7 @@ class NetworkBlocks:
     without_block: dict[str, str] = field(default_factory=dict)
 
 
-def find_blocks(network: keras.Model) -> NetworkBlocks:
+def find_blocks(network: keras.Model, *, with_frozen: bool = False) -> NetworkBlocks:
     """Finds the blocks of all layers of a network: Functional, Sequential or subclassed.
 
     Nested models and layers of the user's own are searched for layers inside; layers of Keras
@@ -38,16 +38,19 @@ def find_blocks(network: keras.Model) -> NetworkBlocks:
 
     Args:
         network: A built model.
+        with_frozen: Whether layers that are not trainable count, too.
 
     Returns:
         A `NetworkBlocks`.
     """
     found = NetworkBlocks()
-    _search(network, found, set())
+    _search(network, found, set(), with_frozen)
     return found
 
 
-def _search(layer: keras.layers.Layer, found: NetworkBlocks, seen: set[int]) -> None:
+def _search(
+    layer: keras.layers.Layer, found: NetworkBlocks, seen: set[int], with_frozen: bool
+) -> None:
     if id(layer) in seen or isinstance(layer, GateSource):
         return
     seen.add(id(layer))
@@ -56,12 +59,12 @@ def _search(layer: keras.layers.Layer, found: NetworkBlocks, seen: set[int]) -> 
         # layers the gates change what the weights are multiplied by.
         inner = layer.gate_aware_of
         if isinstance(inner, ATTENTION):
-            _search(inner, found, seen)
+            _search(inner, found, seen, with_frozen)
         else:
             _leave_out(layer, READS_GATES, found)
         return
     parts = _parts(layer)
-    of_layer = blocks_of(layer)
+    of_layer = blocks_of(layer, with_frozen=with_frozen)
     if of_layer.blocks or not parts or _is_of_keras(layer):
         if layer.weights:
             _add(layer, of_layer.blocks, of_layer.reasons, found)
@@ -69,7 +72,7 @@ def _search(layer: keras.layers.Layer, found: NetworkBlocks, seen: set[int]) -> 
     inside = {id(v) for part in parts for v in part.weights}
     found.reasons.update({v.path: no_rule(layer) for v in layer.weights if id(v) not in inside})
     for part in parts:
-        _search(part, found, seen)
+        _search(part, found, seen, with_frozen)
 
 
 def _parts(layer: keras.layers.Layer) -> list[keras.layers.Layer]:

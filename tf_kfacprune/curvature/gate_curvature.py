@@ -35,16 +35,16 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_kfacprune.curvature.blocks import Record
-from tf_kfacprune.curvature.capture import capture
+from tf_kfacprune.curvature.batch import Batch
+from tf_kfacprune.curvature.blocks import Record, for_rows, location_weights, spread_mask
+from tf_kfacprune.curvature.estimator import CurvatureEstimator
 from tf_kfacprune.gates import GatedNetwork, GateEdge, NeuronGate
 
 __all__ = ["GateLayer", "find_gate_layers", "gate_curvature"]
@@ -81,39 +81,39 @@ def find_gate_layers(gated: GatedNetwork) -> list[GateLayer]:
 def gate_curvature(
     gated: GatedNetwork,
     layers: Sequence[GateLayer],
-    x: Any,
-    mean_losses: Callable[[Any], Sequence[Any]],
+    estimator: CurvatureEstimator,
+    batch: Batch,
+    labels: str,
+    *,
+    training: bool,
 ) -> Any:
-    """F from one batch, in inference mode.
+    """F from one batch.
 
     Args:
         gated: The gated network, its gates neither held open nor settled.
         layers: Its gate layers.
-        x: Inputs in the structure of the model's inputs.
-        mean_losses: Maps the model's outputs to losses, averaged over the batch, whose Fishers
-            add up.
+        estimator: What looks at the gated network.
+        batch: The batch, or a part of one.
+        labels: `"sampled"`, `"exact"` or `"data"`.
+        training: Whether layers run in training mode.
 
     Returns:
         Tensor of shape `(num_gates,)`, float32.
     """
-    logits = [source.logits.value for source in gated.sources]
-    with tf.GradientTape(persistent=True) as tape:
-        outputs, records = capture(gated.net, x, layers, training=False)
-        batch = tf.shape(keras.tree.flatten(x)[0])[0]
-        losses = [loss * tf.cast(batch, loss.dtype) for loss in mean_losses(outputs)]
+    parameters = [source.logits.value for source in gated.sources]
+    look = estimator.look(batch, layers, labels, training=training, points=parameters)
     by_layer = {id(entry.layer): entry for entry in layers}
-    places = [_Place(by_layer[id(record.layer)], record, gated.num_gates) for record in records]
-    points = [*(record.s for record in records), *logits]
+    places = [
+        _Place(by_layer[id(record.layer)], record, gated.num_gates) for record in look.records
+    ]
     none = tf.zeros(gated.num_gates)  # where all gates act inside layers
     curvature = none
-    for loss in losses:
-        found = tape.gradient(loss, points, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        h, slopes = found[: len(records)], found[len(records) :]
+    for h, slopes in zip(look.probes, look.points, strict=True):
         uses = list(zip(places, h, strict=True))
         in_sight = sum((place.slope(g) for place, g in uses), none)
         inside = tf.square(tf.concat(slopes, axis=0)) - tf.square(in_sight)
-        curvature += sum((place.curvature(g) for place, g in uses), none)
-        curvature += inside / tf.cast(batch, "float32")
+        curvature += sum((place.curvature(g, look.weights) for place, g in uses), none)
+        curvature += inside / tf.cast(look.examples, "float32")
     return curvature
 
 
@@ -123,12 +123,26 @@ class _Place:
     def __init__(self, entry: GateLayer, record: Record, num_gates: int) -> None:
         self._entry = entry
         self._num_gates = num_gates
-        self._x = self._rows(record.x[0] if isinstance(entry.layer, GateEdge) else record.x)
+        x = record.x[0] if isinstance(entry.layer, GateEdge) else record.x
+        self._x = self._rows(x)
+        rank = len(x.shape)
+        is_last = entry.layer.axis % rank == rank - 1
+        self._mask = spread_mask(record.mask, x, rank - 1) if is_last else None
 
-    def curvature(self, h: Any) -> Any:
+    def curvature(self, h: Any, weights: Any) -> Any:
         """`E sum_t x_t^2 * E mean_t h_t^2`, shape `(num_gates,)`."""
-        squares = tf.reduce_mean(tf.reduce_sum(tf.square(self._x), axis=1), axis=0)
-        return self._by_gate(squares * tf.reduce_mean(tf.square(self._rows(h)), axis=[0, 1]))
+        x, h = tf.square(self._x), tf.square(self._rows(h))
+        shape = tf.shape(x)
+        weights = for_rows(weights, shape[0])
+        w = location_weights(self._mask, weights, shape[1])
+        if w is not None:
+            x = x * w[..., None]
+        total = tf.cast(shape[0], "float32") if weights is None else tf.reduce_sum(weights)
+        locations = tf.cast(shape[0] * shape[1], "float32")
+        if self._mask is not None:
+            locations = tf.maximum(tf.reduce_sum(self._mask), 1.0)
+        squares = tf.reduce_sum(x, axis=[0, 1]) / total
+        return self._by_gate(squares * tf.reduce_sum(h, axis=[0, 1]) / locations)
 
     def slope(self, h: Any) -> Any:
         """Sum of d over the examples, shape `(num_gates,)`."""

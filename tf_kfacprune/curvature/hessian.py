@@ -6,15 +6,12 @@ symbol     meaning                                                           sha
 ``w``      trainable parameters (gate parameters apart), flattened           (n,)
 ``L``      (1/N) sum of the examples' losses, inference mode                 scalar
 ``H``      Hessian of L with respect to w                                    (n, n)
-``J``      Jacobian of the natural parameters (logits) of one example        (m, n)
-``H_l``    Hessian of one example's loss with respect to them                (m, m)
-``G``      generalized Gauss-Newton matrix (1/N) sum J^T H_l J               (n, n)
+``G``      generalized Gauss-Newton matrix (see `gauss_newton`)              (n, n)
 ``D``      diagonal: each parameter's tensor norm ``|w_t|``, or 1            (n,)
 =========  ================================================================  ===========
 
-``H v = grad (grad L . v)`` (Pearlmutter 1994); ``J v`` is the derivative of ``J^T u`` by u. Both
-are exact, batch by batch, in the model's precision, and accumulated in float64. Memory does not
-depend on N.
+``H v = grad (grad L . v)`` (Pearlmutter 1994). Both are exact, batch by batch, in the model's
+precision, and accumulated in float64. Memory does not depend on N.
 """
 
 from __future__ import annotations
@@ -28,8 +25,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from tf_kfacprune.curvature.batches import batches_of, length_of
-from tf_kfacprune.curvature.objective import Objective
+from tf_kfacprune.curvature.batch import Batch
+from tf_kfacprune.curvature.data_passes import batches_of, length_of
+from tf_kfacprune.curvature.gauss_newton import gauss_newton_product
+from tf_kfacprune.curvature.objective import SingleObjective
 from tf_kfacprune.curvature.second_derivatives import (
     check_second_derivatives,
     reachable_operations,
@@ -90,7 +89,7 @@ class CurvatureOperator:
             )
         self._net = checked_network(model)
         check_second_derivatives(self._net, jacobian_only=curvature == "ggn")
-        self._objective = Objective(loss)
+        self._objective = SingleObjective(loss)
         self._batches = batches_of(data, batch_size)
         self._variables = _parameters(self._net)
         # The shapes of batches differ at most in the last one: two traces.
@@ -151,7 +150,7 @@ class CurvatureOperator:
         return total if self._scale is None else self._scale * total
 
     def _batch_loss(self, x: Any, y: Any) -> Any:
-        return self._objective.sum(y, self._net(x, training=False))
+        return self._objective.sum(Batch(x, y), self._net(x, training=False))
 
     def _hessian_product(self, x: Any, y: Any, vector: Sequence[Any]) -> list[Any]:
         variables = self._variables
@@ -165,32 +164,10 @@ class CurvatureOperator:
         return outer.gradient(along, variables, unconnected_gradients=_ZERO)
 
     def _ggn_product(self, x: Any, y: Any, vector: Sequence[Any]) -> list[Any]:
-        variables = self._variables
-        with tf.GradientTape(watch_accessed_variables=False, persistent=True) as outer:
-            with tf.GradientTape(watch_accessed_variables=False, persistent=True) as inner:
-                inner.watch(variables)
-                natural = self._objective.natural_parameters(self._net(x, training=False))
-            dual = tf.zeros_like(natural)
-            outer.watch(dual)
-            pulled = inner.gradient(
-                natural, variables, output_gradients=dual, unconnected_gradients=_ZERO
-            )
-            along = _inner_product(pulled, vector)
-        pushed = outer.gradient(along, dual, unconnected_gradients=_ZERO)  # J v
-        curved = self._loss_hessian_product(y, tf.stop_gradient(natural), pushed)
-        return inner.gradient(
-            natural, variables, output_gradients=curved, unconnected_gradients=_ZERO
-        )
-
-    def _loss_hessian_product(self, y: Any, natural: Any, vector: Any) -> Any:
-        with tf.GradientTape() as outer:
-            outer.watch(natural)
-            with tf.GradientTape() as inner:
-                inner.watch(natural)
-                value = self._objective.sum_at(y, natural)
-            gradient = inner.gradient(value, natural, unconnected_gradients=_ZERO)
-            along = _inner_product([gradient], [vector])
-        return outer.gradient(along, natural, unconnected_gradients=_ZERO)
+        batch = Batch(x, y)
+        found = gauss_newton_product(self._net, batch, self._objective, self._variables, vector)
+        size = tf.cast(batch.size, found[0].dtype)  # sums over examples add up, means do not
+        return [size * tf.convert_to_tensor(part) for part in found]
 
     def _differentiated(self, function: Callable[..., Any], *args: Any) -> Any:
         try:

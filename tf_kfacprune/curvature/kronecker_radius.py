@@ -10,7 +10,6 @@ can be held against the exact top eigenvalue of `hessian_spectrum`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +18,17 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from tf_kfacprune.curvature.batches import batches_of, length_of
+from tf_kfacprune.curvature.batch import Batch
 from tf_kfacprune.curvature.blocks import KroneckerBlock
-from tf_kfacprune.curvature.capture import probe_gradients
+from tf_kfacprune.curvature.data_passes import batches_of, length_of
 from tf_kfacprune.curvature.discovery import find_blocks
-from tf_kfacprune.curvature.fisher import exact_likelihoods, sampled_likelihood
+from tf_kfacprune.curvature.estimator import LABELS, CurvatureEstimator
 from tf_kfacprune.curvature.hessian import checked_network
-from tf_kfacprune.curvature.objective import Objective
+from tf_kfacprune.curvature.objective import SingleObjective
 from tf_kfacprune.errors import DataError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.validation import require
 
 __all__ = ["KroneckerRadius", "spectral_radius"]
-
-_LABELS = ("exact", "sampled", "data")
 
 
 @dataclass(frozen=True)
@@ -98,26 +95,22 @@ def spectral_radius(
     References:
         Ebrahimi & Klabjan, arXiv 2111.08577, section 3; Martens & Grosse 2015.
     """
-    require("spectral_radius", labels in _LABELS, "labels", f"one of {_LABELS}", labels)
+    require("spectral_radius", labels in LABELS, "labels", f"one of {LABELS}", labels)
     network = checked_network(model)
     blocks = [block for block in find_blocks(network).blocks if block.is_contraction]
     if not blocks:
         raise UnsupportedModelError(
             f"Model {network.name!r} has no Dense or convolution layer with Kronecker factors."
         )
-    mean_losses = _mean_losses(loss, labels, seed)
+    objective = SingleObjective(loss)
+    if labels != "data" and isinstance(objective.likelihood, str):
+        raise InvalidArgumentError(f"labels={labels!r} is not possible: {objective.likelihood}.")
+    estimator = CurvatureEstimator(network, objective, keras.random.SeedGenerator(seed))
 
     @tf.function(reduce_retracing=True, jit_compile=False, autograph=False)
     def factors_of(x: Any, y: Any) -> list[tuple[Any, Any]]:
-        records, probes = probe_gradients(
-            network, x, blocks, lambda outputs: mean_losses(outputs, y), training=False
-        )
-        found = []
-        for block in blocks:
-            uses = [k for k, record in enumerate(records) if record.layer is block.layer]
-            of_uses = [[probe[k] for k in uses] for probe in probes]
-            found.append(block.factors([records[k] for k in uses], of_uses))
-        return found
+        look = estimator.look(Batch(x, y), blocks, labels, training=False)
+        return [block.factors(look.of(block.layer)) for block in blocks]
 
     totals: list[list[Any]] = [[0.0, 0.0] for _ in blocks]
     count = 0
@@ -134,26 +127,6 @@ def spectral_radius(
         for block, (a, g) in zip(blocks, totals, strict=True)
     }
     return KroneckerRadius(radii, labels, count)
-
-
-def _mean_losses(loss: Any, labels: str, seed: int) -> Callable[[Any, Any], list[Any]]:
-    """`(outputs, y) -> mean losses` whose Fishers add up to the one that is asked for."""
-    if labels == "exact":
-        exact = exact_likelihoods(loss)
-        return lambda outputs, y: exact(outputs)
-    if labels == "sampled":
-        sampled = sampled_likelihood(loss)
-        if isinstance(sampled, str):
-            raise InvalidArgumentError(f"labels='sampled' is not possible: {sampled}.")
-        generator = keras.random.SeedGenerator(seed)
-        return lambda outputs, y: [sampled(outputs, generator)]
-    objective = Objective(loss)
-
-    def mean_loss(outputs: Any, y: Any) -> list[Any]:
-        total = objective.sum(y, outputs)
-        return [total / tf.cast(tf.shape(outputs)[0], total.dtype)]
-
-    return mean_loss
 
 
 def _top(block: KroneckerBlock | None, factor: NDArray[np.float64]) -> NDArray[np.float64]:

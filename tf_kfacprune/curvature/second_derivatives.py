@@ -3,16 +3,18 @@
 Every entry was measured against finite differences of the (correct) first derivative. *Wrong*
 means silently wrong: the Hessian-vector product of a bilinear resize is zero, that of
 `LayerNormalization` is off by percents, because `tf.nn.moments` stops a gradient which vanishes
-at first order but not at second. *Missing* means that TensorFlow raises.
+at first order but not at second. *Missing* means that TensorFlow raises. Most of them are right
+within `twice_differentiable`, which tells which by its function `mends`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tf_kfacprune.errors import UnsupportedModelError
 
@@ -21,6 +23,7 @@ __all__ = [
     "check_second_derivatives",
     "reachable_operations",
     "second_derivative_faults",
+    "softsign_attributes",
 ]
 
 MOMENTS_STOP_GRADIENT = (
@@ -29,6 +32,9 @@ MOMENTS_STOP_GRADIENT = (
 RESIZE_HAS_NO_SECOND_DERIVATIVE = "image resizing has no second derivative (bilinear gives zeros)"
 MAP_COORDINATES_IS_WRONG = "the second derivative of map_coordinates is wrong"
 SOFTSIGN_HAS_NO_SECOND_DERIVATIVE = "softsign has no second derivative in TensorFlow"
+RENORM_HAS_NO_OBJECTIVE = (
+    "renorm=True holds correction factors constant; the gradient is that of no objective"
+)
 
 
 @dataclass(frozen=True)
@@ -59,35 +65,58 @@ _OPERATION_FAULTS = {
 }
 
 
-def second_derivative_faults(model: keras.Model) -> list[SecondDerivativeFault]:
-    """Lists the parts of a model whose second derivatives cannot be trusted in inference mode.
+def _mends_nothing(operation: keras.Operation) -> bool:
+    del operation
+    return False
+
+
+def second_derivative_faults(
+    model: keras.Model,
+    *,
+    training: bool = False,
+    mended: Callable[[keras.Operation], bool] = _mends_nothing,
+) -> list[SecondDerivativeFault]:
+    """Lists the parts of a model whose second derivatives cannot be trusted.
 
     Args:
         model: Any Keras model; nested models and wrapped layers are searched too.
+        training: Whether the model runs in training mode, BatchNormalization with statistics of
+            the batch.
+        mended: Which operations are run by another expression that is right:
+            `twice_differentiable.mends`, or none.
 
     Returns:
         The faults, in the order in which the parts are found; empty for a sound model.
     """
     faults = []
     for operation in reachable_operations(model):
-        reason, in_jacobian = _fault_of(operation)
-        if reason:
+        reason, in_jacobian = _fault_of(operation, training)
+        if reason and not mended(operation):
             kind = type(operation).__name__
             faults.append(SecondDerivativeFault(operation.name, kind, reason, in_jacobian))
     return faults
 
 
-def check_second_derivatives(model: keras.Model, *, jacobian_only: bool = False) -> None:
+def check_second_derivatives(
+    model: keras.Model,
+    *,
+    jacobian_only: bool = False,
+    training: bool = False,
+    mended: Callable[[keras.Operation], bool] = _mends_nothing,
+) -> None:
     """Refuses a model whose second derivatives cannot be trusted.
 
     Args:
         model: Any Keras model.
         jacobian_only: Whether only faults that affect Jacobian products count.
+        training: Whether the model runs in training mode.
+        mended: Which operations are run by another expression that is right, as for
+            `second_derivative_faults`.
 
     Raises:
         UnsupportedModelError: Naming every such layer or operation, and why.
     """
-    faults = second_derivative_faults(model)
+    faults = second_derivative_faults(model, training=training, mended=mended)
     faults = [fault for fault in faults if fault.in_jacobian or not jacobian_only]
     if faults:
         listing = "; ".join(f"{f.name!r} ({f.kind}): {f.reason}" for f in faults)
@@ -99,9 +128,20 @@ def check_second_derivatives(model: keras.Model, *, jacobian_only: bool = False)
         )
 
 
-def _fault_of(operation: keras.Operation) -> tuple[str, bool]:
+def softsign_attributes(operation: keras.Operation) -> list[str]:
+    """Names of the attributes of an operation, `activation` for example, that are softsign."""
+    functions = (keras.activations.softsign, keras.ops.softsign, tf.nn.softsign)
+    return [name for name, value in vars(operation).items() if any(value is f for f in functions)]
+
+
+def _fault_of(operation: keras.Operation, training: bool) -> tuple[str, bool]:
     """``(reason, affects Jacobian products)``, with an empty reason for a sound operation."""
     layers = keras.layers
+    if isinstance(operation, layers.BatchNormalization) and training and operation.trainable:
+        if operation.renorm:
+            return RENORM_HAS_NO_OBJECTIVE, False
+        # Synchronized over replicas, it takes a route without tf.nn.moments.
+        return ("", False) if operation.synchronized else (MOMENTS_STOP_GRADIENT, False)
     if isinstance(operation, layers.LayerNormalization):
         # With rms_scaling Keras takes a route without tf.nn.moments.
         return ("", False) if operation.rms_scaling else (MOMENTS_STOP_GRADIENT, False)
@@ -111,12 +151,14 @@ def _fault_of(operation: keras.Operation) -> tuple[str, bool]:
         return RESIZE_HAS_NO_SECOND_DERIVATIVE, True
     if isinstance(operation, layers.Resizing):
         return RESIZE_HAS_NO_SECOND_DERIVATIVE, True
-    for attribute in ("activation", "recurrent_activation"):
-        if getattr(operation, attribute, None) is keras.activations.softsign:
-            return SOFTSIGN_HAS_NO_SECOND_DERIVATIVE, True
-    if not isinstance(operation, keras.Layer):
-        return _OPERATION_FAULTS.get(type(operation).__name__, ("", False))
-    return "", False
+    if softsign_attributes(operation):
+        return SOFTSIGN_HAS_NO_SECOND_DERIVATIVE, True
+    if isinstance(operation, keras.Layer):
+        return "", False
+    kind = type(operation).__name__
+    if getattr(operation, "rms_scaling", False) or getattr(operation, "synchronized", False):
+        return "", False  # routes of LayerNorm and Moments without tf.nn.moments
+    return _OPERATION_FAULTS.get(kind, ("", False))
 
 
 def reachable_operations(root: keras.Operation) -> Iterator[keras.Operation]:

@@ -36,43 +36,73 @@ from typing import Any
 import keras
 from keras import ops
 
-from tf_kfacprune.curvature.blocks import KroneckerBlock, Record
+from tf_kfacprune.curvature.blocks import KroneckerBlock, for_rows
+from tf_kfacprune.curvature.estimator import Uses
 from tf_kfacprune.validation import require, require_count
 
-__all__ = ["along_gradients", "layer_spectral_radius"]
+__all__ = ["SpectralRadius", "energy_of_gradients", "energy_of_inputs", "layer_spectral_radius"]
 
 _REDUCTIONS = ("max", "sum", "smooth_max")
 _SMOOTH_MAX_POWER = 8
 _TINY = 1e-20
 
 
-def layer_spectral_radius(block: KroneckerBlock, record: Record, g: Any, u: Any, v: Any) -> Any:
-    """Rayleigh quotient of one block along `u (x) v`.
+def energy_of_inputs(block: KroneckerBlock, uses: Uses, u: Any) -> Any:
+    """`u^T A u` of every group, shape `(k,)`, for u the eigenvectors of the largest eigenvalue.
 
     Args:
         block: The Kronecker block of a contraction.
-        record: A use of its layer.
-        g: Per-example gradients at the pre-activation `record.s`.
+        uses: The uses of its layer in one pass; those of a shared layer add up.
+        u: Vectors, shape `(*k, n_a)`.
+    """
+    groups = block.group_shape or (1,)
+    total: Any = 0.0
+    for record in uses.records:
+        squares = ops.square(ops.cast(block.project(record, u), "float32"))
+        w = block.weights_of_projection(record, uses.weights, squares)
+        total += ops.sum(ops.reshape(squares if w is None else squares * w, (*groups, -1)), axis=-1)
+    weights = for_rows(uses.weights, ops.shape(uses.records[0].x)[0])
+    if weights is None:
+        count = ops.cast(ops.shape(uses.records[0].x)[0], "float32")
+    else:
+        count = ops.maximum(ops.sum(weights), _TINY)
+    return total / count
+
+
+def energy_of_gradients(block: KroneckerBlock, uses: Uses, v: Any) -> Any:
+    """`v^T G v` of every group, shape `(k,)`; arguments as in `energy_of_inputs`.
+
+    Args:
+        block: The Kronecker block of a contraction.
+        uses: The uses of its layer in one pass; those of a shared layer are averaged.
+        v: Vectors, shape `(*k, n_out)`.
+    """
+    groups = block.group_shape or (1,)
+    vector = ops.reshape(v, (*block.group_shape, 1, block.n_out, 1))
+    total: Any = 0.0
+    for probe in uses.probes:
+        for record, g in zip(uses.records, probe, strict=True):
+            rows = ops.cast(block.rows_g(record, g), "float32")
+            squares = ops.reshape(ops.square(ops.matmul(rows, vector)), (*groups, -1))
+            mask = block.mask_of_locations(record)
+            count = ops.cast(ops.shape(squares)[-1], "float32") if mask is None else ops.sum(mask)
+            total += ops.sum(squares, axis=-1) / ops.maximum(count, 1.0)
+    return total / len(uses.records)
+
+
+def layer_spectral_radius(block: KroneckerBlock, uses: Uses, u: Any, v: Any) -> Any:
+    """Rayleigh quotient of one block along `u (x) v`, a scalar.
+
+    Args:
+        block: The Kronecker block of a contraction.
+        uses: The uses of its layer in one pass.
         u: Unit vectors, shape `(*k, n_a)`.
         v: Unit vectors, shape `(*k, n_out)`.
 
     Returns:
-        Scalar `mean sum_t (u^T a)^2 * mean mean_t (v^T g)^2`; the largest one over the groups of
-        a layer with groups.
+        `u^T A u * v^T G v`; the largest one over the groups of a layer with groups.
     """
-    batch = ops.cast(ops.shape(g)[0], "float32")
-    along_u = ops.cast(block.project(record, u), "float32")
-    along_v = along_gradients(block, record, g, v)
-    groups = block.group_shape or (1,)
-    energy = ops.sum(ops.square(ops.reshape(along_u, (*groups, -1))), axis=-1) / batch
-    return ops.max(energy * ops.mean(ops.square(ops.reshape(along_v, (*groups, -1))), axis=-1))
-
-
-def along_gradients(block: KroneckerBlock, record: Record, g: Any, v: Any) -> Any:
-    """`v^T g` at every location, `(*k, batch, T)`; arguments as in `layer_spectral_radius`."""
-    rows = ops.cast(block.rows_g(record, g), "float32")
-    vector = ops.reshape(v, (*block.group_shape, 1, block.n_out, 1))
-    return ops.squeeze(ops.matmul(rows, vector), axis=-1)
+    return ops.max(energy_of_inputs(block, uses, u) * energy_of_gradients(block, uses, v))
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")

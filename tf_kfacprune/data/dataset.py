@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tf_kfacprune.data.targets import checked_targets
 from tf_kfacprune.errors import DataError
 
 __all__ = ["Dataset", "checked_dataset", "validation_split"]
@@ -13,18 +14,21 @@ __all__ = ["Dataset", "checked_dataset", "validation_split"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification data set, held in memory.
+    """A labelled data set, held in memory.
 
     Attributes:
         x_train: float32 inputs, shape ``(n, ...)``; images are ``(n, height, width, channels)``
             with values in [0, 1].
-        y_train: int64 class labels, shape ``(n,)``, each in ``range(num_classes)``.
+        y_train: labels. Classes are int64, shape ``(n,)``, each in ``range(num_classes)``; other
+            kinds are float32, shape ``(n, num_classes)``.
         x_test: as ``x_train``, for the test examples.
         y_test: as ``y_train``, for the test examples.
-        num_classes: number of classes.
+        num_classes: number of classes, or of decisions or values for each example: how many outputs
+            a network needs.
         name: the name or file it was loaded from.
         scale: what the stored inputs were multiplied with, such as 1 / 255 for uint8 images.
         labels: names of the classes; empty if unknown.
+        kind: what the labels are: ``"classes"``, ``"binary"`` decisions or ``"values"``.
     """
 
     x_train: np.ndarray
@@ -35,6 +39,7 @@ class Dataset:
     name: str
     scale: float = 1.0
     labels: tuple[str, ...] = ()
+    kind: str = "classes"
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -88,7 +93,12 @@ def validation_split(dataset: Dataset, count: int) -> Dataset:
 
 
 def checked_dataset(
-    arrays: dict[str, np.ndarray], *, name: str, source: str, num_classes: int | None = None
+    arrays: dict[str, np.ndarray],
+    *,
+    name: str,
+    source: str,
+    num_classes: int | None = None,
+    kind: str | None = "classes",
 ) -> Dataset:
     """Builds a `Dataset` from raw arrays, or says what is wrong with them.
 
@@ -100,21 +110,26 @@ def checked_dataset(
         name: name of the data set.
         source: where the arrays come from (a file, usually), for messages.
         num_classes: number of classes; by default one more than the largest training label.
+        kind: what the labels are, as for `checked_targets`.
 
     Returns:
         The checked data set.
 
     Raises:
+        InvalidArgumentError: if ``kind`` is unknown.
         DataError: naming the source, the array, what was found and the remedy.
     """
-    inputs, labels = {}, {}
+    inputs = {}
     for part in ("train", "test"):
         inputs[part] = _checked_inputs(arrays[f"x_{part}"], f"x_{part}", source)
-        labels[part] = _checked_labels(arrays[f"y_{part}"], f"y_{part}", source)
-        if len(inputs[part]) != len(labels[part]):
+    targets = checked_targets(
+        arrays["y_train"], arrays["y_test"], source=source, kind=kind, num_classes=num_classes
+    )
+    for part, labels in (("train", targets.train), ("test", targets.test)):
+        if len(inputs[part]) != len(labels):
             raise DataError(
                 f"{source}: 'x_{part}' and 'y_{part}' must have the same length. Found "
-                f"{len(inputs[part])} inputs and {len(labels[part])} labels. Save one label for "
+                f"{len(inputs[part])} inputs and {len(labels)} labels. Save one label for "
                 "each input."
             )
     if inputs["train"].shape[1:] != inputs["test"].shape[1:]:
@@ -122,24 +137,16 @@ def checked_dataset(
             f"{source}: 'x_train' and 'x_test' must hold examples of one shape. Found "
             f"{inputs['train'].shape[1:]} and {inputs['test'].shape[1:]}."
         )
-    classes = int(labels["train"].max()) + 1 if num_classes is None else num_classes
-    for part in ("train", "test"):
-        highest = int(labels[part].max())
-        if highest >= classes:
-            raise DataError(
-                f"{source}: 'y_{part}' must hold labels from 0 to {classes - 1} "
-                f"({classes} classes"
-                + ("" if num_classes is not None else ", counted from the training labels")
-                + f"). Found label {highest}. Renumber the labels or remove these examples."
-            )
     return Dataset(
         x_train=inputs["train"],
-        y_train=labels["train"],
+        y_train=targets.train,
         x_test=inputs["test"],
-        y_test=labels["test"],
-        num_classes=classes,
+        y_test=targets.test,
+        num_classes=targets.outputs,
         name=name,
         scale=1 / 255 if all(arrays[f"x_{part}"].dtype == np.uint8 for part in inputs) else 1.0,
+        labels=targets.names,
+        kind=targets.kind,
     )
 
 
@@ -172,32 +179,3 @@ def _checked_inputs(array: np.ndarray, key: str, source: str) -> np.ndarray:
             f"examples, the first at index {bad[0]}. Remove or repair these examples."
         )
     return result
-
-
-def _checked_labels(array: np.ndarray, key: str, source: str) -> np.ndarray:
-    """int64 labels of shape (n,), not negative."""
-    where = f"{source}: {key!r}"
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1 or len(array) == 0:
-        remedy = (
-            f" One-hot labels can be turned into class numbers with {key}.argmax(axis=1)."
-            if array.ndim == 2 and array.shape[1] > 1
-            else ""
-        )
-        raise DataError(
-            f"{where} must hold one class number for each example, shape (n,) or (n, 1). "
-            f"Found shape {array.shape}.{remedy}"
-        )
-    if not np.issubdtype(array.dtype, np.integer):
-        raise DataError(
-            f"{where} must hold integer class numbers. Found {array.dtype}. Convert it, for "
-            f"example with {key}.astype('int64')."
-        )
-    lowest = int(array.min())
-    if lowest < 0:
-        raise DataError(
-            f"{where} must hold class numbers from 0 up. Found label {lowest} at index "
-            f"{int(array.argmin())}. Renumber the labels or remove these examples."
-        )
-    return array.astype(np.int64)

@@ -66,8 +66,8 @@ def _read_member(archive: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndar
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         if "allow_pickle" in str(error):
             raise DataError(
-                f"{path}: {key!r} holds Python objects, expected a plain numeric array. Save it "
-                "with a numeric dtype."
+                f"{path}: {key!r} holds Python objects, expected a plain array. Save numbers "
+                "with a numeric dtype and text with .astype('U')."
             ) from error
         raise DataError(
             f"{path}: {key!r} cannot be read ({error}). The file may be damaged: fetch or save "

@@ -48,24 +48,32 @@ _JPEG_KEYS = (
 
 
 def load(
-    name_or_path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None
+    name_or_path: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    kind: str | None = "classes",
 ) -> Dataset:
-    """Loads a classification data set.
+    """Loads a labelled data set.
 
     Args:
         name_or_path: ``"digits"`` (8 x 8 images inside scikit-learn: offline), ``"mnist"``,
             ``"fashion_mnist"``, ``"cifar10"``, or the path of an ``.npz`` file with ``x_train``,
             ``y_train``, ``x_test`` and ``y_test``. In such a file uint8 inputs are images (scaled
             to [0, 1]; a channel axis is added if missing) and floating-point inputs are taken as
-            they are; labels are integers from 0 up.
+            they are; classes are integers from 0 up, or names as text.
         data_dir: folder with ``mnist.npz``, ``fashion_mnist.npz`` or its four ``idx.gz`` files,
             ``cifar10.npz`` or ``cifar10_jpeg.npz``. With a folder nothing is ever downloaded;
             without one, Keras downloads what the system does not have.
+        kind: what the labels of an ``.npz`` file are: ``"classes"``; ``"binary"``, one or several
+            decisions of 0 or 1 for each example; ``"values"``, one or several numbers for each
+            example; or None for what they look like. All named data sets have classes.
 
     Returns:
-        The data set: float32 inputs, int64 labels, training order as stored.
+        The data set: float32 inputs; int64 classes or float32 labels of another kind; training
+        order as stored.
 
     Raises:
+        InvalidArgumentError: if ``kind`` is unknown.
         DataError: if the data set is unknown, missing, incomplete or malformed; the message names
             the file, the array, what was found and the remedy.
 
@@ -76,7 +84,8 @@ def load(
     """
     name = os.fspath(name_or_path)
     if name.endswith(".npz"):
-        return checked_dataset(read_npz(Path(name)), name=Path(name).stem, source=name)
+        arrays = read_npz(Path(name))
+        return checked_dataset(arrays, name=Path(name).stem, source=name, kind=kind)
     if name not in NAMES:
         close = difflib.get_close_matches(name, NAMES, n=1)
         raise DataError(
@@ -84,6 +93,11 @@ def load(
             + (f" Did you mean {close[0]!r}?" if close else "")
             + f" Expected one of {', '.join(NAMES)}, or the path of an .npz file with x_train, "
             "y_train, x_test and y_test."
+        )
+    if kind not in (None, "classes"):
+        raise DataError(
+            f"Data set {name!r} has classes. Received: kind={kind!r}. Other kinds of labels are "
+            "read from .npz files of your own."
         )
     if name == "digits":
         return _load_digits()

@@ -9,6 +9,7 @@ from tf_kfacprune.export.keras_files import keras_file, load_keras
 from tf_kfacprune.export.layer_latency import latency_table
 from tf_kfacprune.export.metadata import Metadata, read_metadata
 from tf_kfacprune.export.micro import MicroCheck, check_micro
+from tf_kfacprune.export.ports import Port
 from tf_kfacprune.export.saved_models import saved_model
 from tf_kfacprune.export.tflite_files import run_tflite, tflite
 from tf_kfacprune.export.timing import Latency, latency
@@ -22,6 +23,7 @@ __all__ = [
     "LatencyTable",
     "Metadata",
     "MicroCheck",
+    "Port",
     "activation_bytes",
     "arena_bytes",
     "benchmark",

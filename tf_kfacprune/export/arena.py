@@ -28,7 +28,6 @@ __all__ = [
     "arena_bytes",
     "arena_of",
     "estimated_arena",
-    "runnable_arena",
 ]
 
 _ALIGNMENT = 16
@@ -95,18 +94,13 @@ def arena_bytes(file: str | os.PathLike[str]) -> int:
         >>> kp.export.arena_bytes("net.tflite")  # doctest: +SKIP
         6640
     """
-    return runnable_arena(file).bytes
-
-
-def runnable_arena(file: str | os.PathLike[str]) -> Arena:
-    """The tensor arena of a file that can be run; raises as `arena_bytes` does."""
     arena = arena_of(file)
     if arena.lacking:
         raise ExportError(
             f"{file} cannot be run by TensorFlow Lite Micro, which lacks "
             f"{', '.join(arena.lacking)}. Build the model without the layers that need it."
         )
-    return arena
+    return arena.bytes
 
 
 def arena_of(file: str | os.PathLike[str]) -> Arena:

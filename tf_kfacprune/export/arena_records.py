@@ -8,26 +8,7 @@ from tf_kfacprune.graph import runtime_records as sizes
 
 __all__ = ["record_bytes", "working_bytes"]
 
-_CONV, _DEPTHWISE, _TRANSPOSED, _DENSE = 3, 4, 67, 9
-# Numbers of operations in the schema.
-_NAMES = {
-    0: "ADD",
-    1: "AVERAGE_POOL_2D",
-    2: "CONCATENATION",
-    _CONV: "CONV_2D",
-    _DEPTHWISE: "DEPTHWISE_CONV_2D",
-    _DENSE: "FULLY_CONNECTED",
-    14: "LOGISTIC",
-    17: "MAX_POOL_2D",
-    18: "MUL",
-    22: "RESHAPE",
-    25: "SOFTMAX",
-    28: "TANH",
-    34: "PAD",
-    40: "MEAN",
-    _TRANSPOSED: "TRANSPOSE_CONV",
-    117: "HARD_SWISH",
-}
+_CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV")
 
 
 def record_bytes(graph: FileGraph) -> int:
@@ -36,7 +17,7 @@ def record_bytes(graph: FileGraph) -> int:
     channels = sum(_channels(graph, operation) for operation in graph.operations)
     return (
         sizes.FIXED
-        + sizes.QUANTIZED * any(tensor.scales for tensor in graph.tensors)
+        + sizes.QUANTIZED * any(bool(tensor.scales) for tensor in graph.tensors)
         + sizes.TENSOR * len(graph.tensors)
         + sizes.OPERATION * len(graph.operations)
         + kernels
@@ -52,7 +33,7 @@ def working_bytes(graph: FileGraph) -> int:
     most += sizes.PLANNED_ACTIVATION * activations
     later = 0  # records of the channels of operations that are prepared later
     for operation in reversed(graph.operations):
-        scales = max((graph.tensors[i].scales for i in operation.inputs if i >= 0), default=0)
+        scales = max((len(graph.tensors[i].scales) for i in operation.inputs if i >= 0), default=0)
         own = sizes.PREPARED if scales <= 1 else sizes.PREPARED_PER_CHANNEL + sizes.CHANNEL * scales
         most = max(most, records - later + own)
         later += sizes.CHANNEL * _channels(graph, operation)
@@ -61,13 +42,13 @@ def working_bytes(graph: FileGraph) -> int:
 
 def _channels(graph: FileGraph, operation: FileOperation) -> int:
     """Channels for which the kernel keeps a scale: a convolution does in float32, too."""
-    if operation.code in (_CONV, _DEPTHWISE, _TRANSPOSED):
+    if operation.operator in _CONVOLUTIONS:
         return graph.tensors[operation.outputs[0]].shape[-1]
-    if operation.code == _DENSE:
-        scales = graph.tensors[operation.inputs[1]].scales
+    if operation.operator == "FULLY_CONNECTED":
+        scales = len(graph.tensors[operation.inputs[1]].scales)
         return scales if scales > 1 else 0
     return 0
 
 
 def _kernel(operation: FileOperation) -> int:
-    return sizes.KERNELS.get(_NAMES.get(operation.code, ""), sizes.OTHER_KERNEL)
+    return sizes.KERNELS.get(operation.operator, sizes.OTHER_KERNEL)

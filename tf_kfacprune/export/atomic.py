@@ -9,6 +9,9 @@ the end. A crash, an error or a kill leaves the old output, or none: never a par
 | folder | one exchange of two names (Linux) | the old folder or the new one |
 | folder | two renames, where names cannot be exchanged | also none; the old one is put back later |
 
+A symbolic link is followed: what it points to is written or replaced, the link stays. Only regular
+files and folders are ever replaced: a device, a FIFO or a socket is refused.
+
 What a killed process leaves under hidden names is removed by the next export to the same target.
 The names say which process of which machine they belong to, so that no running one is disturbed.
 """
@@ -21,13 +24,21 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tf_kfacprune.errors import ExportError
 
-__all__ = ["atomic_directory", "atomic_file", "write_bytes"]
+__all__ = ["atomic_directory", "atomic_file", "check_directory", "followed", "write_bytes"]
+
+_SPECIAL = {
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFIFO: "a FIFO (named pipe)",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 @contextmanager
@@ -44,15 +55,15 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
         A path beside ``path`` with the same suffix, for the block to write.
 
     Raises:
-        ExportError: if ``path`` exists and ``overwrite`` is false, is a folder, or cannot be
+        ExportError: if ``path`` exists and ``overwrite`` is false, is no regular file, or cannot be
             written.
     """
-    target = Path(path)
-    _clear_up_after_killed_processes(target)
+    target, suffix = followed(path), Path(path).suffix
+    _clear_up_after_killed_processes(target, suffix)
     _refuse_existing(target, overwrite)
     if target.is_dir():
         raise ExportError(f"{target} is a folder, expected the name of a file.")
-    with _beside(target) as partial:
+    with _beside(target, suffix) as partial:
         yield partial
         _flush(partial)
         _refuse_existing(target, overwrite)
@@ -78,8 +89,31 @@ def atomic_directory(
     Raises:
         ExportError: as for `atomic_file`, and if the folder to replace is not of this kind.
     """
-    target = Path(path)
-    _clear_up_after_killed_processes(target)
+    target, suffix = followed(path), Path(path).suffix
+    _clear_up_after_killed_processes(target, suffix)
+    check_directory(target, marker=marker, overwrite=overwrite)
+    with _beside(target, suffix) as partial:
+        partial.mkdir()
+        yield partial
+        for file in [*partial.rglob("*"), partial]:
+            _flush(file)
+        _refuse_existing(target, overwrite)
+        _swap(partial, target)
+        _flush(target.parent)
+
+
+def check_directory(path: str | os.PathLike[str], *, marker: str, overwrite: bool = False) -> None:
+    """Refuses at once what `atomic_directory` would refuse to write, as it would.
+
+    Args:
+        path: the folder that is going to be written.
+        marker: as for `atomic_directory`.
+        overwrite: as for `atomic_directory`.
+
+    Raises:
+        ExportError: if the folder exists and may not be replaced.
+    """
+    target = followed(path)
     _refuse_existing(target, overwrite)
     if os.path.lexists(target) and not (
         target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
@@ -88,14 +122,19 @@ def atomic_directory(
             f"{target} exists and is not a folder with {marker}: it will not be replaced, not even "
             "with overwrite. Choose another path, or remove it yourself."
         )
-    with _beside(target) as partial:
-        partial.mkdir()
-        yield partial
-        for file in [*partial.rglob("*"), partial]:
-            _flush(file)
-        _refuse_existing(target, overwrite)
-        _swap(partial, target)
-        _flush(target.parent)
+
+
+def followed(path: str | os.PathLike[str]) -> Path:
+    """Where a path leads: itself, unless its last name is a symbolic link.
+
+    Args:
+        path: any path; nothing has to be there.
+
+    Returns:
+        The path, or what the link and the links behind it point to, which may be missing.
+    """
+    target = Path(path)
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> Path:
@@ -110,10 +149,13 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, overwrite: bool
 
 
 @contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A hidden temporary name beside ``target``; on any error nothing of it stays."""
+def _beside(target: Path, suffix: str) -> Iterator[Path]:
+    """A hidden temporary name beside ``target``; on any error nothing of it stays.
+
+    The suffix is that of the path that was given: one behind a symbolic link may have another.
+    """
     owner = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-    partial = target.with_name(f".{target.stem}.{owner}.partial{target.suffix}")
+    partial = target.with_name(f".{target.stem}.{owner}.partial{suffix}")
     made: list[Path] = []
     try:
         for folder in reversed(target.parents):
@@ -146,6 +188,22 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
             f"{target} already exists. Choose another path, or allow it to be replaced with "
             "overwrite."
         )
+    if kind := _special_kind(target):
+        raise ExportError(
+            f"{target} is {kind}, not a regular file: it will not be replaced, not even with "
+            "overwrite. Choose another path."
+        )
+
+
+def _special_kind(target: Path) -> str | None:
+    """What stands at ``target`` if it may never be replaced; None for files, folders, nothing."""
+    try:
+        mode = os.lstat(target).st_mode
+    except OSError:  # nothing there, or what is in the way is named when the file is made
+        return None
+    if stat.S_ISLNK(mode):  # only a circle of links is still a link here
+        return "a symbolic link that leads in a circle"
+    return _SPECIAL.get(stat.S_IFMT(mode))
 
 
 def _swap(partial: Path, target: Path) -> None:
@@ -176,13 +234,13 @@ def _exchange_names(first: Path, second: Path) -> bool:
     return rename(current_folder, bytes(first), current_folder, bytes(second), exchange) == 0
 
 
-def _clear_up_after_killed_processes(target: Path) -> None:
+def _clear_up_after_killed_processes(target: Path, suffix: str) -> None:
     """Removes temporaries of dead processes, and puts back an old folder that one had moved."""
     if not target.name or not target.parent.is_dir():
         return
     ours = re.compile(
         rf"\.{re.escape(target.stem)}\.{re.escape(_machine())}-(\d+)-\w+\.partial"
-        rf"{re.escape(target.suffix)}(\.old)?"
+        rf"{re.escape(suffix)}(\.old)?"
     )
     for path in sorted(target.parent.iterdir()):
         found = ours.fullmatch(path.name)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
-from tf_kfacprune.errors import InvalidArgumentError
-from tf_kfacprune.export.arena import runnable_arena
+from tf_kfacprune.export.arena import arena_of, estimated_arena
 from tf_kfacprune.export.atomic import write_bytes
+from tf_kfacprune.export.c_header import check_name, header_text
 
 __all__ = ["c_array"]
-
-_BYTES_PER_LINE = 12
 
 
 def c_array(
@@ -24,19 +21,35 @@ def c_array(
 ) -> Path:
     """Writes a ``.tflite`` file as a C header with one constant array.
 
+    With it the header says, in names that begin with that of the array:
+
+    | name | what |
+    | --- | --- |
+    | ``<name>``, ``<name>_len`` | the file and its bytes |
+    | ``<name>_arena_bytes`` | size of the tensor arena for it |
+    | ``<name>_input_count``, ``<name>_output_count`` | how many there are |
+    | ``<name>_input_0_type``, ``_rank``, ``_shape``, ``_size`` | of ``interpreter->input(0)`` |
+    | ``<name>_input_0_scale``, ``_zero_point`` | of quantized ones only |
+    | ``<name>_operator_count`` | of a ``tflite::MicroMutableOpResolver`` that is large enough |
+    | ``<name>_add_operators(resolver)`` | in C++: adds the operators to one |
+
+    and likewise for outputs and higher numbers. The include guard is ``<NAME>_H_``: headers in one
+    program need different names.
+
     Args:
-        file: the ``.tflite`` file, usually full ``"int8"`` with ``batch_size=1``.
+        file: the ``.tflite`` file, usually full ``"int8"`` with ``batch_size=1``. A free batch size
+            counts as 1.
         path: the header to write.
-        name: C identifier of the array; its length is ``<name>_len`` and the size of the tensor
-            arena for it ``<name>_arena_bytes``.
+        name: C identifier of the array.
         overwrite: replace an existing header.
 
     Returns:
         ``path``.
 
     Raises:
-        InvalidArgumentError: if ``name`` is not a C identifier.
-        ExportError: if the file is missing or damaged or TensorFlow Lite Micro cannot run it, or
+        InvalidArgumentError: if ``name`` is not a C identifier, or a keyword of C or C++.
+        ExportError: if the file is missing or damaged, has free sizes besides the batch, or cannot
+            be run by TensorFlow Lite Micro for another reason than an operator that it lacks; or
             the path exists or cannot be written.
 
     Example:
@@ -44,32 +57,10 @@ def c_array(
         >>> kp.export.c_array("net.tflite", "net.h", name="net")  # doctest: +SKIP
         PosixPath('net.h')
     """
-    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-        raise InvalidArgumentError(f"name must be a C identifier. Received: name={name!r}.")
-    arena = runnable_arena(file)
-    source = "measured with" if arena.is_measured else "an estimate, without"
+    check_name(name)
+    arena = arena_of(file)
     content = Path(file).read_bytes()
-    guard = f"{name.upper()}_H_"
-    lines = [
-        ", ".join(f"0x{byte:02x}" for byte in content[i : i + _BYTES_PER_LINE])
-        for i in range(0, len(content), _BYTES_PER_LINE)
-    ]
-    text = "\n".join(
-        [
-            f"/* TensorFlow Lite model, {len(content)} bytes. */",
-            f"#ifndef {guard}",
-            f"#define {guard}",
-            "",
-            f"/* Size of the tensor arena, {source} TensorFlow Lite Micro (reference kernels). */",
-            f"enum {{ {name}_arena_bytes = {arena.bytes} }};",
-            f"enum {{ {name}_len = {len(content)} }};",
-            "",
-            f"static const unsigned char {name}[] __attribute__((aligned(16))) = {{",
-            *(f"  {line}," for line in lines),
-            "};",
-            "",
-            f"#endif  /* {guard} */",
-            "",
-        ]
-    )
+    if arena.lacking:  # for another runtime, about which nothing was measured
+        arena = estimated_arena(content)
+    text = header_text(content, name, arena)
     return write_bytes(path, text.encode(), overwrite=overwrite)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tf_kfacprune.errors import ExportError
 
@@ -39,7 +40,9 @@ def captured_console(log: ConsoleLog | None = None) -> Iterator[ConsoleLog]:
     """Collects standard output and standard error of the whole process, native code included.
 
     The TFLite converter prints from C++, which redirecting ``sys.stdout`` does not reach: the file
-    descriptors themselves are redirected.
+    descriptors themselves are redirected. A logger that is set up inside the block keeps the stream
+    that it finds there (absl sets up the root logger when TensorFlow writes a SavedModel); after
+    the block that stream leads to where ``sys.stdout`` or ``sys.stderr`` led before it.
 
     Args:
         log: the log to add to; a new one by default.
@@ -60,8 +63,10 @@ def captured_console(log: ConsoleLog | None = None) -> Iterator[ConsoleLog]:
                 # In a notebook, sys.stdout does not end at a file descriptor.
                 with (
                     os.fdopen(os.dup(sink.fileno()), "w", encoding="utf-8") as text,
-                    redirect_stdout(text),
-                    redirect_stderr(text),
+                    _diverted(sys.stdout, text) as output,
+                    _diverted(sys.stderr, text) as errors,
+                    redirect_stdout(output),
+                    redirect_stderr(errors),
                 ):
                     yield log
             finally:
@@ -74,6 +79,36 @@ def captured_console(log: ConsoleLog | None = None) -> Iterator[ConsoleLog]:
     finally:
         for descriptor in saved:
             os.close(descriptor)
+
+
+class _Stream:
+    """Stands for a text stream whose target changes while others hold it."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    # Methods of its own, so that a kept ``stream.write`` follows the target, too.
+    def write(self, text: str) -> int:
+        return int(self.target.write(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.target.writelines(lines)
+
+    def flush(self) -> None:
+        self.target.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.target, name)
+
+
+@contextmanager
+def _diverted(stream: Any, text: Any) -> Iterator[_Stream]:
+    """A stream that leads to ``text`` during the block, and to ``stream`` ever after."""
+    diverted = _Stream(text)
+    try:
+        yield diverted
+    finally:
+        diverted.target = stream
 
 
 @contextmanager

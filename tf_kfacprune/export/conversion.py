@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import keras
 
 from tf_kfacprune.errors import ExportError
 from tf_kfacprune.export.console import ConsoleLog, captured_console
-from tf_kfacprune.export.options import FULL_INTEGER, IO_TYPES
+from tf_kfacprune.export.half_precision import float32_twin
+from tf_kfacprune.export.options import FULL_INTEGER, IO_TYPES, refuse_text
 from tf_kfacprune.export.requantizing import RECIPES, requantized
 from tf_kfacprune.export.samples import Named
 from tf_kfacprune.export.saved_models import write_served
@@ -34,17 +36,22 @@ def convert(
     """The content of a ``.tflite`` file, unverified.
 
     The route goes over a SavedModel: converting a Keras 3 model's concrete function directly
-    silently writes a file without weights.
+    silently writes a file without weights. A model in half precision is converted through its
+    float32 twin.
 
     Raises:
+        UnsupportedModelError: if the model takes or returns text, or has no float32 twin.
         ExportError: with the converter's log, if it fails.
     """
     import tensorflow as tf
 
+    refuse_text(model, signature.input_dtypes)
+    model, signature = float32_twin(model), signature.in_float32()
     log = ConsoleLog() if log is None else log
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_served(model, signature, folder, log)
+        outputs = write_served(model, signature, folder, log)
+        refuse_text(model, {f"output {name!r}": dtype for name, dtype in outputs.items()})
         try:
             with captured_console(log), warnings.catch_warnings():
                 # Calibration warns that the interpreter it uses itself is deprecated.
@@ -64,7 +71,7 @@ def convert(
             raise ExportError(
                 f"The TFLite converter cannot convert model {model.name!r}"
                 + (f" with quantization={quantization!r}" if quantization else "")
-                + f": {_first_line(error)}{_remedy(log.tail)}\nIts log ends with:\n{log.tail}"
+                + f": {_first_line(error)}{_remedy(log.text)}\nIts log ends with:\n{log.tail}"
             ) from error
     return content
 
@@ -101,6 +108,15 @@ def _calibration(representative: Named) -> Iterator[tuple[str, Named]]:
 
 
 def _remedy(printed: str) -> str:
+    """What helps where an operation has no built-in form; the log lists each with its types."""
+    missing = re.findall(r"^\s*(tf\.\w+)\((.*)$", printed, re.MULTILINE)
+    half = {operation for operation, types in missing if "f16>" in types}
+    if half:
+        return (
+            f" {', '.join(sorted(half))} compute in float16 or bfloat16, for which there are no "
+            "built-in operations: a layer or function of your own casts to it. Let it compute in "
+            "the dtype of its input."
+        )
     if "TF Select" not in printed:
         return ""
     return " If the device has TensorFlow's kernels, pass select_ops=True."

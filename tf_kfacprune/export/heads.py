@@ -8,6 +8,7 @@ import keras
 
 from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.export.serving import check_exportable
+from tf_kfacprune.export.text import TEXT
 
 __all__ = ["HEADS", "with_head"]
 
@@ -60,6 +61,11 @@ def with_head(
             f"scale={scale!r}, offset={offset!r}."
         )
     (source,) = model.inputs
+    if source.dtype == TEXT and (scale, offset) != (1.0, 0.0):
+        raise InvalidArgumentError(
+            f"Model {model.name!r} takes text, which cannot be scaled. Received: scale={scale!r}, "
+            f"offset={offset!r}."
+        )
     raw = keras.Input(batch_shape=source.shape, dtype=source.dtype, name=source.name)
     x = raw
     if (scale, offset) != (1.0, 0.0):

@@ -9,6 +9,7 @@ from pathlib import Path
 import keras
 
 from tf_kfacprune.errors import ExportError, InvalidArgumentError
+from tf_kfacprune.export.archives import refuse_bomb
 from tf_kfacprune.export.atomic import atomic_file
 
 __all__ = ["keras_file", "load_keras"]
@@ -52,8 +53,8 @@ def load_keras(path: str | os.PathLike[str]) -> keras.Model:
         The model.
 
     Raises:
-        InvalidArgumentError: if the file is missing, truncated, not a Keras model, or needs a
-            class that is not registered.
+        InvalidArgumentError: if the file is missing, truncated, not a Keras model, needs a class
+            that is not registered, or unpacks to far more than it holds.
 
     Example:
         >>> import tf_kfacprune as kp
@@ -71,6 +72,7 @@ def load_keras(path: str | os.PathLike[str]) -> keras.Model:
             f"{file}: not a complete .keras file ({file.stat().st_size} bytes). It may be "
             "truncated: save or copy it again."
         )
+    refuse_bomb(file)
     try:
         return keras.models.load_model(file)
     # What damaged contents raise depends on where the damage is: zip, JSON, HDF5 or Keras errors.

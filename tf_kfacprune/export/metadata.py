@@ -1,4 +1,4 @@
-"""What a .tflite file says about itself: labels, input scaling, and how it was pruned.
+"""What a .tflite file says about itself: labels, input scaling, how it was pruned, what is where.
 
 It is one entry of the file, ``TF_KFACPRUNE_METADATA``, in JSON: a program in any language that can
 read a file's entries can read it. Interpreters ignore entries that they do not know.
@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import keras
 from tf_kfacprune.compaction import compaction_report
 from tf_kfacprune.errors import ExportError, InvalidArgumentError
 from tf_kfacprune.export.model_file import add_entry, read_entries
+from tf_kfacprune.export.ports import Port, Ports
 
 __all__ = ["ENTRY", "Metadata", "read_metadata", "with_metadata"]
 
@@ -28,6 +29,7 @@ ENTRY = "TF_KFACPRUNE_METADATA"
 _RECORDED = ("budget", "kept_neurons", "versions")
 _SIDES = ("dense", "compact")
 _FIGURES = ("neurons", "params", "macs")
+_PORTS = ("inputs", "outputs")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Metadata:
         offset: what is to be added after that. With a scaling baked in by `with_head`, leave both.
         pruning: the pruning record: any values that JSON can hold.
         version: version of this package that wrote the file.
+        inputs: which input of the file is which of the Keras model, in the order of the model;
+            `tflite` fills it in.
+        outputs: likewise.
 
     Raises:
         InvalidArgumentError: if a label is no string, a number is not finite, or the record cannot
@@ -56,6 +61,8 @@ class Metadata:
     offset: float = 0.0
     pruning: Mapping[str, Any] | None = None
     version: str | None = None
+    inputs: Sequence[Port] = ()
+    outputs: Sequence[Port] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.labels, str) or not all(isinstance(name, str) for name in self.labels):
@@ -158,12 +165,13 @@ class Metadata:
         return cls(labels, scale, offset, {key: value for key, value in kept.items() if value})
 
 
-def with_metadata(content: bytes, metadata: Metadata) -> bytes:
+def with_metadata(content: bytes, metadata: Metadata, ports: Ports = ((), ())) -> bytes:
     """A ``.tflite`` file with the metadata in it; the version is that of this package.
 
     Args:
         content: the file.
-        metadata: what to write.
+        metadata: what to write, but for its version, inputs and outputs.
+        ports: inputs and outputs.
 
     Returns:
         The content of the new file.
@@ -178,6 +186,9 @@ def with_metadata(content: bytes, metadata: Metadata) -> bytes:
         described["input"] = {"scale": metadata.scale, "offset": metadata.offset}
     if metadata.pruning is not None:
         described["pruning"] = dict(metadata.pruning)
+    for side, listed in zip(_PORTS, ports, strict=True):
+        if listed:
+            described[side] = [asdict(port) for port in listed]
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False)
     return add_entry(content, ENTRY, text.encode())
 
@@ -214,8 +225,15 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
             offset=scaling.get("offset", 0.0),
             pruning=described.get("pruning"),
             version=described["tf_kfacprune"],
+            **{
+                side: tuple(
+                    Port(str(port["keras"]), str(port["name"]), int(port["index"]))
+                    for port in described.get(side, ())
+                )
+                for side in _PORTS
+            },
         )
-    except (ExportError, ValueError, KeyError, AttributeError) as error:
+    except (ExportError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ExportError(f"{file}: its metadata cannot be read: {error}") from error
 
 

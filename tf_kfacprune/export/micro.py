@@ -12,7 +12,10 @@ import numpy as np
 
 from tf_kfacprune.errors import DataError, ExportError, InvalidArgumentError
 from tf_kfacprune.export.arena import arena_of
+from tf_kfacprune.export.file_interface import FileInterface, read_interface
+from tf_kfacprune.export.half_precision import float32_twin
 from tf_kfacprune.export.model_graph import FileGraph, read_graph
+from tf_kfacprune.export.options import refuse_text
 from tf_kfacprune.export.running import micro_job, require_micro
 from tf_kfacprune.export.samples import Examples, Named, labelled_examples
 from tf_kfacprune.export.serving import Signature, check_exportable
@@ -24,8 +27,6 @@ from tf_kfacprune.export.verification import (
 )
 
 __all__ = ["MicroCheck", "check_micro"]
-
-_INT16 = 7  # type of a tensor, in the schema
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def check_micro(
     arena = arena_of(path)
     verification = None
     if model is not None and not arena.lacking:
-        signature = Signature.of(model, 1)
+        signature = Signature.of(model, 1).in_float32()
+        refuse_text(model, signature.input_dtypes)
         examples = labelled_examples(data, signature, "data")
         labels = None if examples.labels is None else examples.labels[:max_examples]
         inputs = {name: values[:max_examples] for name, values in examples.inputs.items()}
@@ -147,35 +149,37 @@ def _compared(
     tolerance: float | None,
     max_accuracy_drop: float,
 ) -> Verification:
-    """Holds the outputs of the file to the model's."""
-    graph = read_graph(path.read_bytes())
-    quantization = _format(graph)
-    reference = finite_reference(model, signature, examples.inputs)
+    """Holds the outputs of the file to the model's, as `tflite` does."""
+    content = path.read_bytes()
+    quantization = _format(read_graph(content))
+    twin = float32_twin(model)
+    reference = trained = finite_reference(model, signature, examples.inputs)
+    if twin is not model:
+        reference = finite_reference(twin, signature, examples.inputs)
     try:
         return verify_outputs(
             reference,
-            _outputs(path, graph, examples.inputs, arena, reference),
+            _outputs(path, read_interface(content), examples.inputs, arena, reference),
             examples,
-            tolerance=compute_tolerance(model, quantization) if tolerance is None else tolerance,
+            tolerance=compute_tolerance(twin, quantization) if tolerance is None else tolerance,
             quantization=quantization,
             max_accuracy_drop=max_accuracy_drop,
             what=f"{path}, run by TensorFlow Lite Micro,",
+            trained=trained,
         )
     except ExportError as error:
         raise ExportError(str(error).replace(" Nothing was kept.", "")) from error
 
 
-def _outputs(path: Path, graph: FileGraph, inputs: Named, arena: int, reference: Named) -> Named:
+def _outputs(path: Path, file: FileInterface, inputs: Named, arena: int, reference: Named) -> Named:
     """Outputs of the file by name; the runtime counts inputs and outputs and knows no names."""
-    names = [graph.names.get(tensor, "") for tensor in graph.inputs]
+    names = [tensor.name for tensor in file.inputs]
     if set(names) != set(inputs):
         raise DataError(f"{path} has inputs {sorted(names)}. The model has {sorted(inputs)}.")
-    job = {"file": os.fspath(path), "arena": arena, "outputs": len(graph.outputs)}
+    job = {"file": os.fspath(path), "arena": arena, "outputs": len(file.outputs)}
     ordered = {name: np.asarray(inputs[name]) for name in names}
     found = micro_job("run", job, ordered, what=f"{path}, in TensorFlow Lite Micro,")
-    by_name = {
-        graph.names.get(tensor, ""): found[str(place)] for place, tensor in enumerate(graph.outputs)
-    }
+    by_name = {tensor.name: found[str(place)] for place, tensor in enumerate(file.outputs)}
     if len(by_name) == 1 and len(reference) == 1:
         return dict(zip(reference, by_name.values(), strict=True))
     return by_name
@@ -184,8 +188,8 @@ def _outputs(path: Path, graph: FileGraph, inputs: Named, arena: int, reference:
 def _format(graph: FileGraph) -> str | None:
     """The format of a file that the runtime can run: integers of one kind, or float32."""
     activations = [
-        tensor.kind for tensor in graph.tensors if not tensor.is_constant and tensor.scales
+        tensor.dtype for tensor in graph.tensors if not tensor.is_constant and tensor.scales
     ]
     if not activations:
         return None
-    return "int16x8" if _INT16 in activations else "int8"
+    return "int16x8" if "int16" in activations else "int8"

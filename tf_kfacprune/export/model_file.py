@@ -17,7 +17,7 @@ import struct
 from collections.abc import Sequence
 
 from tf_kfacprune.errors import ExportError
-from tf_kfacprune.export.flatbuffer import byte_vector, table_fields, table_list, target_of, u32
+from tf_kfacprune.export.flatbuffer import byte_string, fields, tables, target, u32
 
 __all__ = ["add_entry", "read_entries", "root_fields"]
 
@@ -51,15 +51,15 @@ def read_entries(content: bytes) -> dict[str, bytes]:
     """
     try:
         root = root_fields(content)
-        buffers = table_list(content, root["buffers"])
+        buffers = tables(content, root["buffers"])
         entries = {}
-        for table in table_list(content, root["metadata"]):
-            fields = table_fields(content, table)
-            name = byte_vector(content, target_of(content, fields[0])).decode()
-            index = u32(content, fields[1]) if len(fields) > 1 and fields[1] else 0
-            buffer = table_fields(content, buffers[index])
-            data = target_of(content, buffer[0]) if buffer else 0
-            entries[name] = byte_vector(content, data)
+        for table in tables(content, root["metadata"]):
+            entry = fields(content, table)
+            name = byte_string(content, target(content, entry[0])).decode()
+            index = u32(content, entry[1]) if len(entry) > 1 and entry[1] else 0
+            buffer = fields(content, buffers[index])
+            data = target(content, buffer[0]) if buffer else 0
+            entries[name] = byte_string(content, data)
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise ExportError(f"The content of the .tflite file is damaged: {error}.") from error
     return entries
@@ -83,8 +83,8 @@ def add_entry(content: bytes, name: str, value: bytes) -> bytes:
     if name in read_entries(content):
         raise ExportError(f"The .tflite file has an entry {name!r} already.")
     root = root_fields(content)
-    entries = table_list(content, root["metadata"])
-    buffers = table_list(content, root["buffers"])
+    entries = tables(content, root["metadata"])
+    buffers = tables(content, root["buffers"])
 
     head = _Head()
     version = u32(content, root["version"]) if root["version"] else 0
@@ -105,7 +105,7 @@ def add_entry(content: bytes, name: str, value: bytes) -> bytes:
     shift = 4 * len(head.words)
     for slot, field in zip(slots[1:], _FIELDS[1:], strict=True):
         if root[field]:
-            head.point(slot, target_of(content, root[field]) + shift)
+            head.point(slot, target(content, root[field]) + shift)
     head.point(slots[_FIELDS.index("metadata")], entry_slots[0] * 4 - 4)
     head.point(slots[_FIELDS.index("buffers")], buffer_slots[0] * 4 - 4)
     for slot, table in zip(entry_slots, entries, strict=False):
@@ -166,11 +166,11 @@ def root_fields(content: bytes) -> dict[str, int]:
     """Positions of the fields of the root table, by name; 0 for absent ones.
 
     Raises:
-        ExportError: if the content is not that of a ``.tflite`` file, or it is of a newer schema.
+        ExportError: if the content is not that of a ``.tflite`` file, or of a newer schema.
     """
     if len(content) < 8 or content[4:8] != _IDENTIFIER:
         raise ExportError("The content is not that of a .tflite file: its identifier is missing.")
-    found = table_fields(content, u32(content, 0))
+    found = fields(content, u32(content, 0))
     if any(found[len(_FIELDS) :]):
         raise ExportError(
             "The .tflite file is of a newer schema than this package knows: nothing can be added "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
 from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.export.serving import layers_within
+from tf_kfacprune.export.text import TEXT
 
 __all__ = [
     "FULL_INTEGER",
@@ -17,6 +19,7 @@ __all__ = [
     "check_options",
     "check_verifiable",
     "refuse_rolled_recurrence",
+    "refuse_text",
 ]
 
 QUANTIZATIONS = (None, "float16", "dynamic", "weight_only", "int4", "int8", "int16x8", "qat")
@@ -80,14 +83,36 @@ def refuse_rolled_recurrence(
         if quantization in FULL_INTEGER:
             raise UnsupportedModelError(
                 f"{where} cannot be converted with quantization={quantization!r}: the converter "
-                "crashes on rolled recurrent layers. Build the layer with unroll=True, or use "
-                "'dynamic' with batch_size=1."
+                "crashes on rolled recurrent layers. Build the network anew with unroll=True in "
+                "this layer, give it the weights (new.set_weights(old.get_weights())) and export "
+                "that; or use 'dynamic' with batch_size=1."
             )
         if batch_size is None:
             raise InvalidArgumentError(
                 f"{where} needs a fixed batch size: there is no built-in operation for a "
-                "recurrent loop over a batch of any size. Pass batch_size=1, or build the layer "
-                "with unroll=True."
+                "recurrent loop over a batch of any size. Pass batch_size=1, or build the network "
+                "anew with unroll=True in this layer and the same weights."
+            )
+
+
+def refuse_text(model: keras.Model, dtypes: Mapping[str, str]) -> None:
+    """Text, for which a ``.tflite`` file has no built-in operations.
+
+    Args:
+        model: the model.
+        dtypes: element types of inputs or outputs, by what messages call them.
+
+    Raises:
+        UnsupportedModelError: with the input or output, and what works instead.
+    """
+    for where, dtype in dtypes.items():
+        if dtype == TEXT:
+            raise UnsupportedModelError(
+                f"Model {model.name!r} has text (dtype string) at {where}, and a .tflite file has "
+                "no built-in operations for text. Export the whole model with "
+                "kp.export.saved_model. Or export its part without text, keras.Model(numbers, "
+                "outputs) behind the layer that turns text into numbers, and let the program on "
+                "the device do the work of that layer."
             )
 
 

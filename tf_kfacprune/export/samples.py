@@ -11,6 +11,7 @@ import numpy as np
 
 from tf_kfacprune.errors import DataError, InvalidArgumentError
 from tf_kfacprune.export.serving import Signature
+from tf_kfacprune.export.text import TEXT, are_strings, as_bytes
 
 __all__ = [
     "MAX_EXAMPLES",
@@ -52,11 +53,16 @@ def random_examples(signature: Signature, count: int = 16) -> Named:
     """Standard normal inputs (0 or 1 for integers), the same at every call.
 
     Raises:
-        InvalidArgumentError: if an input has a free size besides the batch.
+        InvalidArgumentError: if an input takes text, or has a free size besides the batch.
     """
     rng = np.random.default_rng(0)
     examples: Named = {}
     for name, (shape, dtype) in signature.inputs.items():
+        if dtype == TEXT:
+            raise InvalidArgumentError(
+                f"Input {name!r} takes text, which cannot be guessed. Pass strings to check what "
+                "is written on as verify_data, or verify=False."
+            )
         sizes = [size for size in shape[1:] if size is not None]
         if len(sizes) < len(shape) - 1:
             raise InvalidArgumentError(
@@ -77,12 +83,13 @@ def named_examples(data: Any, signature: Signature, argument: str) -> Named:
         data: an array (one input), a list or tuple of arrays in the model's order, a dictionary
             by input name, a ``tf.data.Dataset`` of batches of these, any other iterable of
             batches, or a function without arguments that returns one. Of ``(x, y)`` pairs, x is
-            taken.
+            taken. Where an input takes text, strings stand for numbers; a list of strings is one
+            array.
         signature: the model's inputs.
         argument: name of the argument, for messages.
 
     Returns:
-        Arrays with the model's dtypes, batch axis first.
+        Arrays with the model's dtypes, text as bytes, batch axis first.
 
     Raises:
         DataError: if the data are empty, not finite, or do not fit the model's inputs.
@@ -135,7 +142,7 @@ def _batches(
     batches: Iterable[Any]
     if isinstance(data, np.ndarray | Mapping | list | tuple) or hasattr(data, "__array__"):
         batches = [data]
-    elif isinstance(data, Iterable):
+    elif isinstance(data, Iterable) and not isinstance(data, str | bytes):
         batches = data
     else:
         raise DataError(
@@ -175,7 +182,7 @@ def _named(batch: Any, signature: Signature, argument: str) -> tuple[Named, Any]
                 f"{argument} must have the model's inputs {names} as keys. Found {list(batch)}."
             )
         return {name: np.asarray(batch[name]) for name in names}, None
-    if isinstance(batch, list | tuple):
+    if isinstance(batch, list | tuple) and not (are_strings(batch) and len(names) == 1):
         if len(batch) == 2 and isinstance(batch[0], Mapping | list | tuple):
             return _named(batch[0], signature, argument)[0], batch[1]  # (inputs, labels)
         if len(batch) == len(names):
@@ -195,9 +202,12 @@ def _named(batch: Any, signature: Signature, argument: str) -> tuple[Named, Any]
 
 
 def _checked(named: Named, signature: Signature, argument: str) -> Named:
+    checked: Named = {}
     for name, array in named.items():
-        shape, _ = signature.inputs[name]
+        shape, dtype = signature.inputs[name]
         where = f"{argument} for input {name!r}"
+        if dtype == TEXT and array.ndim == 1 and shape[1:] == (1,):
+            array = array[:, None]  # n strings, as Keras takes them too
         fits = array.ndim == len(shape) and all(
             expected in (None, size)
             for expected, size in zip(shape[1:], array.shape[1:], strict=True)
@@ -209,18 +219,28 @@ def _checked(named: Named, signature: Signature, argument: str) -> Named:
             )
         if len(array) == 0:
             raise DataError(f"{where} is empty. Pass at least one example.")
-        if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
-            raise DataError(f"{where} must hold numbers. Found {array.dtype}.")
-        if not np.isfinite(array).all():
-            raise DataError(
-                f"{where} must be finite. Found NaN or infinite values. Remove these examples."
-            )
-    counts = {name: len(array) for name, array in named.items()}
+        checked[name] = as_bytes(array, where) if dtype == TEXT else _finite(array, where)
+    counts = {name: len(array) for name, array in checked.items()}
     if len(set(counts.values())) > 1:
         raise DataError(f"{argument} must have one number of examples. Found {counts}.")
-    return _as_declared(named, signature)
+    return _as_declared(checked, signature)
+
+
+def _finite(array: np.ndarray, where: str) -> np.ndarray:
+    """The array, which must hold finite numbers."""
+    if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+        raise DataError(f"{where} must hold numbers. Found {array.dtype}.")
+    if not np.isfinite(array).all():
+        raise DataError(
+            f"{where} must be finite. Found NaN or infinite values. Remove these examples."
+        )
+    return array
 
 
 def _as_declared(named: Named, signature: Signature) -> Named:
-    """Arrays in the dtypes that the model's inputs declare."""
-    return {name: array.astype(signature.inputs[name][1]) for name, array in named.items()}
+    """Arrays in the dtypes that the model's inputs declare; text stays bytes."""
+    dtypes = {name: dtype for name, (_, dtype) in signature.inputs.items()}
+    return {
+        name: array if dtypes[name] == TEXT else array.astype(dtypes[name])
+        for name, array in named.items()
+    }

@@ -47,8 +47,9 @@ def saved_model(
         verify: load the written folder in a process without this package, and compare its outputs
             with the model's.
         verify_data: inputs to compare on: an array, a list or dictionary of arrays, or an
-            iterable of batches; the first 256 examples are taken. Random inputs by default. With
-            labels, ``(x, y)``, accuracies are compared too, on up to 10,000 examples.
+            iterable of batches; the first 256 examples are taken. Random inputs by default; a
+            model that takes text needs strings here. With labels, ``(x, y)``, accuracies are
+            compared too, on up to 10,000 examples.
         max_accuracy_drop: how much lower the accuracy of the written folder may be, in [0, 1]; one
             example may always change sides.
 
@@ -57,6 +58,7 @@ def saved_model(
 
     Raises:
         UnsupportedModelError: if the model has gates or symbolic inputs are missing.
+        InvalidArgumentError: if ``verify_data`` is needed: for text and for inputs of free size.
         DataError: if ``verify_data`` does not fit the model.
         ExportError: if the path exists or cannot be written, or the written folder does not agree
             with the model; nothing is left behind then, and the message names the log.
@@ -98,8 +100,12 @@ def saved_model(
 
 def write_served(
     model: keras.Model, signature: Signature, folder: Path, log: ConsoleLog | None = None
-) -> None:
+) -> dict[str, str]:
     """Writes the served function of ``model`` into ``folder``, without verification.
+
+    Returns:
+        The element types of its outputs, by name. Keras' own record of them is wrong for layers
+        that return text.
 
     Raises:
         ExportError: with the log, if TensorFlow cannot write it.
@@ -115,3 +121,4 @@ def write_served(
         raise ExportError(
             f"Model {model.name!r} cannot be written as a SavedModel: {error}\n{log.tail}"
         ) from error
+    return {name: tensor.dtype.name for name, tensor in endpoint.structured_outputs.items()}

@@ -16,6 +16,11 @@ import numpy as np
 import tensorflow as tf
 
 
+def plain(values: np.ndarray) -> np.ndarray:
+    """Text as bytes of one width, which are stored without pickle; numbers as they are."""
+    return values.astype(bytes) if values.dtype == object else values
+
+
 def main() -> None:
     """Runs the inputs through the folder's default signature and stores the outputs."""
     folder = Path(sys.argv[2])
@@ -31,7 +36,7 @@ def main() -> None:
         rows = np.minimum(np.arange(start, start + size), count - 1)
         batch = {name: tf.constant(values[rows]) for name, values in inputs.items()}
         for name, values in serve(**batch).items():
-            collected.setdefault(name, []).append(values.numpy())
+            collected.setdefault(name, []).append(plain(values.numpy()))
     outputs = {name: np.concatenate(parts)[:count] for name, parts in collected.items()}
     np.savez(folder / "results.npz", *outputs.values())
     (folder / "results.json").write_text(json.dumps(list(outputs)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -59,6 +59,22 @@ class Signature:
             )
         return cls(inputs, tuple(_output_names(model)))
 
+    @property
+    def input_dtypes(self) -> dict[str, str]:
+        """Element types of the inputs, by what messages call them."""
+        return {f"input {name!r}": dtype for name, (_, dtype) in self.inputs.items()}
+
+    def in_float32(self) -> Signature:
+        """The signature with inputs of half precision as float32."""
+        halves = ("float16", "bfloat16")
+        return replace(
+            self,
+            inputs={
+                name: (shape, "float32" if dtype in halves else dtype)
+                for name, (shape, dtype) in self.inputs.items()
+            },
+        )
+
     def name_outputs(self, outputs: Any) -> dict[str, Any]:
         """What the model returned, by output name."""
         return dict(zip(self.outputs, keras.tree.flatten(outputs), strict=True))
@@ -73,6 +89,8 @@ class Signature:
     def predict(self, model: keras.Model, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The Keras model's own inference output, as float32 where it is in half precision.
 
+        Text comes as bytes, and is given as bytes.
+
         Computed on the CPU, like the files it is compared with: a GPU may round to TF32.
         """
         count = len(next(iter(named.values())))
@@ -83,9 +101,12 @@ class Signature:
             rows = np.minimum(np.arange(start, start + size), count - 1)
             batch = {name: values[rows] for name, values in named.items()}
             with keras.device("cpu:0"):
-                outputs = model(self.arrange_inputs(model, batch), training=False)
+                given = keras.tree.map_structure(
+                    keras.ops.convert_to_tensor, self.arrange_inputs(model, batch)
+                )
+                outputs = model(given, training=False)
             for name, tensor in self.name_outputs(outputs).items():
-                parts[name].append(_widened(np.asarray(keras.ops.convert_to_numpy(tensor))))
+                parts[name].append(_plain(np.asarray(keras.ops.convert_to_numpy(tensor))))
         return {name: np.concatenate(arrays)[:count] for name, arrays in parts.items()}
 
 
@@ -165,11 +186,15 @@ def layers_within(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
         seen.add(id(current))
         yield current
         waiting.extend(getattr(current, "layers", None) or [])
-        for value in vars(current).values():
-            if isinstance(value, dict):
-                value = list(value.values())
-            members = value if isinstance(value, list | tuple) else [value]
-            waiting.extend(part for part in members if isinstance(part, keras.layers.Layer))
+        waiting.extend(part for part in _attributes(current) if isinstance(part, keras.Layer))
+
+
+def _attributes(layer: keras.layers.Layer) -> Iterator[Any]:
+    """The attributes of a layer, and what is in those that are collections."""
+    for value in vars(layer).values():
+        if isinstance(value, dict):
+            value = list(value.values())
+        yield from value if isinstance(value, list | tuple) else [value]
 
 
 def served_module(
@@ -178,7 +203,8 @@ def served_module(
     """A module that holds each weight once, and its one endpoint.
 
     ``keras.Model.export`` tracks the weights twice (as variables and as the layers'), which
-    doubles the folder; this module tracks the variables only.
+    doubles the folder; this module tracks the variables, and the tables of layers that look
+    things up, only.
     """
     import tensorflow as tf
 
@@ -197,6 +223,7 @@ def served_module(
 
     module = tf.Module()
     module.weights = [_variable(weight) for weight in model.weights]
+    module.tables = _tables(model)
     module.serve = serve
     return module, serve.get_concrete_function(**specs)
 
@@ -204,6 +231,20 @@ def served_module(
 def _variable(weight: Any) -> Any:
     """The TensorFlow variable of a Keras 3 variable; a tf_keras one is a TensorFlow variable."""
     return weight.value if isinstance(weight, keras.Variable) else weight
+
+
+def _tables(model: keras.Model) -> list[Any]:
+    """Lookup tables and the like, which layers for text keep as attributes: they are no weights."""
+    import tensorflow as tf
+
+    kind = tf.saved_model.experimental.TrackableResource
+    found = {
+        id(part): part
+        for layer in layers_within(model)
+        for part in _attributes(layer)
+        if isinstance(part, kind)
+    }
+    return list(found.values())
 
 
 def _input_names(model: keras.Model) -> list[str]:
@@ -233,7 +274,9 @@ def _keys(model: keras.Model, side: str, count: int) -> list[str]:
     return [re.sub(r"\W", "_", str(key)) for key in sorted(structure)]
 
 
-def _widened(array: np.ndarray) -> np.ndarray:
-    """Half precision as float32, as the served function returns it."""
+def _plain(array: np.ndarray) -> np.ndarray:
+    """Half precision as float32, as the served function returns it, and text as bytes."""
+    if array.dtype == object:
+        return array.astype(bytes)
     is_half = keras.backend.is_float_dtype(str(array.dtype)) and array.dtype.itemsize < 4
     return array.astype(np.float32) if is_half else array

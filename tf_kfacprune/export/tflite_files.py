@@ -13,6 +13,7 @@ from tf_kfacprune.errors import ExportError
 from tf_kfacprune.export.atomic import atomic_file
 from tf_kfacprune.export.console import log_kept_on_error
 from tf_kfacprune.export.conversion import convert
+from tf_kfacprune.export.half_precision import float32_twin
 from tf_kfacprune.export.memory_plan import with_memory_plan
 from tf_kfacprune.export.metadata import Metadata, with_metadata
 from tf_kfacprune.export.options import (
@@ -20,7 +21,9 @@ from tf_kfacprune.export.options import (
     check_options,
     check_verifiable,
     refuse_rolled_recurrence,
+    refuse_text,
 )
+from tf_kfacprune.export.ports import ports_of
 from tf_kfacprune.export.running import ONLY_INPUT, run_litert
 from tf_kfacprune.export.samples import (
     Examples,
@@ -31,6 +34,7 @@ from tf_kfacprune.export.samples import (
 )
 from tf_kfacprune.export.serving import Signature, check_exportable
 from tf_kfacprune.export.verification import (
+    compare_outputs,
     compute_tolerance,
     finite_reference,
     verify_outputs,
@@ -56,6 +60,10 @@ def tflite(
     metadata: Metadata | None = None,
 ) -> Path:
     """Writes a ``.tflite`` file of built-in operations and proves that it is the same network.
+
+    A network in half precision (``mixed_float16``, ``mixed_bfloat16``) is written through its
+    float32 twin, a copy with the same weights. The twin is held to the network within 20 rounding
+    units of its dtype (0.01 for float16, 0.08 for bfloat16), the file to the twin.
 
     Args:
         model: a built Sequential or Functional model without gates (see `compact`).
@@ -89,15 +97,16 @@ def tflite(
         max_accuracy_drop: how much lower the accuracy of the file may be than that of the model,
             in [0, 1]; one example may always change sides.
         metadata: labels, input scaling and pruning record to put into the file, for
-            `read_metadata`.
+            `read_metadata`; added to them is which input and output of the file is which of the
+            model.
 
     Returns:
         ``path``.
 
     Raises:
         InvalidArgumentError: if an option is unknown or does not go with another.
-        UnsupportedModelError: if the model has gates, symbolic inputs are missing, or the
-            converter is known to crash on it.
+        UnsupportedModelError: if the model has gates, takes or returns text, symbolic inputs are
+            missing, or the converter is known to crash on it.
         DataError: if the data do not fit the model.
         ExportError: if the path exists or cannot be written, the converter fails, or the written
             file does not agree with the model; nothing is left behind then, and the message names
@@ -118,7 +127,9 @@ def tflite(
     check_drop(max_accuracy_drop)
     check_verifiable(select_ops, verify)
     refuse_rolled_recurrence(model, quantization, batch_size)
-    signature = Signature.of(model, batch_size)
+    signature = Signature.of(model, batch_size).in_float32()
+    refuse_text(model, signature.input_dtypes)
+    twin = float32_twin(model)
     representative = None
     if representative_data is not None:
         representative = named_examples(representative_data, signature, "representative_data")
@@ -130,7 +141,7 @@ def tflite(
             examples = Examples(representative or random_examples(signature))
     with log_kept_on_error(path) as log, atomic_file(path, overwrite=overwrite) as partial:
         content = convert(
-            model,
+            twin,
             signature,
             quantization,
             representative=representative,
@@ -140,18 +151,31 @@ def tflite(
         )
         if batch_size == 1:
             content = with_memory_plan(content)
-        partial.write_bytes(content if metadata is None else with_metadata(content, metadata))
+        if metadata is not None:
+            content = with_metadata(content, metadata, ports_of(model, signature, content))
+        partial.write_bytes(content)
         if examples is not None:
-            allowed = compute_tolerance(model, quantization) if tolerance is None else tolerance
+            allowed = compute_tolerance(twin, quantization) if tolerance is None else tolerance
             what = f"The file for {path}"
+            reference = trained = finite_reference(model, signature, examples.inputs)
+            if twin is not model:
+                reference = finite_reference(twin, signature, examples.inputs)
+                compare_outputs(
+                    trained,
+                    reference,
+                    tolerance=max(compute_tolerance(model), tolerance or 0.0),
+                    quantization=None,
+                    what=f"The float32 twin of {model.name!r}",
+                )
             verify_outputs(
-                finite_reference(model, signature, examples.inputs),
+                reference,
                 run_litert(partial, examples.inputs, what=what),
                 examples,
                 tolerance=allowed,
                 quantization=quantization,
                 max_accuracy_drop=max_accuracy_drop,
                 what=what,
+                trained=trained,
             )
     return Path(path)
 

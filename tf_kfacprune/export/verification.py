@@ -8,7 +8,8 @@
 Float formats are held to the largest error, max|y' - y| / max|y|; integer formats, where single
 values may saturate, to the root mean square error, rms(y' - y) / rms(y). The tolerances follow from
 the rounding unit of the stored weights: errors of many layers add up to tens of units. Outputs that
-are integers themselves, such as class numbers, are held to the fraction of them that differ.
+are integers or text themselves, such as class numbers or names, are held to the fraction of them
+that differ.
 
 Integer files of a classifier must also choose the same classes. Examples count where the Keras
 model is decided: its best output is ahead of the second by more than the error that is tolerated.
@@ -24,8 +25,10 @@ import keras
 import numpy as np
 
 from tf_kfacprune.errors import DataError, ExportError
+from tf_kfacprune.export.half_precision import ROUNDING_UNITS, half_dtypes
 from tf_kfacprune.export.samples import Examples, Named
-from tf_kfacprune.export.serving import Signature, layers_within
+from tf_kfacprune.export.serving import Signature
+from tf_kfacprune.export.text import holds_text
 
 __all__ = [
     "TOLERANCES",
@@ -49,7 +52,9 @@ TOLERANCES: dict[str | None, float] = {
     "int4": 0.5,
 }
 _INTEGER = {"dynamic", "weight_only", "int4", "int8", "int16x8", "qat"}
-_HALF_PRECISION_TOLERANCE = 5e-2
+# Networks in half precision differ from float32 by 1 to 5 rounding units of their dtype (a Dense
+# net, LeNet-5, ResNet-20, MobileNetV2, an LSTM and a transformer of four blocks, untrained).
+_HALF_PRECISION_UNITS = 20
 _LEAST_AGREEMENT = 0.95
 
 
@@ -75,12 +80,8 @@ class Verification:
 
 def compute_tolerance(model: keras.Model, quantization: str | None = None) -> float:
     """Allowed relative error of a file: that of its format, or of a half precision model."""
-    half = any(
-        getattr(layer, "compute_dtype", None) in ("float16", "bfloat16")
-        for layer in layers_within(model)
-    )
-    tolerance = TOLERANCES[quantization]
-    return max(tolerance, _HALF_PRECISION_TOLERANCE) if half else tolerance
+    units = [ROUNDING_UNITS[dtype] for dtype in half_dtypes(model)]
+    return max(TOLERANCES[quantization], _HALF_PRECISION_UNITS * max(units, default=0.0))
 
 
 def finite_reference(model: keras.Model, signature: Signature, inputs: Named) -> Named:
@@ -91,11 +92,13 @@ def finite_reference(model: keras.Model, signature: Signature, inputs: Named) ->
     """
     outputs = signature.predict(model, inputs)
     for name, values in outputs.items():
-        if not np.isfinite(values).all():
+        if not _is_finite(values):
             raise ExportError(
                 f"Model {model.name!r} returns NaN or infinite values at {name!r}: nothing can be "
                 "verified against it. Check its weights, or pass inputs it can handle as "
                 "verify_data."
+                + " float16 overflows beyond 65504."
+                * ("float16" in half_dtypes(model))
             )
     return outputs
 
@@ -109,6 +112,7 @@ def verify_outputs(
     quantization: str | None,
     max_accuracy_drop: float,
     what: str,
+    trained: Named | None = None,
 ) -> Verification:
     """Holds a file to the Keras model: values, choices and accuracy.
 
@@ -120,6 +124,8 @@ def verify_outputs(
         quantization: format of the file, which decides the measure.
         max_accuracy_drop: how much lower the accuracy of the file may be, in [0, 1].
         what: the file, for messages.
+        trained: outputs of the model that the accuracy is held to, if ``reference`` is that of its
+            float32 twin.
 
     Returns:
         The figures.
@@ -143,7 +149,7 @@ def verify_outputs(
                 "more varied representative_data."
             )
         if examples.labels is not None:
-            model_accuracy = _accuracy(reference[name], examples.labels)
+            model_accuracy = _accuracy((trained or reference)[name], examples.labels)
             accuracy = _accuracy(found[name], examples.labels)
             allowed = max(max_accuracy_drop, 1 / len(examples.labels))
             if accuracy < model_accuracy - allowed - 1e-9:
@@ -184,7 +190,7 @@ def compare_outputs(
                 f"{what} returns shape {values.shape} at {name!r}; the Keras model returns "
                 f"{expected.shape}."
             )
-        if not np.isfinite(values).all():
+        if not _is_finite(values):
             raise ExportError(f"{what} returns NaN or infinite values at {name!r}.")
         error = _relative_error(expected, values, quantization)
         if error > tolerance:
@@ -202,8 +208,12 @@ def compare_outputs(
     return worst
 
 
+def _is_finite(values: np.ndarray) -> bool:
+    return holds_text(values) or bool(np.isfinite(values).all())
+
+
 def _relative_error(expected: np.ndarray, found: np.ndarray, quantization: str | None) -> float:
-    if np.issubdtype(expected.dtype, np.integer):
+    if np.issubdtype(expected.dtype, np.integer) or holds_text(expected):
         return float(np.mean(found != expected))
     expected, found = expected.astype(np.float64), found.astype(np.float64)
     error = np.abs(found - expected)
@@ -216,7 +226,7 @@ def _relative_error(expected: np.ndarray, found: np.ndarray, quantization: str |
 
 def _agreement(expected: np.ndarray, found: np.ndarray, tolerance: float) -> float | None:
     """Fraction of equal choices where the choice is not within the error that is tolerated."""
-    if expected.ndim != 2 or expected.shape[1] < 2:
+    if expected.ndim != 2 or expected.shape[1] < 2 or holds_text(expected):
         return None
     best = np.sort(expected.astype(np.float64), axis=1)
     decided = best[:, -1] - best[:, -2] > tolerance * np.sqrt(np.mean(best**2))
@@ -227,7 +237,7 @@ def _agreement(expected: np.ndarray, found: np.ndarray, tolerance: float) -> flo
 
 
 def _accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
-    if outputs.ndim == 2 and outputs.shape[1] > 1:
+    if outputs.ndim == 2 and outputs.shape[1] > 1 and not holds_text(outputs):
         classes, chosen = outputs.shape[1], outputs.argmax(axis=1)
     elif outputs.ndim == 1 and np.issubdtype(outputs.dtype, np.integer):
         classes, chosen = np.iinfo(outputs.dtype).max, outputs  # a model that ends in argmax

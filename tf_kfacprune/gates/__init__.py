@@ -3,6 +3,7 @@
 from tf_kfacprune.gates.gate_aware import GateAware
 from tf_kfacprune.gates.gate_source import GATE_KINDS, GatePhase, GateSource
 from tf_kfacprune.gates.gated_layers import (
+    Gated,
     GatedConv1D,
     GatedConv1DTranspose,
     GatedConv2D,
@@ -26,6 +27,7 @@ __all__ = [
     "GateEdge",
     "GatePhase",
     "GateSource",
+    "Gated",
     "GatedConv1D",
     "GatedConv1DTranspose",
     "GatedConv2D",

@@ -6,14 +6,15 @@ the gate is a sublayer (an extra *weight* on a subclass of Dense would break loa
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import keras
 
-from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.gates.neuron_gate import NeuronGate
+from tf_kfacprune.validation import require
 
 __all__ = [
+    "Gated",
     "GatedConv1D",
     "GatedConv1DTranspose",
     "GatedConv2D",
@@ -28,33 +29,38 @@ __all__ = [
 _BASE_KEYS = ("name", "trainable", "dtype")
 
 
-class _GatedLayer(keras.layers.Layer):
-    """A gate followed by the layer that reads the gated neurons.
+@keras.saving.register_keras_serializable(package="tf_kfacprune")
+class Gated(keras.layers.Layer):
+    """A gate, followed by the layer that reads the gated neurons.
 
     Args:
-        *args: Positional arguments of the Keras layer.
+        layer: A layer that reads the channels of one tensor: Dense, a convolution, or one of your
+            own with a channel rule. It is used, not copied.
         gate: A kind of gate (`"hard_concrete"` or `"deterministic"`) or a `NeuronGate`.
-        **kwargs: Keyword arguments of the Keras layer.
+        **kwargs: Arguments of `keras.layers.Layer`; by default the name is that of the layer.
 
     Raises:
-        InvalidArgumentError: If `gate` is neither.
+        InvalidArgumentError: If an argument is neither.
+
+    Example:
+        >>> layer = kp.layers.Gated(keras.layers.Dense(10))
     """
 
-    layer_class: ClassVar[type[keras.layers.Layer]]
-
-    def __init__(self, *args: Any, gate: str | NeuronGate = "hard_concrete", **kwargs: Any) -> None:
-        base = {key: kwargs.pop(key) for key in _BASE_KEYS if key in kwargs}
-        super().__init__(**base)
-        if not isinstance(gate, (str, NeuronGate)):
-            raise InvalidArgumentError(
-                f"Argument `gate` of {type(self).__name__} {self.name!r} must be a kind of gate or "
-                f"a NeuronGate. Received: gate={gate!r}"
-            )
-        self.layer = self.layer_class(
-            *args, name=self.name, trainable=self.trainable, dtype=self.dtype_policy, **kwargs
-        )
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        gate: str | NeuronGate = "hard_concrete",
+        **kwargs: Any,
+    ) -> None:
+        owner = type(self).__name__
+        require(owner, isinstance(layer, keras.layers.Layer), "layer", "a Keras layer", layer)
+        is_gate = isinstance(gate, str | NeuronGate)
+        require(owner, is_gate, "gate", "a kind of gate or a NeuronGate", gate)
+        own = {"name": layer.name, "trainable": layer.trainable, "dtype": layer.dtype_policy}
+        super().__init__(**{**own, **kwargs})
+        self.layer = layer
         if isinstance(gate, str):
-            channels_first = getattr(self.layer, "data_format", None) == "channels_first"
+            channels_first = getattr(layer, "data_format", None) == "channels_first"
             gate = NeuronGate(kind=gate, axis=1 if channels_first else -1, name=f"{self.name}_gate")
         self.gate = gate
         self.supports_masking = True
@@ -77,182 +83,61 @@ class _GatedLayer(keras.layers.Layer):
         return self.layer.compute_output_shape(input_shape)
 
     def get_config(self) -> dict[str, Any]:
-        layer = {k: v for k, v in self.layer.get_config().items() if k not in _BASE_KEYS}
-        gate = keras.saving.serialize_keras_object(self.gate)
-        return {**super().get_config(), **layer, "gate": gate}
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "layer": serialize(self.layer),
+            "gate": serialize(self.gate),
+        }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> _GatedLayer:
-        gate = keras.saving.deserialize_keras_object(config["gate"])
-        return cls(**{**config, "gate": gate})
+    def from_config(cls, config: dict[str, Any]) -> Gated:
+        objects = {
+            key: keras.saving.deserialize_keras_object(config[key])
+            for key in ("layer", "gate")
+            if key in config
+        }
+        return cls(**{**config, **objects})
 
 
-@keras.saving.register_keras_serializable(package="tf_kfacprune")
-class GatedDense(_GatedLayer):
-    """`keras.layers.Dense` whose input neurons are gated.
+def _shorthand(layer_class: type[keras.layers.Layer], example: str) -> type[Gated]:
+    """`Gated` around a new layer of a class, with the arguments of that class."""
+    kind = layer_class.__name__
+
+    class Shorthand(Gated):
+        def __init__(
+            self, *args: Any, gate: str | NeuronGate = "hard_concrete", **kwargs: Any
+        ) -> None:
+            super().__init__(layer_class(*args, **kwargs), gate)
+
+        def get_config(self) -> dict[str, Any]:
+            config = super().get_config()
+            own = {key: config[key] for key in (*_BASE_KEYS, "gate")}
+            return {**self.layer.get_config(), **own}
+
+    Shorthand.__name__ = Shorthand.__qualname__ = f"Gated{kind}"
+    Shorthand.__doc__ = f"""`keras.layers.{kind}` whose input neurons are gated.
 
     Args:
-        *args: Positional arguments of `keras.layers.Dense`.
+        *args: Positional arguments of `keras.layers.{kind}`.
         gate: A kind of gate (`"hard_concrete"` or `"deterministic"`) or a `NeuronGate`.
-        **kwargs: Keyword arguments of `keras.layers.Dense`.
+        **kwargs: Keyword arguments of `keras.layers.{kind}`.
 
     Raises:
         InvalidArgumentError: If `gate` is neither.
 
     Example:
-        >>> layer = kp.layers.GatedDense(10)
+        >>> layer = kp.layers.Gated{kind}({example})
     """
-
-    layer_class = keras.layers.Dense
-
-
-@keras.saving.register_keras_serializable(package="tf_kfacprune")
-class GatedConv1D(_GatedLayer):
-    """`keras.layers.Conv1D` whose input neurons are gated.
-
-    Args:
-        *args: Positional arguments of `keras.layers.Conv1D`.
-        gate: A kind of gate (`"hard_concrete"` or `"deterministic"`) or a `NeuronGate`.
-        **kwargs: Keyword arguments of `keras.layers.Conv1D`.
-
-    Raises:
-        InvalidArgumentError: If `gate` is neither.
-
-    Example:
-        >>> layer = kp.layers.GatedConv1D(8, 3)
-    """
-
-    layer_class = keras.layers.Conv1D
+    return keras.saving.register_keras_serializable(package="tf_kfacprune")(Shorthand)
 
 
-@keras.saving.register_keras_serializable(package="tf_kfacprune")
-class GatedConv2D(_GatedLayer):
-    """`keras.layers.Conv2D` whose input neurons are gated.
-
-    Args:
-        *args: Positional arguments of `keras.layers.Conv2D`.
-        gate: A kind of gate (`"hard_concrete"` or `"deterministic"`) or a `NeuronGate`.
-        **kwargs: Keyword arguments of `keras.layers.Conv2D`.
-
-    Raises:
-        InvalidArgumentError: If `gate` is neither.
-
-    Example:
-        >>> layer = kp.layers.GatedConv2D(8, 3)
-    """
-
-    layer_class = keras.layers.Conv2D
-
-
-@keras.saving.register_keras_serializable(package="tf_kfacprune")
-class GatedConv3D(_GatedLayer):
-    """`keras.layers.Conv3D` whose input neurons are gated.
-
-    Args:
-        *args: Positional arguments of `keras.layers.Conv3D`.
-        gate: A kind of gate (`"hard_concrete"` or `"deterministic"`) or a `NeuronGate`.
-        **kwargs: Keyword arguments of `keras.layers.Conv3D`.
-
-    Raises:
-        InvalidArgumentError: If `gate` is neither.
-
-    Example:
-        >>> layer = kp.layers.GatedConv3D(8, 3)
-    """
-
-    layer_class = keras.layers.Conv3D
-
-
-@keras.saving.register_keras_serializable(package="tf_kfacprune")
-class GatedConv1DTranspose(_GatedLayer):
-    """`keras.layers.Conv1DTranspose` whose input neurons are gated.
-
-    Args:
-        *args: Positional arguments of `keras.layers.Conv1DTranspose`.
-        gate: A kind of gate (`"hard_concrete"` or `"deterministic"`) or a `NeuronGate`.
-        **kwargs: Keyword arguments of `keras.layers.Conv1DTranspose`.
-
-    Raises:
-        InvalidArgumentError: If `gate` is neither.
-
-    Example:
-        >>> layer = kp.layers.GatedConv1DTranspose(8, 3)
-    """
-
-    layer_class = keras.layers.Conv1DTranspose
-
-
-@keras.saving.register_keras_serializable(package="tf_kfacprune")
-class GatedConv2DTranspose(_GatedLayer):
-    """`keras.layers.Conv2DTranspose` whose input neurons are gated.
-
-    Args:
-        *args: Positional arguments of `keras.layers.Conv2DTranspose`.
-        gate: A kind of gate (`"hard_concrete"` or `"deterministic"`) or a `NeuronGate`.
-        **kwargs: Keyword arguments of `keras.layers.Conv2DTranspose`.
-
-    Raises:
-        InvalidArgumentError: If `gate` is neither.
-
-    Example:
-        >>> layer = kp.layers.GatedConv2DTranspose(8, 3)
-    """
-
-    layer_class = keras.layers.Conv2DTranspose
-
-
-@keras.saving.register_keras_serializable(package="tf_kfacprune")
-class GatedConv3DTranspose(_GatedLayer):
-    """`keras.layers.Conv3DTranspose` whose input neurons are gated.
-
-    Args:
-        *args: Positional arguments of `keras.layers.Conv3DTranspose`.
-        gate: A kind of gate (`"hard_concrete"` or `"deterministic"`) or a `NeuronGate`.
-        **kwargs: Keyword arguments of `keras.layers.Conv3DTranspose`.
-
-    Raises:
-        InvalidArgumentError: If `gate` is neither.
-
-    Example:
-        >>> layer = kp.layers.GatedConv3DTranspose(8, 3)
-    """
-
-    layer_class = keras.layers.Conv3DTranspose
-
-
-@keras.saving.register_keras_serializable(package="tf_kfacprune")
-class GatedSeparableConv1D(_GatedLayer):
-    """`keras.layers.SeparableConv1D` whose input neurons are gated.
-
-    Args:
-        *args: Positional arguments of `keras.layers.SeparableConv1D`.
-        gate: A kind of gate (`"hard_concrete"` or `"deterministic"`) or a `NeuronGate`.
-        **kwargs: Keyword arguments of `keras.layers.SeparableConv1D`.
-
-    Raises:
-        InvalidArgumentError: If `gate` is neither.
-
-    Example:
-        >>> layer = kp.layers.GatedSeparableConv1D(8, 3)
-    """
-
-    layer_class = keras.layers.SeparableConv1D
-
-
-@keras.saving.register_keras_serializable(package="tf_kfacprune")
-class GatedSeparableConv2D(_GatedLayer):
-    """`keras.layers.SeparableConv2D` whose input neurons are gated.
-
-    Args:
-        *args: Positional arguments of `keras.layers.SeparableConv2D`.
-        gate: A kind of gate (`"hard_concrete"` or `"deterministic"`) or a `NeuronGate`.
-        **kwargs: Keyword arguments of `keras.layers.SeparableConv2D`.
-
-    Raises:
-        InvalidArgumentError: If `gate` is neither.
-
-    Example:
-        >>> layer = kp.layers.GatedSeparableConv2D(8, 3)
-    """
-
-    layer_class = keras.layers.SeparableConv2D
+GatedDense = _shorthand(keras.layers.Dense, "10")
+GatedConv1D = _shorthand(keras.layers.Conv1D, "8, 3")
+GatedConv2D = _shorthand(keras.layers.Conv2D, "8, 3")
+GatedConv3D = _shorthand(keras.layers.Conv3D, "8, 3")
+GatedConv1DTranspose = _shorthand(keras.layers.Conv1DTranspose, "8, 3")
+GatedConv2DTranspose = _shorthand(keras.layers.Conv2DTranspose, "8, 3")
+GatedConv3DTranspose = _shorthand(keras.layers.Conv3DTranspose, "8, 3")
+GatedSeparableConv1D = _shorthand(keras.layers.SeparableConv1D, "8, 3")
+GatedSeparableConv2D = _shorthand(keras.layers.SeparableConv2D, "8, 3")

@@ -12,7 +12,8 @@ from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates.gate_source import GateSource
 from tf_kfacprune.gates.insertion import describe_frozen
 from tf_kfacprune.gates.neuron_gate import GateEdge
-from tf_kfacprune.graph import ChannelGraph, CostModel, Graph, LatencyTable, analyze, trace
+from tf_kfacprune.gates.statistic_edge import StatisticEdge
+from tf_kfacprune.graph import ChannelGraph, CostModel, Graph, LatencyTable, analyze, trace_opened
 from tf_kfacprune.graph.labels import NO_SLOT
 
 __all__ = ["GatedNetwork"]
@@ -45,7 +46,7 @@ class GatedNetwork:
 
     def __init__(self, net: keras.Model, latency_table: LatencyTable | None = None) -> None:
         self.net = net
-        self.graph: Graph = trace(net)
+        self.graph: Graph = trace_opened(net)
         self.channels: ChannelGraph = analyze(self.graph, prune_inputs=True, gated_only=True)
         slots = self.channels.flow.slot_sources
         self.sources: list[GateSource] = sorted(slots, key=lambda source: slots[source])
@@ -63,7 +64,7 @@ class GatedNetwork:
         gates = [
             call.operation
             for call in self.graph.calls
-            if isinstance(call.operation, GateSource | GateEdge)
+            if isinstance(call.operation, GateSource | GateEdge | StatisticEdge)
         ]
         self.cost = CostModel(self.channels, gates, latency_table)
         self.neuron_gates = self._gates_by_neuron()

@@ -16,6 +16,7 @@ from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import rules as _rules  # noqa: F401  (registers the rules of gate layers)
 from tf_kfacprune.gates.gate_aware import GateAware
 from tf_kfacprune.gates.neuron_gate import GateBank, GateEdge
+from tf_kfacprune.gates.statistic_edge import StatisticEdge
 from tf_kfacprune.graph import Call, ChannelGraph, Edge, Value, analyze, fresh_operation
 from tf_kfacprune.graph.calls import GATES
 from tf_kfacprune.graph.selection import Selector
@@ -50,7 +51,7 @@ def insert_gates(
     Returns:
         A flat Functional model of the same layer objects (weights are shared with `model`) and
         the gates. Nested models are inlined; where two inlined layers have the same name, the
-        later one is renamed, with a warning.
+        later one is renamed after its path, with a warning if it lies in no opened layer.
 
     Raises:
         UnsupportedModelError: If the model is not built, is subclassed, has gates already, or
@@ -84,7 +85,8 @@ class _Insertion:
         self._renamed: list[str] = []
         self._twins: dict[Any, Any] = {}
         self._edges: dict[Call, list[Edge]] = {}
-        self._gated: dict[tuple[Any, Any, bytes], Any] = {}
+        self._gated: dict[tuple[Any, ...], Any] = {}
+        self._kept: list[Any] = []
         self._aware: dict[Any, GateAware] = {}
         for call in channels.graph.calls:
             self._names.setdefault(call.operation.name, call.operation)
@@ -113,12 +115,16 @@ class _Insertion:
 
     def _call(self, call: Call, args: Any, kwargs: Any) -> Any:
         operation = self._uniquely_named(call)
-        edges = {edge.value: edge for edge in self._edges.get(call, ())}
+        edges: dict[Any, list[Edge]] = {}
+        for edge in self._edges.get(call, ()):
+            edges.setdefault(edge.value, []).append(edge)
         inside = [edge for edge in self._edges.get(call, ()) if edge.value is None]
 
         def gate(value: Any, tensor: Any) -> Any:
-            is_read = isinstance(value, Value) and value in edges
-            return self._gate(edges[value], tensor) if is_read else tensor
+            on_value = edges.get(value, ()) if isinstance(value, Value) else ()
+            for edge in on_value:
+                tensor = self._gate(edge, tensor)
+            return tensor
 
         args, kwargs = call.map_data(gate, args, kwargs)
         if not inside:
@@ -130,11 +136,17 @@ class _Insertion:
         return self._aware[operation](*args, **kwargs)
 
     def _gate(self, edge: Edge, tensor: Any) -> Any:
-        key = (edge.value, edge.axis, edge.neurons.tobytes())
+        key = (id(tensor), edge.axis, edge.neurons.tobytes(), edge.statistic)
         if key not in self._gated:
             name = self._free_name(f"{edge.layer.name}_gate")
-            layer = GateEdge(edge.neurons.tolist(), axis=edge.axis, name=name)
-            self._gated[key] = layer([tensor, self._gates[0]])
+            indices = edge.neurons.tolist()
+            if edge.statistic is None:
+                layer = GateEdge(indices, axis=edge.axis, name=name)
+                self._gated[key] = layer([tensor, self._gates[0]])
+            else:
+                layer = StatisticEdge(indices, edge.axis, edge.statistic, name=name)
+                self._gated[key] = layer([tensor, *self._gates])
+            self._kept.append(tensor)  # so that its `id` is not used again
         return self._gated[key]
 
     def _uniquely_named(self, call: Call) -> Any:
@@ -146,13 +158,19 @@ class _Insertion:
         if operation not in self._twins:
             name = self._free_name(call.path.replace("/", "_"))
             if call.is_layer:
-                self._renamed.append(f"{operation.name!r} to {name!r}")
+                if not self._is_in_opened_layer(call):
+                    self._renamed.append(f"{operation.name!r} to {name!r}")
                 operation.name = name
                 self._twins[operation] = operation
             else:
                 self._twins[operation] = fresh_operation(operation, name)
             self._names[name] = self._twins[operation]
         return self._twins[operation]
+
+    def _is_in_opened_layer(self, call: Call) -> bool:
+        parts = call.path.split("/")
+        opened = self._channels.graph.opened
+        return any("/".join(parts[:k]) in opened for k in range(1, len(parts)))
 
     def _free_name(self, name: str) -> str:
         free, number = name, 0

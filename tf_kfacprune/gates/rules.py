@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tf_kfacprune.gates.neuron_gate import GateBank, GateEdge, NeuronGate
+from tf_kfacprune.gates.statistic_edge import StatisticEdge
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import CONSTANT, NO_SLOT, Axes, LabelFlow
 from tf_kfacprune.graph.rules import ChannelRule, register_channel_rule
@@ -57,9 +58,14 @@ class GateBankRule(ChannelRule):
         return True  # it does not read its input
 
 
-@register_channel_rule(GateEdge)
+@register_channel_rule(GateEdge, StatisticEdge)
 class GateEdgeRule(GateRule):
-    """`GateEdge`: picks gates from the bank by index; the index past the last means none."""
+    """`GateEdge` and its like: pick gates by index; the index past the last means none."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        if isinstance(call.operation, StatisticEdge):
+            flow.statistic_edges.update(call.outputs)
+        return super().propagate(call, flow)
 
     def slots(self, call: Call, flow: LabelFlow) -> np.ndarray:
         indices, bank = call.operation.indices, call.inputs[1]

@@ -6,8 +6,11 @@ from tf_kfacprune.graph.channel_graph import ChannelGraph, Edge, Frozen, NeuronG
 from tf_kfacprune.graph.cost import CostModel
 from tf_kfacprune.graph.labels import LabelFlow
 from tf_kfacprune.graph.latency import LatencyTable, layer_signature, values_read
+from tf_kfacprune.graph.opening import keep_opaque, opaque_layers, trace_opened
+from tf_kfacprune.graph.reachability import check_countable, what_stays
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, register_channel_rule, rule_for
 from tf_kfacprune.graph.tracer import Graph, fresh_operation, trace
+from tf_kfacprune.graph.weight_layer import Weight
 
 __all__ = [
     "Branches",
@@ -23,11 +26,17 @@ __all__ = [
     "LatencyTable",
     "NeuronGroup",
     "Value",
+    "Weight",
     "analyze",
+    "check_countable",
     "fresh_operation",
+    "keep_opaque",
     "layer_signature",
+    "opaque_layers",
     "register_channel_rule",
     "rule_for",
     "trace",
+    "trace_opened",
     "values_read",
+    "what_stays",
 ]

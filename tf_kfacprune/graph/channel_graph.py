@@ -17,9 +17,10 @@ from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.components import connected_components
 from tf_kfacprune.graph.labels import NO_SLOT, LabelFlow
+from tf_kfacprune.graph.opening import trace_opened
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, rule_for
 from tf_kfacprune.graph.selection import Selection, Selector
-from tf_kfacprune.graph.tracer import Graph, trace
+from tf_kfacprune.graph.tracer import Graph
 
 __all__ = ["ChannelGraph", "Edge", "Frozen", "NeuronGroup", "analyze"]
 
@@ -60,6 +61,8 @@ class Edge:
         axis: The channel axis of the tensor, -1 for channels that are read inside the layer.
         neurons: Neuron at each position; `num_neurons` where nothing can be removed.
         slots: In a gated model, the gate that each position has passed; -1 where none.
+        statistic: What an operation takes over the channels: `"sum"`, `"mean"`, `"variance"`; None
+            for a contraction.
     """
 
     call: Call
@@ -69,6 +72,7 @@ class Edge:
     axis: int
     neurons: np.ndarray
     slots: np.ndarray
+    statistic: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,16 @@ class ChannelGraph:
         self._neuron_of_label, groups = self._number(partition)
         self.num_neurons = sum(len(roots) for roots in groups)
         self.edges = [
-            Edge(r.call, r.call.operation, r.role, r.value, r.axis, self.neurons(r.labels), r.slots)
+            Edge(
+                call=r.call,
+                layer=r.call.operation,
+                role=r.role,
+                value=r.value,
+                axis=r.axis,
+                neurons=self.neurons(r.labels),
+                slots=r.slots,
+                statistic=r.statistic,
+            )
             for r in flow.readings
         ]
         self.groups = self._describe(groups)
@@ -205,7 +218,8 @@ class ChannelGraph:
             closed = producer.labels[self.neurons(producer.labels) == self.num_neurons]
             events, counts = np.unique(why[self._component[closed]], return_counts=True)
             for event, count in zip(events.tolist(), counts.tolist(), strict=True):
-                reason, where = reasons.ONLY_NEURON, producer.name
+                reason = reasons.ONLY_NEURON if count == 1 else reasons.ALL_COUPLED
+                where = producer.name
                 if event >= 0:
                     reason, where = self.flow.freezes[event].reason, self.flow.freezes[event].where
                 frozen.append(Frozen(producer.name, count, reason, where))
@@ -238,7 +252,7 @@ def analyze(
             would not remove a channel.
         InvalidArgumentError: If `include` or `exclude` names a layer that does not exist.
     """
-    graph = model if isinstance(model, Graph) else trace(model)
+    graph = model if isinstance(model, Graph) else trace_opened(model)
     selection = Selection(graph, include, exclude)
     flow = LabelFlow(graph, prune_inputs, selection.why_left_out)
     for call in graph.calls:
@@ -258,7 +272,8 @@ def analyze(
 
 def _mark_raw(call: Call, rule: ChannelRule, flow: LabelFlow) -> None:
     """Values computed from inputs alone, without a contraction, are input features too."""
-    if isinstance(rule, ContractionRule) or not call.inputs:
+    is_weight = any(value in flow.own_weights for value in call.outputs)
+    if isinstance(rule, ContractionRule) or is_weight or not call.inputs:
         return
     if all(value in flow.raw for value in call.inputs):
         flow.raw.update(dict.fromkeys(call.outputs, flow.raw[call.inputs[0]]))
@@ -278,16 +293,15 @@ def _refuse_misplaced_gate(call: Call, rule: ChannelRule, flow: LabelFlow) -> No
     gated = [value for value in call.inputs if flow.is_gated(value)]
     if not gated or rule.is_homogeneous(call):
         return
-    if isinstance(rule, ContractionRule) and rule.folded:
-        axis = rule.channel_axis(call)
-        others = [
-            labels
-            for value in gated
-            for k, labels in enumerate(flow.of(value))
-            if k != axis % len(value.shape) and labels is not None
-        ]
-        if all((flow.slots(labels) == NO_SLOT).all() for labels in others):
-            return
+    read = rule.read_axes(call)
+    others = [
+        labels
+        for value in gated
+        for k, labels in enumerate(flow.of(value))
+        if k not in read.get(value, set()) and labels is not None
+    ]
+    if read and all((flow.slots(labels) == NO_SLOT).all() for labels in others):
+        return
     kind = type(call.operation).__name__
     raise UnsupportedModelError(
         f"Gate {flow.gate_name(gated[0])!r} stands in front of {call.path!r} ({kind}), behind "

@@ -232,6 +232,15 @@ class CostModel:
 
     def _collect(self) -> None:
         flow = self.channels.flow
+        for call in self.channels.graph.calls:
+            if call.is_layer:
+                continue
+            products = list(rule_for(call.operation).macs(call, flow))
+            if products:
+                while_called = self._sizes.presence(self.branches.killers(call))
+                terms = [self._sizes.term(product, while_called) for product in products]
+                self._terms["macs"].setdefault(id(call.operation), []).extend(terms)
+                self._layers[id(call.operation)] = (call.path, call.operation)
         for call in self._counted_calls():
             layer, key = call.operation, id(call.operation)
             while_called = self._sizes.presence(self.branches.killers(call))

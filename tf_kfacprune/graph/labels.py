@@ -20,7 +20,7 @@ import numpy as np
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import GATES, Call, Value
-from tf_kfacprune.graph.tracer import Graph, trace
+from tf_kfacprune.graph.tracer import Graph
 
 __all__ = ["CONSTANT", "NO_SLOT", "Axes", "Freeze", "LabelFlow", "Producer", "Reading"]
 
@@ -44,8 +44,9 @@ class Producer:
 class Reading:
     """A layer reading channels: labels and gate slots per position.
 
-    A contraction reads along one axis of a value. What a layer reads inside, where no gate can
-    stand, has neither: it is gated by the gate-aware layer around it.
+    A contraction reads along one axis of a value, and so does a `statistic` over channels. What
+    a layer reads inside, where no gate can stand, has neither: it is gated by the gate-aware layer
+    around it.
     """
 
     call: Call
@@ -54,6 +55,7 @@ class Reading:
     axis: int
     labels: Labels
     slots: np.ndarray
+    statistic: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +82,9 @@ class LabelFlow:
         slot_origin: First gate number behind a value that holds a vector of gates.
         num_slots: Number of gates met so far.
         raw: Values computed from inputs alone, with the name of the input.
+        own_weights: Values that are weights of opened layers, with the calls that read them.
+        statistic_edges: Values behind a `StatisticEdge`.
+        uniform: Values all entries of which are the same, whatever the data.
     """
 
     def __init__(
@@ -99,6 +104,9 @@ class LabelFlow:
         self.slot_sources: dict[Any, int] = {}
         self.num_slots = 0
         self.raw: dict[Value, str] = {}
+        self.own_weights: dict[Value, Call] = {}
+        self.uniform: set[Value] = set()
+        self.statistic_edges: set[Value] = set()
         self.size = 1
         self._sizes: dict[Value, tuple[int | None, ...]] = {}
         self._prune_inputs = prune_inputs
@@ -121,7 +129,7 @@ class LabelFlow:
         if not self._sizes:
             graph, shapes = self.graph, (v.shape for v in self.graph.inputs)
             if any(None in shape[1:] for shape in shapes):
-                graph = trace(graph.model, assume=_assume_size)
+                graph = graph.retrace(_assume_size)
             known = [*self.graph.inputs, *(v for call in self.graph.calls for v in call.outputs)]
             sized = [*graph.inputs, *(v for call in graph.calls for v in call.outputs)]
             self._sizes = {a: b.shape for a, b in zip(known, sized, strict=True)}
@@ -215,6 +223,32 @@ class LabelFlow:
             self.readings.append(Reading(call, role, value, axis, labels, slots))
         return labels
 
+    def read_statistic(self, call: Call, value: Value, axis: int, statistic: str) -> None:
+        """Channels over which an operation takes a statistic.
+
+        Args:
+            call: The call.
+            value: Its data.
+            axis: The channel axis.
+            statistic: `"sum"`, `"mean"` or `"variance"`; see `StatisticEdge`.
+
+        Raises:
+            UnsupportedModelError: If an ordinary gate stands in front, whose closed channels would
+                be counted.
+        """
+        labels = self.axes[value][axis]
+        if labels is None:
+            return
+        slots = self.slots(labels)
+        if value not in self.statistic_edges and (slots != NO_SLOT).any():
+            raise UnsupportedModelError(
+                f"Gate {self.gate_name(value)!r} stands in front of {call.path!r}, which would "
+                "count closed channels as zeros. Place the gate on the data input of the next "
+                "Dense or convolution layer."
+            )
+        labels = self.base(labels)
+        self.readings.append(Reading(call, "in", value, axis, labels, slots, statistic))
+
     def read_inside(self, call: Call, role: str, labels: Labels | None) -> None:
         """Channels that a layer reads inside, where no gate can stand on an edge.
 
@@ -293,6 +327,33 @@ class LabelFlow:
         if labels is None:
             labels = roles[name] = self.fresh(size, call.path, call.operation, part)
         return labels
+
+    def following(self, layer: Any, name: str, size: int) -> Labels:
+        """Labels of channels that a layer does not decide on: they go if what they meet goes.
+
+        Args:
+            layer: The layer.
+            name: The role of the channels.
+            size: How many.
+
+        Returns:
+            The labels; the same in every call of a shared layer.
+        """
+        roles = self._roles.setdefault(layer, {})
+        labels = roles.get(name)
+        if labels is None:
+            labels = roles[name] = self._allocate(np.arange(self.size, self.size + size), NO_SLOT)
+        return labels
+
+    def produce(self, weight: Call, labels: Labels | None) -> None:
+        """Makes an axis of an opened layer's own weight a creator of channels."""
+        known = (p.labels is labels for p in self.producers)
+        if labels is None or any(known):
+            return
+        self.producers.append(Producer(weight.path, weight.operation, labels))
+        reason = self._why_left_out(weight.path, weight.operation)
+        if reason is not None:
+            self.freeze(labels, reason, weight.path)
 
     def share_roles(self, layer: Any, inner: Any) -> None:
         """Makes the named labels of a layer those of the layer inside it."""

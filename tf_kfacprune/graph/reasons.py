@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "ALL_COUPLED",
     "ARRAY_CONSTANT",
     "BROADCAST",
     "CROSS_CHANNEL_ACTIVATION",
@@ -32,6 +33,7 @@ EXCLUDED = "excluded by the caller"
 NOT_INCLUDED = "not included by the caller"
 INPUT_FEATURES = "joined with input features, which are pruned only with prune_inputs=True"
 ONLY_NEURON = "the only neuron of its layer; a layer keeps at least one"
+ALL_COUPLED = "all channels of the layer are coupled, so they could only go together"
 NOT_GATED = "read without a gate; gate every layer that multiplies, mixes or feeds back channels"
 NOT_READ = "not read by any Dense or convolution layer, so there is no edge to gate"
 UNKNOWN_OPERATION = "no channel rule for this operation; add one with register_channel_rule"
@@ -54,8 +56,10 @@ _REMEDIES = {
     EXCLUDED: "leave the layer out of `exclude`",
     NOT_INCLUDED: "add the layer, and all it is coupled with, to `include`",
     INPUT_FEATURES: "pass prune_inputs=True",
+    ALL_COUPLED: "compute them apart: a reshape or a broadcast ties them (see what they meet)",
     NOT_GATED: "put a NeuronGate on every such edge, or let PrunableModel place the gates",
-    UNKNOWN_OPERATION: "write a channel rule: @kp.register_channel_rule, see docs/channels.md",
+    UNKNOWN_OPERATION: "use layers and operations that have a channel rule, or write one: "
+    "@kp.register_channel_rule, see docs/channels.md",
     UNKNOWN_CELL: "use SimpleRNN, GRU or LSTM layers, one per level",
     UNKNOWN_ACTIVATION: "use a function of keras.activations, or a layer with a channel rule",
     CROSS_CHANNEL_ACTIVATION: "nothing, if this is the model's output; else a sigmoid or a ReLU",

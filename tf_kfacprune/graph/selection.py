@@ -30,7 +30,7 @@ class Selection:
         exclude: These layers keep all their neurons, also if included.
 
     Raises:
-        InvalidArgumentError: If an entry matches nothing in the model.
+        InvalidArgumentError: If an entry matches nothing in the model, or is no regular expression.
     """
 
     def __init__(
@@ -39,8 +39,10 @@ class Selection:
         include: Sequence[Selector] | Selector | None = None,
         exclude: Sequence[Selector] | Selector = (),
     ) -> None:
-        self._include = None if include is None else _entries(include)
-        self._exclude = _entries(exclude)
+        self._include = None
+        if include is not None:
+            self._include = _without_opened(_entries("include", include), graph)
+        self._exclude = _without_opened(_entries("exclude", exclude), graph)
         paths = [*(call.path for call in graph.calls), *graph.input_names]
         names = {name for path in paths for name in _names(path)}
         operations = {id(call.operation) for call in graph.calls}
@@ -62,9 +64,27 @@ class Selection:
         return None
 
 
-def _entries(given: Sequence[Selector] | Selector) -> list[Selector]:
+def _entries(argument: str, given: Sequence[Selector] | Selector) -> list[Selector]:
     single = isinstance(given, (str, re.Pattern, keras.Layer))
-    return [given] if single else list(given)  # type: ignore[arg-type]
+    entries: list[Selector] = [given] if single else list(given)  # type: ignore[arg-type]
+    for entry in entries:
+        try:
+            re.compile(entry if isinstance(entry, str) else "")
+        except re.error as error:
+            raise InvalidArgumentError(
+                f"Argument `{argument}`: {entry!r} is neither the name of a layer nor a regular "
+                f"expression: {error}. Write special characters of a name with a backslash."
+            ) from error
+    return entries
+
+
+def _without_opened(entries: list[Selector], graph: Graph) -> list[Selector]:
+    """Opened layers among the entries, by their paths: they stand for all that is inside."""
+    found: list[Selector] = []
+    for entry in entries:
+        paths = [path for path, layer in graph.opened.items() if layer is entry]
+        found += map(re.escape, paths) if paths else [entry]
+    return found
 
 
 def _names(path: str) -> Iterator[str]:

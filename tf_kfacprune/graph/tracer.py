@@ -5,14 +5,16 @@ reads private parts of it (`_nodes_by_depth`, `Node.arguments`, `Sequential._fun
 context). A test cross-checks the result with the public `get_config()`.
 
 Nested models are inlined and shared layers keep their identity. What nesting does besides calling
-its layers (converting inputs, handing `training` down, setting masks) is kept as `_Enter` and
-`_Leave` steps, so that `Graph.run` equals `model(...)` to the bit.
+its layers (converting inputs, handing `training` down, setting masks) is kept as `_Enter`, `_Mask`,
+`_Leave` and `_LeaveLayer` steps, so that `Graph.run` equals `model(...)` to the bit. Layers that an
+`Opener` opens are inlined like nested models.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +27,20 @@ from keras.src.models.functional import Functional
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph.calls import Call, Value
 
-__all__ = ["Graph", "fresh_operation", "trace"]
+__all__ = [
+    "Graph",
+    "Opened",
+    "Opener",
+    "calls_of",
+    "converted_dtype",
+    "fresh_operation",
+    "inherit_training",
+    "is_made_by_layer",
+    "mask_of",
+    "set_mask",
+    "settings_of",
+    "trace",
+]
 
 CallOperation = Callable[[Call, tuple[Any, ...], dict[str, Any]], Any]
 _UNSET = object()
@@ -49,6 +64,49 @@ class _Leave:
     outputs: tuple[Value, ...]
 
 
+@dataclass(eq=False)
+class _Mask:
+    """The Keras mask of a tensor, as a value of its own."""
+
+    of: Value
+    mask: Value
+
+
+@dataclass(eq=False)
+class _LeaveLayer:
+    """The end of an opened layer's call: its outputs may take over the mask of its input."""
+
+    layer: keras.Layer
+    inputs: Any  # the first argument of the call
+    mask: Any
+    outputs: tuple[Value, ...]
+    set_inside: tuple[tuple[Value, Value], ...]  # outputs and masks that the call sets itself
+
+
+_Step = Call | _Enter | _Mask | _Leave | _LeaveLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """The inside of a layer's call.
+
+    Attributes:
+        function: The layers and operations inside. Its inputs are the tensors of the recorded
+            arguments, flattened, followed by the Keras masks that they carry; its outputs are
+            those of the call, flattened, followed by the masks that the call itself sets on them.
+        masked: Numbers of the outputs on which the call itself sets a mask.
+    """
+
+    function: keras.Function
+    masked: tuple[int, ...] = ()
+
+
+# Given a recorded call (an object that stands for it, layer, positional and keyword arguments, the
+# Keras mask of each tensor among them), the inside of the call; or why it stays closed; or None if
+# it is none of those that would be opened.
+Opener = Callable[[Any, Any, Any, Any, Sequence[Any]], Opened | str | None]
+
+
 class Graph:
     """A model as a list of calls in the order in which Keras executes them.
 
@@ -56,7 +114,9 @@ class Graph:
         model: The model that was traced.
         inputs: Its inputs, flattened.
         outputs: Its outputs, flattened.
-        calls: All calls, nested models inlined.
+        calls: All calls, nested models and opened layers inlined.
+        opened: The layers that were opened, by path.
+        closed: Why layers that might have been opened were not, by path.
     """
 
     def __init__(
@@ -65,14 +125,21 @@ class Graph:
         functional: Functional,
         inputs: Sequence[Value],
         outputs: Sequence[Value],
-        steps: Sequence[Call | _Enter | _Leave],
+        walk: _Walk,
     ) -> None:
         self.model = model
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self.calls = tuple(step for step in steps if isinstance(step, Call))
+        self.calls = tuple(step for step in walk.steps if isinstance(step, Call))
+        self.opened = walk.opened
+        self.closed = walk.closed
         self._functional = functional
-        self._steps = tuple(steps)
+        self._steps = tuple(walk.steps)
+        self._opener = walk.opener
+
+    def retrace(self, assume: Callable[[Value], Value]) -> Graph:
+        """The graph for inputs of other shapes, as `trace` with `assume`; same opened layers."""
+        return trace(self.model, assume, self._opener)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -109,17 +176,20 @@ class Graph:
         self,
         call_operation: CallOperation | None = None,
         begin: Callable[[Sequence[Any]], None] | None = None,
+        new_input: Callable[[Any], Any] | None = None,
     ) -> keras.Model:
         """Replays the graph on symbolic tensors into a new, flat Functional model.
 
         Args:
             call_operation: As in `run`, on symbolic tensors.
             begin: Receives the new model's inputs before the first call.
+            new_input: Makes an input of the new model from one of the traced one; by default one of
+                the same type, shape and name.
 
         Returns:
             A model with the name and the input and output structure of the traced one.
         """
-        symbolic = [_clone_input(tensor) for tensor in self._functional.inputs]
+        symbolic = [(new_input or _clone_input)(tensor) for tensor in self._functional.inputs]
         if begin is not None:
             begin(symbolic)
         env = self._execute(symbolic, call_operation or _call, None)
@@ -154,19 +224,28 @@ class Graph:
                 override.append(_inner_training(step.training, override[-1], context))
                 for value, mask in step.masks:
                     backend.set_keras_mask(env[value], env[mask])
+            elif isinstance(step, _Mask):
+                env[step.mask] = backend.get_keras_mask(env[step.of])
             else:
                 override.pop()
-                if step.model.supports_masking:
+                if isinstance(step, _Leave) and step.model.supports_masking:
                     _leave_masks(step, env)
+                elif isinstance(step, _LeaveLayer):
+                    _set_masks(step, fill(step.inputs), fill(step.mask), env)
         return env
 
 
-def trace(model: keras.Model, assume: Callable[[Value], Value] = lambda value: value) -> Graph:
+def trace(
+    model: keras.Model,
+    assume: Callable[[Value], Value] = lambda value: value,
+    opener: Opener | None = None,
+) -> Graph:
     """Traces a Sequential or Functional model.
 
     Args:
         model: A built Sequential or Functional model; anything may be nested in it.
         assume: Replaces each input by one of another shape; shapes behind follow.
+        opener: Opens layers; by default all stay as they are.
 
     Returns:
         The traced graph.
@@ -179,9 +258,56 @@ def trace(model: keras.Model, assume: Callable[[Value], Value] = lambda value: v
     if functional is None:
         raise UnsupportedModelError(_why_not_traceable(model))
     inputs = [assume(Value(tuple(t.shape), t.dtype)) for t in functional.inputs]
-    steps: list[Call | _Enter | _Leave] = []
-    outputs = _walk(functional, inputs, steps, prefix="")
-    return Graph(model, functional, inputs, outputs, steps)
+    walk = _Walk(opener)
+    outputs = walk.of(functional, inputs, prefix="")
+    return Graph(model, functional, inputs, outputs, walk)
+
+
+def calls_of(function: keras.Function) -> tuple[list[Value], list[Call], list[Value]]:
+    """The inputs, calls and outputs of a function, nothing in it inlined."""
+    inputs = [Value(tuple(t.shape), t.dtype) for t in function.inputs]
+    calls = []
+    env = {id(tensor): value for tensor, value in zip(function.inputs, inputs, strict=True)}
+    for node in _nodes(function):
+        args, kwargs = node.arguments.fill_in(env)
+        outputs = tuple(Value(tuple(t.shape), t.dtype) for t in node.outputs)
+        calls.append(Call(node.operation, args, kwargs, outputs, node.operation.name))
+        env.update({id(t): v for t, v in zip(node.outputs, outputs, strict=True)})
+    return inputs, calls, [env[id(tensor)] for tensor in function.outputs]
+
+
+def mask_of(tensor: Any) -> Any:
+    """The Keras mask of a tensor, or None."""
+    return backend.get_keras_mask(tensor)
+
+
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Gives a tensor a Keras mask."""
+    backend.set_keras_mask(tensor, mask)
+
+
+def is_made_by_layer(tensor: Any) -> bool:
+    """Whether a symbolic tensor is the output of a layer (or an input), not of an operation."""
+    return isinstance(tensor._keras_history.operation, keras.Layer)
+
+
+def inherit_training(function: keras.Function, positions: Iterable[int]) -> None:
+    """Makes calls of a function take `training` from the call around them.
+
+    Args:
+        function: The function.
+        positions: The calls, by their position in `calls_of(function)`.
+    """
+    nodes = list(_nodes(function))
+    for position in positions:
+        del nodes[position].arguments.kwargs["training"]
+
+
+def _nodes(function: keras.Function) -> Iterator[Any]:
+    """The recorded calls of a graph in the order of their execution."""
+    nodes_by_depth = function._nodes_by_depth
+    for depth in sorted(nodes_by_depth, reverse=True):
+        yield from (node for node in nodes_by_depth[depth] if not node.is_input)
 
 
 def fresh_operation(operation: Any, name: str) -> Any:
@@ -191,6 +317,12 @@ def fresh_operation(operation: Any, name: str) -> Any:
     twin._inbound_nodes = []
     twin._outbound_nodes = []
     return twin
+
+
+def settings_of(operation: Any) -> dict[str, Any]:
+    """What tells a stateless operation from others of its class."""
+    of_graph = {"name", "_inbound_nodes", "_outbound_nodes", "_auto_config"}
+    return {key: value for key, value in vars(operation).items() if key not in of_graph}
 
 
 def _call(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -222,128 +354,201 @@ def _why_not_traceable(model: Any) -> str:
     )
 
 
-def _walk(
-    functional: Functional,
-    inputs: Sequence[Value],
-    steps: list[Call | _Enter | _Leave],
-    prefix: str,
-) -> list[Value]:
-    """Appends the calls of one graph to `steps` and returns its outputs."""
-    env: dict[int, Value] = {
-        id(tensor): value for tensor, value in zip(functional.inputs, inputs, strict=True)
-    }
-    nodes_by_depth = functional._nodes_by_depth
-    for depth in sorted(nodes_by_depth, reverse=True):
-        for node in nodes_by_depth[depth]:
-            if not node.is_input:
-                outputs = _walk_node(node, env, steps, prefix)
-                env.update({id(t): v for t, v in zip(node.outputs, outputs, strict=True)})
-    return [env[id(tensor)] for tensor in functional.outputs]
+class _Walk:
+    """Lists the steps of a graph, those of the graphs nested in it inlined."""
 
+    def __init__(self, opener: Opener | None) -> None:
+        self.opener = opener
+        self.steps: list[_Step] = []
+        self.opened: dict[str, keras.Layer] = {}
+        self.closed: dict[str, str] = {}
+        self._owners: dict[str, Any] = {}
 
-def _walk_node(
-    node: Any, env: dict[int, Value], steps: list[Call | _Enter | _Leave], prefix: str
-) -> Sequence[Value]:
-    args, kwargs = node.arguments.fill_in(env)
-    operation = node.operation
-    path = prefix + operation.name
-    inner = _functional_of(operation)
-    if inner is not None:
-        return _inline(operation, inner, args, kwargs, steps, path)
-    outputs = _output_values(node, args, kwargs)
-    lowered = getattr(operation, "lowered_layers", None)
-    gate_aware = getattr(operation, "gate_aware_of", None)
-    if lowered is not None:
-        _lower(lowered, args, kwargs, outputs, steps, prefix)
-    elif gate_aware is not None:
-        steps.append(Call(gate_aware, args, kwargs, outputs, path, runner=operation))
-    else:
-        steps.append(Call(operation, args, kwargs, outputs, path))
-    return outputs
+    def of(self, function: Any, inputs: Sequence[Value], prefix: str) -> list[Value]:
+        """Appends the steps of one graph and returns its outputs."""
+        env: dict[int, Value] = {
+            id(tensor): value for tensor, value in zip(function.inputs, inputs, strict=True)
+        }
+        for node in _nodes(function):
+            outputs = self._node(node, env, prefix)
+            env.update({id(t): v for t, v in zip(node.outputs, outputs, strict=True)})
+        return [env[id(tensor)] for tensor in function.outputs]
+
+    def _node(self, node: Any, env: dict[int, Value], prefix: str) -> Sequence[Value]:
+        args, kwargs = node.arguments.fill_in(env)
+        operation = node.operation
+        path = self._path(prefix, operation)
+        inner = _functional_of(operation)
+        if inner is not None:
+            return self._inline(operation, inner, args, kwargs, path)
+        lowered = getattr(operation, "lowered_layers", None)
+        gate_aware = getattr(operation, "gate_aware_of", None)
+        if self.opener is not None and lowered is None and gate_aware is None:
+            opened = self._open(self.opener, node, path)
+            if opened is not None:
+                return self._inline_opened(operation, opened, node, args, kwargs, path)
+        outputs = _output_values(node, args, kwargs)
+        if lowered is not None:
+            self._lower(lowered, args, kwargs, outputs, prefix)
+        elif gate_aware is not None:
+            self.steps.append(Call(gate_aware, args, kwargs, outputs, path, runner=operation))
+        else:
+            self.steps.append(Call(operation, args, kwargs, outputs, path))
+        return outputs
+
+    def _path(self, prefix: str, operation: Any) -> str:
+        """The name of an operation below a prefix, of its own in the whole graph.
+
+        In opened layers names may be taken twice. Layers that were renamed after their path, to be
+        part of a flat network, keep the path they had.
+        """
+        path = prefix + operation.name
+        if prefix[:-1] in self.opened:
+            path = prefix + operation.name.removeprefix(prefix.replace("/", "_"))
+        unique, number = path, 0
+        while self._owners.setdefault(unique, operation) is not operation:
+            number += 1
+            unique = f"{path}_{number}"
+        return unique
+
+    def _open(self, opener: Opener, node: Any, path: str) -> Opened | None:
+        given = node.arguments
+        masks = [backend.get_keras_mask(tensor) for tensor in given.keras_tensors]
+        found = opener(node, node.operation, given.args, given.kwargs, masks)
+        if isinstance(found, str):
+            self.closed.setdefault(path, found)
+            return None
+        if found is not None:
+            self.opened.setdefault(path, node.operation)
+        return found
+
+    def _inline_opened(
+        self, layer: keras.Layer, opened: Opened, node: Any, args: Any, kwargs: Any, path: str
+    ) -> list[Value]:
+        given = [leaf for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value)]
+        carried: list[Value] = []
+        pairs: list[tuple[int, Value]] = []
+        for number, tensor in enumerate(node.arguments.keras_tensors):
+            mask = backend.get_keras_mask(tensor)
+            if mask is not None:
+                carried.append(Value(tuple(mask.shape), mask.dtype))
+                pairs.append((number, carried[-1]))
+                self.steps.append(_Mask(given[number], carried[-1]))
+        symbolic = opened.function.inputs[: len(given)]
+        values = [self._convert(v, t, path) for v, t in zip(given, symbolic, strict=True)]
+        masks = tuple((values[number], mask) for number, mask in pairs)
+        self.steps.append(_Enter(kwargs.get("training", _UNSET), masks))
+        found = self.of(opened.function, [*values, *carried], prefix=f"{path}/")
+        count = len(found) - len(opened.masked)
+        outputs = found[:count]
+        set_inside = [(outputs[k], m) for k, m in zip(opened.masked, found[count:], strict=True)]
+        first = next(iter(inspect.signature(layer.call).parameters))
+        inputs = args[0] if args else kwargs[first]
+        leave = _LeaveLayer(layer, inputs, kwargs.get("mask"), tuple(outputs), tuple(set_inside))
+        self.steps.append(leave)
+        return outputs
+
+    def _inline(
+        self, model: keras.Model, inner: Functional, args: Any, kwargs: dict[str, Any], path: str
+    ) -> list[Value]:
+        data = args[0] if args else kwargs["inputs"]
+        if isinstance(data, dict) and not isinstance(inner._inputs_struct, dict):
+            data = [data[tensor.name] for tensor in inner.inputs]
+        given = tuple(tree.flatten(data))
+        values = [
+            self._convert(value, tensor, path)
+            for value, tensor in zip(given, inner.inputs, strict=True)
+        ]
+        mask = kwargs.get("mask")
+        masks = tree.flatten(mask) if mask is not None else []
+        pairs = tuple((v, m) for v, m in zip(values, masks, strict=False) if m is not None)
+        self.steps.append(_Enter(kwargs.get("training", _UNSET), pairs))
+        outputs = self.of(inner, values, prefix=f"{path}/")
+        self.steps.append(_Leave(model, given, mask, tuple(outputs)))
+        return outputs
+
+    def _convert(self, value: Value, tensor: Any, path: str) -> Value:
+        """What a nested model does to an input of another type or rank than it was built for."""
+        target = value.symbolic()
+        if value.dtype != tensor.dtype:
+            target = keras.ops.cast(target, tensor.dtype)
+            value = self._append_operation(target, value, path)
+        if len(value.shape) == len(tensor.shape) + 1 and value.shape[-1] == 1:
+            value = self._append_operation(keras.ops.squeeze(target, axis=-1), value, path)
+        elif len(value.shape) == len(tensor.shape) - 1 and tensor.shape[-1] == 1:
+            value = self._append_operation(keras.ops.expand_dims(target, axis=-1), value, path)
+        return value
+
+    def _append_operation(self, result: Any, value: Value, path: str) -> Value:
+        """Appends the operation that made `result` as a call on `value`."""
+        operation = result._keras_history.operation
+        output = Value(tuple(result.shape), result.dtype)
+        self.steps.append(Call(operation, (value,), {}, (output,), f"{path}/{operation.name}"))
+        return output
+
+    def _lower(
+        self,
+        layers: Sequence[keras.Layer],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: tuple[Value, ...],
+        prefix: str,
+    ) -> None:
+        """Replaces the call of a composed layer by the calls of its parts, in sequence."""
+        data = args if args else (kwargs["inputs"],)
+        for position, layer in enumerate(layers):
+            results = outputs
+            if position < len(layers) - 1:
+                spec = layer.compute_output_spec(data[0].symbolic())
+                results = (Value(tuple(spec.shape), spec.dtype),)
+            takes_training = "training" in kwargs and _takes_training(layer)
+            extra = {"training": kwargs["training"]} if takes_training else {}
+            self.steps.append(Call(layer, data, extra, results, prefix + layer.name))
+            data = results
 
 
 def _output_values(node: Any, args: Any, kwargs: Any) -> tuple[Value, ...]:
-    """Output values; their shapes are inferred anew where a nested model got other input shapes."""
-    given = [v for v in tree.flatten((args, kwargs)) if isinstance(v, Value)]
+    """Output values; their shapes are inferred anew where a nested model got other input shapes.
+
+    Their element types are those of the recorded call. For the inference the inputs have those of
+    the recorded call, too, converted as the layer converts them.
+    """
     specs: Any = node.outputs
+    given = [v for v in tree.flatten((args, kwargs)) if isinstance(v, Value)]
     if [v.shape for v in given] != [tuple(t.shape) for t in node.input_tensors]:
-        args, kwargs = tree.map_structure(
-            lambda leaf: leaf.symbolic() if isinstance(leaf, Value) else leaf, (args, kwargs)
-        )
+        dtypes = {v: t.dtype for v, t in zip(given, node.input_tensors, strict=True)}
+
+        def symbolic(leaf: Any) -> Any:
+            if not isinstance(leaf, Value):
+                return leaf
+            return keras.KerasTensor(leaf.shape, converted_dtype(dtypes[leaf], node.operation))
+
+        args, kwargs = tree.map_structure(symbolic, (args, kwargs))
         kwargs = {k: v for k, v in kwargs.items() if k not in ("mask", "training")}
         specs = tree.flatten(node.operation.compute_output_spec(*args, **kwargs))
-    return tuple(Value(tuple(t.shape), t.dtype) for t in specs)
+    shapes = (tuple(spec.shape) for spec in specs)
+    return tuple(Value(s, t.dtype) for s, t in zip(shapes, node.outputs, strict=True))
 
 
-def _inline(
-    model: keras.Model,
-    inner: Functional,
-    args: Any,
-    kwargs: dict[str, Any],
-    steps: list[Call | _Enter | _Leave],
-    path: str,
-) -> list[Value]:
-    data = args[0] if args else kwargs["inputs"]
-    if isinstance(data, dict) and not isinstance(inner._inputs_struct, dict):
-        data = [data[tensor.name] for tensor in inner.inputs]
-    given = tuple(tree.flatten(data))
-    values = [
-        _convert(value, tensor, steps, path)
-        for value, tensor in zip(given, inner.inputs, strict=True)
-    ]
-    mask = kwargs.get("mask")
-    masks = tree.flatten(mask) if mask is not None else []
-    pairs = tuple((v, m) for v, m in zip(values, masks, strict=False) if m is not None)
-    steps.append(_Enter(kwargs.get("training", _UNSET), pairs))
-    outputs = _walk(inner, values, steps, prefix=f"{path}/")
-    steps.append(_Leave(model, given, mask, tuple(outputs)))
-    return outputs
-
-
-def _convert(value: Value, tensor: Any, steps: list[Call | _Enter | _Leave], path: str) -> Value:
-    """What a nested model does to an input of another type or rank than it was built for."""
-    target = value.symbolic()
-    if value.dtype != tensor.dtype:
-        target = keras.ops.cast(target, tensor.dtype)
-        value = _append_operation(target, value, steps, path)
-    if len(value.shape) == len(tensor.shape) + 1 and value.shape[-1] == 1:
-        value = _append_operation(keras.ops.squeeze(target, axis=-1), value, steps, path)
-    elif len(value.shape) == len(tensor.shape) - 1 and tensor.shape[-1] == 1:
-        value = _append_operation(keras.ops.expand_dims(target, axis=-1), value, steps, path)
-    return value
-
-
-def _append_operation(result: Any, value: Value, steps: list[Any], path: str) -> Value:
-    """Appends the operation that made `result` as a call on `value`."""
-    operation = result._keras_history.operation
-    output = Value(tuple(result.shape), result.dtype)
-    steps.append(Call(operation, (value,), {}, (output,), f"{path}/{operation.name}"))
-    return output
-
-
-def _lower(
-    layers: Sequence[keras.Layer],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    outputs: tuple[Value, ...],
-    steps: list[Call | _Enter | _Leave],
-    prefix: str,
-) -> None:
-    """Replaces the call of a composed layer by the calls of its parts, in sequence."""
-    data = args if args else (kwargs["inputs"],)
-    for position, layer in enumerate(layers):
-        results = outputs
-        if position < len(layers) - 1:
-            spec = layer.compute_output_spec(data[0].symbolic())
-            results = (Value(tuple(spec.shape), spec.dtype),)
-        takes_training = "training" in kwargs and _takes_training(layer)
-        extra = {"training": kwargs["training"]} if takes_training else {}
-        steps.append(Call(layer, data, extra, results, prefix + layer.name))
-        data = results
+def converted_dtype(dtype: str, operation: Any) -> str:
+    """The element type to which an operation converts an input before it is called."""
+    is_float = "float" in dtype
+    converts = isinstance(operation, keras.Layer) and operation.autocast and is_float
+    return operation.input_dtype if converts and operation._convert_input_args else dtype
 
 
 def _takes_training(operation: Any) -> bool:
     return "training" in getattr(operation, "_call_context_args", ())
+
+
+def _set_masks(step: _LeaveLayer, inputs: Any, mask: Any, env: dict[Value, Any]) -> None:
+    for value, own in step.set_inside:
+        backend.set_keras_mask(env[value], env[own])
+    if not step.layer.supports_masking:
+        return
+    if mask is None:
+        mask = tree.map_structure(backend.get_keras_mask, inputs)
+    step.layer._set_mask_metadata(inputs, [env[value] for value in step.outputs], mask)
 
 
 def _leave_masks(step: _Leave, env: dict[Value, Any]) -> None:

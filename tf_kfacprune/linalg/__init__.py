@@ -1,10 +1,9 @@
-"""Pure linear algebra: Kronecker products, damped inverses, patches, Lanczos, power iteration."""
+"""Pure linear algebra: factored damping, damped inverses, patches, Lanczos."""
 
 from tf_kfacprune.linalg.inverse import damped_inverse
-from tf_kfacprune.linalg.kronecker import factored_damping, kronecker_matvec
+from tf_kfacprune.linalg.kronecker import factored_damping
 from tf_kfacprune.linalg.lanczos import RitzPairs, SpectralDensity, lanczos_top, spectral_density
 from tf_kfacprune.linalg.patches import conv_patches
-from tf_kfacprune.linalg.power_iteration import power_iteration
 
 __all__ = [
     "RitzPairs",
@@ -12,8 +11,6 @@ __all__ = [
     "conv_patches",
     "damped_inverse",
     "factored_damping",
-    "kronecker_matvec",
     "lanczos_top",
-    "power_iteration",
     "spectral_density",
 ]

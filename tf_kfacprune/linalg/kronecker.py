@@ -22,26 +22,7 @@ from typing import Any
 
 import keras
 
-__all__ = ["factored_damping", "kronecker_matvec"]
-
-
-def kronecker_matvec(left: Any, right: Any, kernel: Any) -> Any:
-    """Multiplies ``A (x) G`` with a kernel, without forming the product.
-
-    With inverses as factors it preconditions: ``(A (x) G)^-1 vec(V) = vec(A^-1 V G^-1)``.
-
-    Args:
-        left: A, tensor of shape (n_in, n_in).
-        right: G, tensor of shape (n_out, n_out).
-        kernel: V, tensor of shape (n_in, n_out).
-
-    Returns:
-        ``A V G^T``, tensor of shape (n_in, n_out).
-
-    References:
-        Martens & Grosse 2015, section 4.2.
-    """
-    return keras.ops.matmul(keras.ops.matmul(left, kernel), keras.ops.transpose(right))
+__all__ = ["factored_damping"]
 
 
 def factored_damping(mean_left: Any, mean_right: Any, damping: Any) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """Optimizers: K-FAC."""
 
-from tf_kfacprune.optimizers.hyperparameters import LevenbergMarquardt
+from tf_kfacprune.optimizers.damping import LevenbergMarquardt
 from tf_kfacprune.optimizers.kfac import KFAC
 
 __all__ = ["KFAC", "LevenbergMarquardt"]

@@ -6,15 +6,16 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tf_kfacprune.optimizers.block_states import STATES
-from tf_kfacprune.optimizers.hyperparameters import LevenbergMarquardt, check_hyperparameter
+from tf_kfacprune.curvature import LABELS
+from tf_kfacprune.optimizers.damping import LevenbergMarquardt, check_hyperparameter
+from tf_kfacprune.optimizers.preconditioners import PRECONDITIONERS
 from tf_kfacprune.validation import require, require_count
 
 __all__ = ["check_arguments"]
 
 _CHOICES = {
-    "labels": ("sampled", "data", "exact"),
-    "inverse": tuple(STATES),
+    "labels": LABELS,
+    "inverse": tuple(PRECONDITIONERS),
     "weight_sharing": ("expand", "reduce"),
     "large_factors": ("diagonal", "split"),
 }

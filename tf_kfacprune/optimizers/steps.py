@@ -1,69 +1,59 @@
-"""Steps of variables in Kronecker blocks: preconditioned gradients, and bounds on their length."""
+"""Bounds on the length of steps; pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from tf_kfacprune.optimizers.kfac_state import Layout
-
-__all__ = ["clipped", "constrained", "dot", "preconditioned"]
+__all__ = ["clipped", "constrained", "dot"]
 
 _TINY = 1e-20
 
 
-def preconditioned(layout: Layout, gradients: Sequence[Any], damping: Any) -> list[Any]:
-    """Preconditioned gradients P of what is in Kronecker blocks, others as they are.
-
-    Args:
-        layout: The Kronecker blocks.
-        gradients: One per variable of the optimizer, or None.
-        damping: d, scalar.
-    """
-    found = list(gradients)
-    for state in layout.states:
-        tensors = [gradients[i] for i in state.indices]
-        if any(g is None for g in tensors):
-            continue
-        matrix = state.block.to_matrix([tf.cast(g, "float32") for g in tensors])
-        step = state.precondition(matrix, damping)
-        for index, tensor in zip(state.indices, state.block.from_matrix(step), strict=True):
-            found[index] = tensor
-    return found
-
-
 def clipped(
-    layout: Layout, steps: Sequence[Any], gradients: Sequence[Any], eta: Any, kappa: Any
+    steps: Sequence[Any], gradients: Sequence[Any], members: Sequence[int], eta: Any, kappa: Any
 ) -> list[Any]:
     """Steps whose squared norm in the metric of the curvature is at most kappa.
 
     Args:
-        layout: The Kronecker blocks.
         steps: P, one per variable of the optimizer.
-        gradients: dW, likewise.
+        gradients: dW, likewise, or None.
+        members: Places of the variables in Kronecker blocks.
         eta: Learning rate, scalar.
         kappa: KL clip, scalar.
 
     References:
         Ba, Grosse, Martens 2017, section 5.
     """
-    members = [i for i in layout.in_blocks if gradients[i] is not None]
-    if not members:
+    known = [i for i in members if gradients[i] is not None]
+    if not known:
         return list(steps)
-    change = dot([steps[i] for i in members], [gradients[i] for i in members])
+    change = dot([steps[i] for i in known], [gradients[i] for i in known])
     nu = tf.minimum(1.0, tf.sqrt(kappa / (tf.square(eta) * change + _TINY)))
-    return _scaled(steps, members, nu)
+    return _scaled(steps, known, nu)
 
 
 def constrained(
-    layout: Layout, steps: Sequence[Any], gradients: Sequence[Any], eta: Any, bound: Any
+    steps: Sequence[Any],
+    gradients: Sequence[Any],
+    blocks: Iterable[Sequence[int]],
+    eta: Any,
+    bound: Any,
 ) -> list[Any]:
-    """Steps whose norm in each block is at most a bound; arguments as of `clipped`."""
+    """Steps whose norm in each block is at most a bound.
+
+    Args:
+        steps: As of `clipped`.
+        gradients: As of `clipped`.
+        blocks: Places of the variables of each Kronecker block.
+        eta: Learning rate, scalar.
+        bound: The bound, scalar.
+    """
     found = list(steps)
-    for state in layout.states:
-        members = [i for i in state.indices if gradients[i] is not None]
+    for indices in blocks:
+        members = [i for i in indices if gradients[i] is not None]
         if members:
             own = [found[i] for i in members]
             norm = eta * tf.sqrt(dot(own, own))

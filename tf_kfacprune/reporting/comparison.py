@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tf_kfacprune.export.file_sizes import FileSize
 from tf_kfacprune.pruning import BudgetOutcome
-from tf_kfacprune.reporting.figures import ModelFigures
+from tf_kfacprune.reporting.figures import Flatness, ModelFigures
 from tf_kfacprune.reporting.rendering import Rendered
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Comparison(Rendered):
 def before_after_table(
     dense: ModelFigures, compact: ModelFigures, *, latency_ratio: float | None = None
 ) -> Table:
-    """A table of neurons per layer, parameters, MACs, file bytes, accuracy and latency.
+    """A table of neurons per layer, parameters, MACs, bytes, accuracy, latency and flatness.
 
     Args:
         dense: figures before pruning.
@@ -100,6 +100,11 @@ def before_after_table(
         row = _row(dense.latency_us, compact.latency_us, lambda time: f"{time:.1f} µs")
         left = row[2] if latency_ratio is None else f"{100 * latency_ratio:.1f} %"
         table.add_row("latency", row[0], row[1], left)
+    for label, part in [
+        ("top Hessian eigenvalue", "top"),
+        ("same, scale-invariant", "scale_invariant"),
+    ]:
+        _add(table, label, _part(dense.flatness, part), _part(compact.flatness, part), _significant)
     return table
 
 
@@ -129,8 +134,12 @@ def _ratio(dense: float | None, compact: float | None) -> float | None:
     return None if not dense or compact is None else compact / dense
 
 
-def _part(size: FileSize | None, part: str) -> int | None:
-    return None if size is None else getattr(size, part)
+def _part(record: FileSize | Flatness | None, part: str) -> Any:
+    return None if record is None else getattr(record, part)
+
+
+def _significant(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _count(value: int) -> str:

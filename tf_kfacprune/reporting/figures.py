@@ -9,14 +9,42 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_kfacprune.errors import DataError, InvalidArgumentError
+from tf_kfacprune.curvature.diagnostics import hessian_spectrum
+from tf_kfacprune.errors import (
+    DataError,
+    InvalidArgumentError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 from tf_kfacprune.export.conversion import convert
 from tf_kfacprune.export.file_sizes import FileSize
 from tf_kfacprune.export.serving import Signature, check_exportable
 
-__all__ = ["ModelFigures", "accuracy", "tflite_size"]
+__all__ = ["Flatness", "ModelFigures", "accuracy", "flatness_of", "tflite_size"]
 
 _BATCH = 512
+# A report needs two digits of an eigenvalue, from as many examples as fit in one product.
+_FLATNESS_EXAMPLES = 500
+_FLATNESS_TOLERANCE = 1e-2
+_FLATNESS_PRODUCTS = 30
+
+
+@dataclass(frozen=True)
+class Flatness:
+    """How flat the minimum is that a model lies in.
+
+    Attributes:
+        top: Largest eigenvalue of the Hessian of the mean loss; None if it could not be computed.
+        scale_invariant: The same with every weight measured in the norm of its layer's weights, so
+            that networks of different size and scale can be compared.
+        num_examples: Number of examples that the loss was taken over.
+        reason: Why nothing was computed, or None.
+    """
+
+    top: float | None
+    scale_invariant: float | None
+    num_examples: int
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +58,7 @@ class ModelFigures:
         tflite: size of the float32 ``.tflite`` file.
         accuracy: fraction of right predictions, in [0, 1].
         latency_us: microseconds of one inference.
+        flatness: eigenvalues of the curvature.
     """
 
     neurons: Mapping[str, int] = field(default_factory=dict)
@@ -38,6 +67,7 @@ class ModelFigures:
     tflite: FileSize | None = None
     accuracy: float | None = None
     latency_us: float | None = None
+    flatness: Flatness | None = None
 
 
 def tflite_size(model: keras.Model) -> FileSize:
@@ -83,3 +113,34 @@ def accuracy(model: keras.Model, x: Any, y: Any) -> float:
     if len(labels) != len(outputs):
         raise DataError(f"Found {len(labels)} labels for {len(outputs)} inputs.")
     return float(np.mean(outputs.argmax(axis=1) == labels))
+
+
+def flatness_of(model: keras.Model, x: Any, y: Any, loss: Any) -> Flatness:
+    """The top eigenvalue of the exact Hessian, to about two digits, over the first 500 examples.
+
+    Args:
+        model: a built model with one output.
+        x: inputs, as the model takes them.
+        y: labels.
+        loss: as given to `compile`.
+
+    Returns:
+        The eigenvalues, or the reason why the model has none that can be trusted.
+    """
+    x, y = np.asarray(x)[:_FLATNESS_EXAMPLES], np.asarray(y)[:_FLATNESS_EXAMPLES]
+    tops = []
+    for scaling in (None, "norm"):
+        try:
+            spectrum = hessian_spectrum(
+                model,
+                (x, y),
+                loss,
+                scaling=scaling,
+                tolerance=_FLATNESS_TOLERANCE,
+                max_steps=_FLATNESS_PRODUCTS,
+                batch_size=_FLATNESS_EXAMPLES,
+            )
+        except (UnsupportedModelError, NonFiniteError) as error:
+            return Flatness(None, None, len(x), str(error))
+        tops.append(spectrum.top)
+    return Flatness(tops[0], tops[1], len(x))

@@ -11,16 +11,18 @@ import numpy as np
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.export.serving import layers_within
 from tf_kfacprune.gates import GatedNetwork, GateSource
-from tf_kfacprune.graph import ChannelGraph, CostModel, analyze, reasons
+from tf_kfacprune.graph import ChannelGraph, CostModel, analyze, opaque_layers, reasons
 from tf_kfacprune.reporting.rendering import Rendered
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-__all__ = ["FrozenChannels", "GroupSummary", "Inspection", "inspect"]
+__all__ = ["FrozenChannels", "GroupSummary", "Inspection", "OpaqueLayer", "inspect"]
 
 # Longer lists of layers are cut in the table (not in the data).
 _LAYERS_SHOWN = 4
+# Longer lists stand one name a line: a narrow terminal would break them before the commas.
+_LONGEST_LINE = 30
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,30 @@ class FrozenChannels:
 
 
 @dataclass(frozen=True)
+class OpaqueLayer:
+    """A layer whose inside is not seen: its weights stay, and its MACs are not counted.
+
+    Attributes:
+        layer: the layer.
+        kind: its class.
+        params: number of its weights, which are counted.
+        reason: why it was not opened.
+    """
+
+    layer: str
+    kind: str
+    params: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Inspection(Rendered):
     """The result of `inspect`; printing it shows tables, a notebook shows them as HTML.
 
     Attributes:
         name: name of the model.
-        macs: multiply-accumulates of one inference, without biases.
+        macs: multiply-accumulates of one inference, without biases and without those of opaque
+            layers.
         params: number of weights, biases and normalization statistics included.
         groups: groups of prunable neurons, in the order of the model.
         frozen: channels that cannot be removed, with reasons.
@@ -84,6 +104,8 @@ class Inspection(Rendered):
         ram: bytes of the tensor arena in which TensorFlow Lite Micro runs it, as predicted.
         ram_peak: layer whose operation needs most of it; ``"planning"`` or ``"preparing <layer>"``
             if preparing the file needs more than running it.
+        opened: custom layers that were replaced by what is inside them, with their classes.
+        opaque: layers without a channel rule that could not be opened, with the reason.
     """
 
     name: str
@@ -96,6 +118,8 @@ class Inspection(Rendered):
     flash: int
     ram: int
     ram_peak: str
+    opened: tuple[tuple[str, str], ...] = ()
+    opaque: tuple[OpaqueLayer, ...] = ()
 
     @property
     def num_neurons(self) -> int:
@@ -113,8 +137,13 @@ class Inspection(Rendered):
             f"On a microcontroller, in int8: {self.flash:,} bytes of flash and {self.ram:,} bytes "
             f"of RAM, most of them at {self.ram_peak}.",
         ]
+        if self.opened:
+            names = tuple(f"{path} ({kind})" for path, kind in self.opened)
+            parts.append(f"Custom layers that were opened: {_shown(names)}.")
         if self.groups:
             parts.append(self._group_table())
+        if self.opaque:
+            parts.append(self._opaque_table())
         if self.frozen:
             parts.append(self._frozen_table())
             parts += self._remedies()
@@ -146,6 +175,23 @@ class Inspection(Rendered):
                 _percent(group.macs_saved) + mark,
                 _percent(group.params_saved) + mark,
             )
+        return table
+
+    def _opaque_table(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table(
+            title="Layers whose inside is not seen",
+            caption="their weights stay, what they read stays, their MACs are not counted",
+            title_justify="left",
+            caption_justify="left",
+        )
+        table.add_column("layer", overflow="fold")
+        table.add_column("class", overflow="fold")
+        table.add_column("params", justify="right")
+        table.add_column("why it is not opened", overflow="fold")
+        for opaque in self.opaque:
+            table.add_row(opaque.layer, opaque.kind, f"{opaque.params:,}", opaque.reason)
         return table
 
     def _frozen_table(self) -> RenderableType:
@@ -202,7 +248,7 @@ def inspect(
     """
     net = getattr(model, "net", model)
     channels, cost = _analysis(net, prune_inputs, include, exclude)
-    everything = np.ones(channels.num_neurons)
+    graph, everything = channels.graph, np.ones(channels.num_neurons)
     return Inspection(
         name=net.name,
         macs=cost.macs_dense,
@@ -217,6 +263,11 @@ def inspect(
         flash=cost.count("flash", everything),
         ram=cost.count("ram", everything),
         ram_peak=cost.ram_peak(everything),
+        opened=tuple((path, type(layer).__name__) for path, layer in graph.opened.items()),
+        opaque=tuple(
+            OpaqueLayer(o.path, type(o.layer).__name__, o.params, o.reason)
+            for o in opaque_layers(graph)
+        ),
     )
 
 
@@ -261,9 +312,12 @@ def _summaries(channels: ChannelGraph, cost: CostModel) -> list[GroupSummary]:
 
 
 def _shown(names: tuple[str, ...]) -> str:
-    if len(names) <= _LAYERS_SHOWN:
-        return ", ".join(names)
-    return f"{', '.join(names[: _LAYERS_SHOWN - 1])} and {len(names) - _LAYERS_SHOWN + 1} more"
+    """Names in one short line, or one below the other."""
+    left_out = len(names) - _LAYERS_SHOWN + 1 if len(names) > _LAYERS_SHOWN else 0
+    shown = names[: len(names) - left_out]
+    tail = f"and {left_out} more" if left_out else ""
+    line = f"{', '.join(shown)} {tail}".strip()
+    return line if len(line) <= _LONGEST_LINE else "\n".join([*shown, tail]).strip()
 
 
 def _percent(fraction: float) -> str:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 
+from tf_kfacprune.callbacks.pruning_state import settings_of
 from tf_kfacprune.compaction import compaction_report
 from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.export.atomic import atomic_file
 from tf_kfacprune.export.timing import latency
 from tf_kfacprune.reporting.comparison import Comparison
-from tf_kfacprune.reporting.figures import ModelFigures, accuracy, tflite_size
+from tf_kfacprune.reporting.figures import ModelFigures, accuracy, flatness_of, tflite_size
+from tf_kfacprune.reporting.records import command_line, versions
+from tf_kfacprune.reporting.report_page import report_page
+from tf_kfacprune.reporting.run_history import run_of
 
 __all__ = ["report"]
 
@@ -24,6 +31,10 @@ def report(
     data: Sequence[Any] | None = None,
     files: bool = True,
     time: bool = True,
+    flatness: Any = None,
+    html: str | os.PathLike[str] | None = None,
+    history: keras.callbacks.History | None = None,
+    overwrite: bool = False,
 ) -> Comparison:
     """Compares a compact model with the network it came from.
 
@@ -35,20 +46,63 @@ def report(
         data: ``(x, y)`` to measure accuracy on; none is measured without it.
         files: convert both to float32 ``.tflite`` and compare the bytes.
         time: compare the latencies, if ``dense`` is given.
+        flatness: a loss, as given to ``compile``, to compute the top eigenvalue of the Hessian
+            with, on the first 500 examples of ``data``; none is computed without it.
+        html: path of a page to write: bars of what was kept, curves of the run, and all tables, in
+            one ``.html`` file that needs no network.
+        history: what ``fit`` returned, for the curves of the page; by default that of the last
+            ``fit`` of ``model`` in this process.
+        overwrite: replace an existing page.
 
     Returns:
         A comparison that prints as a table.
 
     Raises:
-        InvalidArgumentError: if the models do not belong together or ``data`` is not a pair.
-        ExportError: if a file cannot be converted or timed.
+        InvalidArgumentError: if the models do not belong together, ``data`` is not a pair, or is
+            missing for ``flatness``, or ``history`` or the name of the page is something else.
+        ExportError: if a file cannot be converted or timed, or the page exists or cannot be
+            written.
 
     Example:
         >>> import tf_kfacprune as kp
         >>> print(kp.report(pm, kp.compact(pm), data=(x_test, y_test)))  # doctest: +SKIP
+        >>> kp.report(pm, kp.compact(pm), html="report.html")  # doctest: +SKIP
     """
     if data is not None and (not isinstance(data, tuple | list) or len(data) != 2):
         raise InvalidArgumentError(f"data must be a pair (x, y). Received: {type(data).__name__}.")
+    if flatness is not None and data is None:
+        raise InvalidArgumentError("flatness needs data=(x, y) to be measured on.")
+    run = run_of(model, history)
+    if html is None:
+        return _compared(model, compact_model, dense, data, files, time, flatness)
+    if Path(html).suffix not in (".html", ".htm"):
+        raise InvalidArgumentError(
+            f"The name of a page must end in .html or .htm. Received: html={os.fspath(html)!r}."
+        )
+    # A page that may not be written is refused before anything is measured.
+    with atomic_file(html, overwrite=overwrite) as partial:
+        comparison = _compared(model, compact_model, dense, data, files, time, flatness)
+        page = report_page(
+            comparison,
+            title=compact_model.name,
+            run=run,
+            settings=settings_of(model),
+            command=command_line(),
+            versions=versions(),
+        )
+        partial.write_text(page, encoding="utf-8")
+    return comparison
+
+
+def _compared(
+    model: Any,
+    compact_model: keras.Model,
+    dense: keras.Model | None,
+    data: Sequence[Any] | None,
+    files: bool,
+    time: bool,
+    loss: Any,
+) -> Comparison:
     removed = compaction_report(model, compact_model)
     timed = None
     if time and dense is not None:
@@ -61,6 +115,11 @@ def report(
             macs=removed["macs"][side],
             tflite=tflite_size(net) if files and net is not None else None,
             accuracy=accuracy(net, *data) if data is not None and net is not None else None,
+            flatness=(
+                flatness_of(net, data[0], data[1], loss)
+                if loss is not None and data is not None and net is not None
+                else None
+            ),
             latency_us=timed.microseconds[side] if timed is not None else None,
         )
 

@@ -17,7 +17,7 @@ from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.export.atomic import write_bytes
 from tf_kfacprune.reporting.comparison import Comparison
 
-__all__ = ["record", "versions", "write_json_atomic"]
+__all__ = ["command_line", "record", "versions", "write_json_atomic"]
 
 _PACKAGES = ("tf_kfacprune", "tensorflow", "keras", "numpy", "ai-edge-litert")
 
@@ -125,6 +125,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"{type(value).__name__} is not a plain value")
+
+
+def command_line() -> str | None:
+    """The command that started this process; None in a notebook or an interactive session."""
+    program = Path(sys.argv[0]).name
+    is_command = program not in ("", "-c", "-m") and "ipykernel" not in sys.argv[0]
+    is_command = is_command and program != "colab_kernel_launcher.py"
+    return shlex.join(_portable_command()) if is_command else None
 
 
 def _portable_command() -> list[str]:

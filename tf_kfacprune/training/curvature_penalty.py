@@ -10,17 +10,17 @@ import keras
 import tensorflow as tf
 
 from tf_kfacprune.curvature import (
+    Batch,
+    CurvatureEstimator,
     KroneckerBlock,
     SpectralRadius,
-    along_gradients,
+    energy_of_gradients,
+    energy_of_inputs,
     layer_spectral_radius,
-    per_example_gradients,
+    twice_differentiable,
 )
-from tf_kfacprune.training.batches import head_of_batch
 
 __all__ = ["CurvaturePenalty"]
-
-MeanLoss = Callable[[Any, Any], Any]
 
 _TINY = 1e-12
 # A radius comes from a fraction of one batch with sampled labels; the figure shown is an average.
@@ -30,28 +30,27 @@ _DECAY = 0.95
 class CurvaturePenalty(keras.layers.Layer):
     """State of a `SpectralRadius`: warm-started eigenvectors and the average radius.
 
-    The curvature is that of the network as it would be used, in inference mode: with moving
-    normalization statistics (second derivatives through batch statistics are wrong in TensorFlow)
-    and deterministic gates.
+    The curvature is that of the network that is trained, in training mode. With the moving
+    statistics of normalizations for constants, kernels in front of them would be pulled to where
+    the trained function does not change at all: networks came out sharper.
 
     Args:
         settings: The regularizer.
-        network: The network.
-        blocks: Kronecker blocks of the network; those of contractions are regularized.
+        blocks: Kronecker blocks of the network; those of contractions that are trainable when the
+            step is traced are regularized.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
     def __init__(
         self,
         settings: SpectralRadius,
-        network: keras.Model,
         blocks: Sequence[KroneckerBlock],
         **kwargs: Any,
     ) -> None:
         super().__init__(dtype="float32", **kwargs)
         self.settings = settings
         blocks = tuple(block for block in blocks if block.is_contraction)
-        self._target = _Target(network, blocks)
+        self._blocks = lambda: blocks  # Keras would track the layers in a tuple
         self.radius_average = self.add_weight((), "zeros", trainable=False, name="radius_average")
         self.evaluations = self.add_weight((), "zeros", trainable=False, name="evaluations")
 
@@ -68,18 +67,16 @@ class CurvaturePenalty(keras.layers.Layer):
     def gradients(
         self,
         step: Any,
-        x: Any,
-        y: Any,
-        mean_loss: MeanLoss,
+        batch: Batch,
+        estimator: CurvatureEstimator,
         variables: Sequence[keras.Variable],
     ) -> list[Any]:
         """Gradient of the penalty at the steps at which it is due, zeros at the others.
 
         Args:
             step: Number of the training step, a scalar tensor.
-            x: Batch of inputs.
-            y: Batch of labels.
-            mean_loss: `(outputs, y) -> scalar`, the loss whose curvature is meant.
+            batch: The batch.
+            estimator: What looks at the network.
             variables: What to differentiate with respect to.
 
         Returns:
@@ -87,11 +84,9 @@ class CurvaturePenalty(keras.layers.Layer):
         """
         settings = self.settings
         due = tf.equal(step % settings.every, 0)
-        x = head_of_batch(x, settings.batch_fraction)
-        y = head_of_batch(y, settings.batch_fraction)
         return tf.cond(
             due,
-            lambda: self._evaluate(x, y, mean_loss, variables),
+            lambda: self._evaluate(batch.head(settings.batch_fraction), estimator, variables),
             lambda: [tf.zeros(v.shape, v.dtype) for v in variables],
         )
 
@@ -109,37 +104,27 @@ class CurvaturePenalty(keras.layers.Layer):
         return finite
 
     def _evaluate(
-        self,
-        x: Any,
-        y: Any,
-        mean_loss: MeanLoss,
-        variables: Sequence[keras.Variable],
+        self, batch: Batch, estimator: CurvatureEstimator, variables: Sequence[keras.Variable]
     ) -> list[Any]:
-        network, blocks = self._target.network, self._target.blocks
-        u = [tf.convert_to_tensor(vector) for vector in self.u]
-        v = [tf.convert_to_tensor(vector) for vector in self.v]
-        with tf.GradientTape() as tape:
-            records, g = per_example_gradients(
-                network, x, blocks, lambda outputs: mean_loss(outputs, y), training=False
-            )
-            uses = [
-                (i, record, g_of_record)
-                for i, block in enumerate(blocks)
-                for record, g_of_record in zip(records, g, strict=True)
-                if record.layer is block.layer
+        members = [k for k, block in enumerate(self._blocks()) if block.kernel.trainable]
+        blocks = [self._blocks()[k] for k in members]
+        of_u, of_v = [self.u[k] for k in members], [self.v[k] for k in members]
+        u, v = ([tf.convert_to_tensor(vector) for vector in vectors] for vectors in (of_u, of_v))
+        with twice_differentiable(estimator.network), tf.GradientTape() as tape:
+            look = estimator.look(batch, blocks, self.settings.labels, training=True)
+            of_blocks = [look.of(block.layer) for block in blocks]
+            radii = [
+                layer_spectral_radius(block, uses, u[k], v[k])
+                for k, (block, uses) in enumerate(zip(blocks, of_blocks, strict=True))
             ]
-            radii: list[Any] = [0.0] * len(blocks)
-            for i, record, g_of_record in uses:
-                radii[i] += layer_spectral_radius(blocks[i], record, g_of_record, u[i], v[i])
             radius = self.settings.reduce(radii)
-            penalty = self.settings.penalty(self._penalized(radii, radius))
+            penalty = self.settings.penalty(self._penalized(blocks, radii, radius))
         finite = self._update_average(radius)
-        for i, record, g_of_record in uses:
-            block = blocks[i]
-            to_a = functools.partial(block.project, record)
-            to_g = functools.partial(along_gradients, block, record, g_of_record)
-            self.u[i].assign(tf.where(finite, _rotate(u[i], to_a), u[i]))
-            self.v[i].assign(tf.where(finite, _rotate(v[i], to_g), v[i]))
+        for k, (block, uses) in enumerate(zip(blocks, of_blocks, strict=True)):
+            along_a = functools.partial(energy_of_inputs, block, uses)
+            along_g = functools.partial(energy_of_gradients, block, uses)
+            of_u[k].assign(tf.where(finite, _rotate(u[k], along_a), u[k]))
+            of_v[k].assign(tf.where(finite, _rotate(v[k], along_g), v[k]))
         if self.settings.strength == 0:
             return [tf.zeros(var.shape, var.dtype) for var in variables]
         return tape.gradient(
@@ -148,11 +133,13 @@ class CurvaturePenalty(keras.layers.Layer):
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
 
-    def _penalized(self, radii: Sequence[Any], radius: Any) -> Any:
+    def _penalized(
+        self, blocks: Sequence[KroneckerBlock], radii: Sequence[Any], radius: Any
+    ) -> Any:
         """The radius that the penalty is on, relative or not."""
         if not self.settings.relative:
             return radius
-        kernels = [tf.convert_to_tensor(block.kernel) for block in self._target.blocks]
+        kernels = [tf.convert_to_tensor(block.kernel) for block in blocks]
         return self.settings.reduce(
             [
                 rho * tf.cast(tf.reduce_sum(tf.square(kernel)), "float32")
@@ -161,16 +148,16 @@ class CurvaturePenalty(keras.layers.Layer):
         )
 
 
-def _rotate(vector: Any, project: Callable[[Any], Any]) -> Any:
-    """Half a step of power iteration on `E project project^T`, from one batch.
+def _rotate(vector: Any, energy: Callable[[Any], Any]) -> Any:
+    """Half a step of power iteration on the matrix M of an energy `w^T M w`, from one batch.
 
-    The gradient of `1/2 sum (project w)^2` is that matrix times w, without forming it. Averaging
-    old and new direction keeps a small batch from shaking the vector.
+    Half the energy's gradient is `M w`, without forming M. Averaging old and new direction keeps a
+    small batch from shaking the vector.
     """
     with tf.GradientTape() as tape:
         tape.watch(vector)
-        energy = 0.5 * tf.reduce_sum(tf.square(project(vector)))
-    product = tape.gradient(energy, vector)
+        total = 0.5 * tf.reduce_sum(energy(vector))
+    product = tape.gradient(total, vector)
     direction = vector + product / (_norm(product) + _TINY)
     rotated = direction / (_norm(direction) + _TINY)
     return tf.where(tf.reduce_all(tf.math.is_finite(rotated)), rotated, vector)
@@ -178,11 +165,3 @@ def _rotate(vector: Any, project: Callable[[Any], Any]) -> Any:
 
 def _norm(vectors: Any) -> Any:
     return tf.norm(vectors, axis=-1, keepdims=True)
-
-
-class _Target:
-    """The network; plain, so that Keras does not track its layers twice."""
-
-    def __init__(self, network: keras.Model, blocks: tuple[KroneckerBlock, ...]) -> None:
-        self.network = network
-        self.blocks = blocks

@@ -10,11 +10,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_kfacprune.curvature import ForwardState
 from tf_kfacprune.distribution import num_replicas, sum_over_replicas
 from tf_kfacprune.errors import InvalidArgumentError, WorkerLostError
 from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.training.compiled import inner_optimizer
-from tf_kfacprune.training.forward_state import ForwardState
+from tf_kfacprune.training.trainee import inner_optimizer
 
 __all__ = [
     "agreed",

@@ -3,47 +3,42 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tf_kfacprune.curvature import (
+    Batch,
+    CompiledObjective,
+    CurvatureEstimator,
     KroneckerBlock,
     NetworkBlocks,
     find_blocks,
 )
-from tf_kfacprune.distribution import (
-    ReplicaSeedGenerator,
-    cond,
-    num_replicas,
-)
+from tf_kfacprune.distribution import ReplicaSeedGenerator, num_replicas
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.training.array_batches import batched
-from tf_kfacprune.training.batches import example_weights, num_examples
-from tf_kfacprune.training.compiled import Compiled, inner_optimizer
+from tf_kfacprune.training.compile_checks import check_losses, warn_of_labels
 from tf_kfacprune.training.distributed import (
-    agreed,
     check_distributed,
     is_multi_worker,
     one_per_worker,
     raise_lost_worker,
 )
-from tf_kfacprune.training.guard_callback import GuardCallback
-from tf_kfacprune.training.kfac_steps import KFACSteps
+from tf_kfacprune.training.fit_arguments import batched
+from tf_kfacprune.training.labels import check_labels
+from tf_kfacprune.training.run_callback import RunCallback
+from tf_kfacprune.training.step import TrainingStep
 from tf_kfacprune.training.step_guard import StepGuard
-from tf_kfacprune.training.untracked import Untracked
-from tf_kfacprune.training.validation import check_labels
+from tf_kfacprune.training.trainee import Trainee, call_network
 from tf_kfacprune.validation import require, require_count
 
 __all__ = ["KFACModel"]
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
-class KFACModel(KFACSteps):
+class KFACModel(keras.Model):
     """Hands the Kronecker factors of an ordinary Keras model to the `KFAC` optimizer.
 
     The wrapper adds nothing to the model: it trains the layers of `model`, in place, and
@@ -74,6 +69,8 @@ class KFACModel(KFACSteps):
         Martens & Grosse 2015.
     """
 
+    train_function: Any  # of Keras
+
     def __init__(
         self,
         model: keras.Model,
@@ -97,12 +94,30 @@ class KFACModel(KFACSteps):
         self.seed = seed
         self.seed_generator = ReplicaSeedGenerator(seed)
         self.guard = StepGuard(max_skipped_steps, name="guard")
-        self._found = Untracked(find_blocks(model))
+        self._trainee: Trainee | None = None  # of the last `compile`
         self.built = True
 
     @property
+    def network_variables(self) -> list[keras.Variable]:
+        """What the compiled optimizer trains."""
+        return self.net.trainable_variables
+
+    @property
+    def trainee(self) -> Trainee:
+        """The network that training steps work on at the moment; there is one once compiled."""
+        if self._trainee is None:
+            raise UnsupportedModelError(
+                f"Model {self.name!r} is not compiled. Call `compile` before training."
+            )
+        return self._trainee
+
+    @property
+    def _network_blocks(self) -> NetworkBlocks:
+        return find_blocks(self.net) if self._trainee is None else self._trainee.found
+
+    @property
     def blocks(self) -> list[KroneckerBlock]:
-        """Kronecker blocks of the network."""
+        """Kronecker blocks of the network, as of the last `compile`."""
         return list(self._network_blocks.blocks)
 
     @property
@@ -111,15 +126,19 @@ class KFACModel(KFACSteps):
         return dict(self._network_blocks.without_block)
 
     @property
-    def _network_blocks(self) -> NetworkBlocks:
-        return self._found.content
+    def output_names(self) -> list[str] | None:
+        """Names of the network's outputs, by which Keras tells losses and labels apart."""
+        return getattr(self.net, "output_names", None)
+
+    @property
+    def constant_learning_rate(self) -> float | None:
+        """The learning rate if it is a constant, None if it follows a schedule."""
+        if self._trainee is None or not self._trainee.has_constant_rate:
+            return None
+        return float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        # Subclassed models may know neither of the two.
-        given = {"training": training} if self.net._call_has_training_arg else {}
-        if mask is not None:
-            given["mask"] = mask
-        return self.net(inputs, **given)
+        return call_network(self.net, inputs, training, mask)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return self.net.compute_output_shape(input_shape)
@@ -128,49 +147,34 @@ class KFACModel(KFACSteps):
 
     def compile(self, optimizer: Any = None, loss: Any = None, *args: Any, **kwargs: Any) -> None:
         """Configures the training, as Keras does; the optimizer is `KFAC` unless one is given."""
-        # Layers may have been frozen or freed since.
-        self._found = Untracked(find_blocks(self.net))
         with self.distribute_strategy.scope():
             if optimizer is None:
                 optimizer = self._default_optimizer()
             super().compile(optimizer, loss, *args, **kwargs)
-            kfac = self._kfac
             if self.distribute_strategy.num_replicas_in_sync > 1:
                 check_distributed(self, kwargs.get("jit_compile", "auto"))
                 self.jit_compile = False
-            if kfac is not None:
-                kfac.bind(self.blocks, self._network_blocks.reasons)
-            # Before weights are loaded: an optimizer without variables would lose its state.
-            if not self.optimizer.built:
-                self.optimizer.build(self.network_variables)
-        weights = args[0] if args else kwargs.get("loss_weights")
-        outputs = len(getattr(self.net, "outputs", None) or [None])
-        self._compiled = Compiled(loss, inner_optimizer(self.optimizer), weights, outputs)
-        if kfac is not None:
-            self._compiled.check_reduction()
-        if kfac is not None and kfac.needs_quadratic_form:
-            self._compiled.objective()
-        users = [user for user in self._label_users() if user.labels != "data"]
-        if users and self._compiled.reason is not None:
-            warnings.warn(
-                f"{' and '.join(type(user).__name__ for user in users)} of {self.name!r} fall back "
-                f"on the empirical Fisher (labels='data'): {self._compiled.reason}.",
-                stacklevel=2,
-            )
+            objective = CompiledObjective(self)
+            estimator = CurvatureEstimator(self.net, objective, self.seed_generator)
+            # Layers may have been frozen or freed since the last `compile`.
+            self._trainee = trainee = self._trainee_of(self.optimizer, estimator)
+            trainee.bind_and_build()
+        if trainee.kfac is not None:
+            check_losses(objective)
+        warn_of_labels(self.name, objective, self._label_users(trainee))
 
     def _default_optimizer(self) -> keras.optimizers.Optimizer:
         return KFAC()
 
-    def _label_users(self) -> list[Any]:
-        """What takes labels from the model or from the data."""
-        return [] if self._kfac is None else [self._kfac]
+    def _trainee_of(
+        self, optimizer: keras.optimizers.Optimizer, estimator: CurvatureEstimator
+    ) -> Trainee:
+        found = find_blocks(self.net)
+        return Trainee(self.net, self.network_variables, optimizer, found, estimator)
 
-    @property
-    def constant_learning_rate(self) -> float | None:
-        """The learning rate if it is a constant, None if it follows a schedule."""
-        if not self._compiled.constant_learning_rate:
-            return None
-        return float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
+    def _label_users(self, trainee: Trainee) -> list[Any]:
+        """What takes labels from the model or from the data."""
+        return [] if trainee.kfac is None else [trainee.kfac]
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         if y is not None:
@@ -180,12 +184,32 @@ class KFACModel(KFACSteps):
         callbacks = given.arguments.get("callbacks") or []
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = callbacks.callbacks
-        given.arguments["callbacks"] = [*self._run_callbacks(), *keras.tree.flatten(callbacks)]
+        given.arguments["callbacks"] = [RunCallback(), *keras.tree.flatten(callbacks)]
         arguments = dict(given.arguments)
         if self.distribute_strategy.num_replicas_in_sync == 1:
             arguments = batched(arguments)
         with raise_lost_worker(self.distribute_strategy):
             return fit(**arguments)
+
+    def begin_run(self, total_steps: int | None) -> None:
+        """Called when a `fit` begins.
+
+        Args:
+            total_steps: Steps of the run, those done before a resume included; None if unknown.
+        """
+
+    def begin_epoch(self, steps_left: int | None) -> None:
+        """Called when an epoch of a `fit` begins.
+
+        Args:
+            steps_left: Steps that are left of the run, or None if unknown.
+        """
+
+    def end_epoch(self) -> None:
+        """Called when an epoch of a `fit` has ended, and before validation."""
+
+    def end_run(self) -> None:
+        """Called when a `fit` has ended."""
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         # Keras averages the first batch over the replicas to learn its shape. That fails for parts
@@ -203,47 +227,28 @@ class KFACModel(KFACSteps):
         with strategy.scope():
             self._symbolic_build(data_batch=data_batch)
 
-    def _run_callbacks(self) -> list[keras.callbacks.Callback]:
-        """Callbacks that every `fit` needs."""
-        return [GuardCallback()]
-
     # ---- one training step
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """One step: loss, gradients, Kronecker statistics, update; skipped if not finite."""
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        self._begin_step()
-        before = self._forward_state()
-        variables = [*self.network_variables, *self._extra_variables()]
-        examples = num_examples(x)
-        with tf.GradientTape() as tape:
-            y_pred = self(x, training=True)
-            loss = self._loss_of_replica(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-            )
-            scaled_loss = self.optimizer.scale_loss(loss)
-        gradients = tape.gradient(scaled_loss, [v.value for v in variables])
-        gradients = self._regularized(gradients, variables, x, y)
-        finite = self._is_finite(loss, gradients)
-        if num_replicas() > 1:
-            gradients, finite = agreed(gradients, finite, examples, before)
-
-        rejected = self._is_last_step_rejected(before, loss, finite, x, y, sample_weight)
-
-        def apply() -> None:
-            weights = example_weights(sample_weight)
-            self._update_factors(x, y, weights)
-            self._apply(gradients, variables, x, y, weights)
-            self._update_metrics(x, y, y_pred, sample_weight, loss)
-
-        def leave_out() -> None:
-            before.restore()
-            self._take_back_if(rejected)
-
-        cond(tf.logical_and(finite, tf.logical_not(rejected)), apply, leave_out)
-        self.guard.count(finite)
-        self._end_step()
+        """One step, as `TrainingStep` has it; skipped if not finite."""
+        batch = Batch.of(data)
+        step = self._step()
+        step(batch, lambda outputs, loss: self._update_metrics(batch, outputs, loss))
         return self._results({**self.get_metrics_result(), **self._figures()})
+
+    def _step(self) -> TrainingStep:
+        return TrainingStep(self.trainee, self.guard, self._loss_of_replica)
+
+    @property
+    def losses(self) -> list[Any]:
+        """What layers of the network that is trained at the moment add to the loss."""
+        trainee = getattr(self, "_trainee", None)  # Keras asks before there is the attribute
+        return super().losses if trainee is None else trainee.net.losses
+
+    def _loss_of_replica(self, batch: Batch, outputs: Any) -> Any:
+        """Mean loss over this replica's examples; Keras' own is divided by the replicas."""
+        loss = self.compute_loss(batch.x, batch.y, outputs, batch.weights, training=True)
+        return loss if num_replicas() == 1 else loss * tf.cast(num_replicas(), loss.dtype)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         return self._results(super().test_step(data))
@@ -251,34 +256,16 @@ class KFACModel(KFACSteps):
     def _results(self, results: dict[str, Any]) -> dict[str, Any]:
         return one_per_worker(results) if is_multi_worker(self.distribute_strategy) else results
 
-    def _begin_step(self) -> None:
-        """What happens before the forward pass."""
-
-    def _end_step(self) -> None:
-        """What happens at the end of every step, skipped or not."""
-
-    def _extra_variables(self) -> Sequence[keras.Variable]:
-        """Variables that need gradients but that the compiled optimizer does not train."""
-        return ()
-
-    def _regularized(
-        self, gradients: list[Any], variables: Sequence[keras.Variable], x: Any, y: Any
-    ) -> list[Any]:
-        """Gradients with those of further terms of the objective added."""
-        del variables, x, y
-        return gradients
-
-    def _update_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, loss: Any) -> None:
-        batch = num_examples(x)
+    def _update_metrics(self, batch: Batch, outputs: Any, loss: Any) -> None:
         for metric in self.metrics:
             if metric.name == "loss":
-                metric.update_state(loss, sample_weight=batch)
-        self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+                metric.update_state(loss, sample_weight=batch.size)
+        self.compute_metrics(batch.x, batch.y, outputs, sample_weight=batch.weights)
 
     def _figures(self) -> dict[str, Any]:
         """What the progress bar shows beside the metrics."""
         figures: dict[str, Any] = {"skipped_steps": tf.convert_to_tensor(self.guard.skipped)}
-        kfac = self._kfac
+        kfac = self.trainee.kfac
         if kfac is not None and kfac.needs_quadratic_form:
             figures["damping"] = tf.convert_to_tensor(kfac.current_damping)
             if kfac.adaptive_damping is not None:

@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from tf_kfacprune.curvature import SpectralRadius, check_second_derivatives
-from tf_kfacprune.distribution import cond
-from tf_kfacprune.errors import BudgetError, InvalidArgumentError
-from tf_kfacprune.gates import GatedNetwork, GateSource, insert_gates
-from tf_kfacprune.graph import LatencyTable, trace
+from tf_kfacprune.curvature import (
+    CurvatureEstimator,
+    SpectralRadius,
+    check_second_derivatives,
+    find_blocks,
+    mends,
+)
+from tf_kfacprune.errors import BudgetError, InvalidArgumentError, UnsupportedModelError
+from tf_kfacprune.gates import GatedNetwork, GatePhase, GateSource, insert_gates
+from tf_kfacprune.graph import LatencyTable, check_countable, trace, what_stays
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.pruning import (
     Budget,
     BudgetOutcome,
     GateGroups,
     Phases,
-    ScheduledClosing,
+    Policy,
+    PruningController,
+    PruningTask,
     budget_outcomes,
-    gate_kind,
+    policy_for,
 )
-from tf_kfacprune.training.budget_controller import BudgetController
 from tf_kfacprune.training.curvature_penalty import CurvaturePenalty
-from tf_kfacprune.training.distributed import all_finite
-from tf_kfacprune.training.forward_state import ForwardState
 from tf_kfacprune.training.kfac_model import KFACModel
-from tf_kfacprune.training.phases_callback import PhasesCallback
-from tf_kfacprune.training.policies import (
-    check_kind_of_gates,
-    chosen_policy,
-    policy_state,
-)
-from tf_kfacprune.training.pruning_plan import PruningPlan
-from tf_kfacprune.training.running_statistics import forgetting_momentum
-from tf_kfacprune.training.shrinking import ShrinkingCallback, Shrunk
-from tf_kfacprune.training.untracked import Untracked
-from tf_kfacprune.validation import require
+from tf_kfacprune.training.shrinking import Shrunk, can_shrink
+from tf_kfacprune.training.step import TrainingStep
+from tf_kfacprune.training.trainee import Trainee
+from tf_kfacprune.validation import require, require_count
 
 __all__ = ["PrunableModel"]
 
@@ -70,11 +67,11 @@ class PrunableModel(KFACModel):
             with fewer channels stays whole, with a warning. The budget is still obeyed.
         min_channels: Keep at least so many channels per group. By default one, unless the group
             lies in a residual branch, which may then be removed as a whole.
-        policy: How gates find out whether to close: a `ScheduledClosing` (its criterion alone will
-            do: `"kfac"`, `"taylor"`, `"magnitude"` or `"random"`), `"hard_concrete"` (stochastic
-            gates, trained on loss and cost) or `"proximal"` (deterministic gates, likewise). By
-            default `"kfac"`, or what fits the gates of a model built by hand, which must be of
-            the policy's kind.
+        policy: How gates find out whether to close: by a saliency (`KFACSaliency(...)`,
+            `TaylorSaliency`, `MagnitudeSaliency`, `RandomSaliency`, or their short names `"kfac"`,
+            `"taylor"`, `"magnitude"`, `"random"`), or trained on loss and cost, stochastic
+            (`"hard_concrete"`) or deterministic (`"proximal"`). By default `"kfac"`, or what fits
+            the gates of a model built by hand, which must be of the policy's kind.
         phases: How the steps are divided.
         shrink: Whether a settled network is trained on through a compact copy, where that pays:
             with a constant learning rate, on one device, with a thousand steps or more to go.
@@ -117,7 +114,7 @@ class PrunableModel(KFACModel):
         exclude: Sequence[Any] = (),
         round_to: int | None = None,
         min_channels: int | None = None,
-        policy: str | ScheduledClosing | None = None,
+        policy: str | Policy | None = None,
         phases: Phases | None = None,
         shrink: bool = True,
         latency_table: LatencyTable | None = None,
@@ -133,7 +130,7 @@ class PrunableModel(KFACModel):
         graph = trace(model)
         sources = [call.operation for call in graph.calls if isinstance(call.operation, GateSource)]
         has_gates = bool(sources)
-        policy = chosen_policy(policy, sources)
+        chosen = policy_for(policy, sources if budget is not None else ())
         of_gates = {"prune_inputs": prune_inputs, "include": include, "exclude": exclude}
         of_budget = {"round_to": round_to, "min_channels": min_channels}
         if has_gates:
@@ -146,47 +143,40 @@ class PrunableModel(KFACModel):
                 prune_inputs=prune_inputs,
                 include=include,
                 exclude=exclude,
-                kind=gate_kind(policy),
+                kind=chosen.gate_kind,
             )
             graph, has_gates = trace(model), True
         gated = GatedNetwork(model, latency_table) if has_gates else None
         groups = None
         if budget is not None and gated is not None:
-            check_kind_of_gates(policy, gated)
             groups = GateGroups(gated, round_to, min_channels)
             _check_reachable(budget, gated, groups)
         if curvature is not None and curvature.strength > 0:
-            check_second_derivatives(model)
+            check_second_derivatives(model, training=True, mended=mends)
         kwargs.setdefault("name", f"prunable_{model.name}")
         super().__init__(model, max_skipped_steps=max_skipped_steps, seed=seed, **kwargs)
         self.budget = budget
         self.latency_table = latency_table
         self.curvature = curvature
-        self.policy = policy
+        self.policy = chosen
         self.phases = phases or Phases()
         self.shrink = shrink
         self.round_to = round_to
         self.min_channels = min_channels
-        self._gating = Untracked(gated)
-        self._groups = Untracked(groups)
-        self._shrunk = Untracked(None)
-        self._shrunk_state = Untracked(None)
+        self._run = _Run(gated, groups)
         self.controller = None
         if budget is not None and gated is not None and groups is not None:
-            plan = PruningPlan(gated, budget.relative_to(gated.cost), self.phases, groups)
-            self.controller = BudgetController(
-                plan, policy_state(policy, plan, seed), name="budget"
-            )
+            task = PruningTask(gated, budget.relative_to(gated.cost), self.phases, groups)
+            self.controller = PruningController(task, chosen.build(task, seed), name="budget")
         self.curvature_penalty = None
         if curvature is not None:
-            self.curvature_penalty = CurvaturePenalty(
-                curvature, model, self.blocks, name="curvature"
-            )
+            blocks = find_blocks(model, with_frozen=True).blocks  # they may be freed later
+            self.curvature_penalty = CurvaturePenalty(curvature, blocks, name="curvature")
 
     @property
     def gated(self) -> GatedNetwork | None:
         """Analysis of the gated network, or None without gates."""
-        return self._gating.content
+        return self._run.gated
 
     @property
     def network_variables(self) -> list[keras.Variable]:
@@ -209,40 +199,14 @@ class PrunableModel(KFACModel):
         Example:
             >>> print(pm.budget_outcomes()["macs"])
         """
-        if self.budget is None or self.gated is None:
+        if self.budget is None or self.gated is None or self._run.groups is None:
             return {}
-        return budget_outcomes(self.budget, self.gated, self._groups.content)
+        return budget_outcomes(self.budget, self.gated, self._run.groups)
 
     def _gate_sources(self) -> Sequence[GateSource]:
         return self.gated.sources if self.gated is not None else ()
 
-    @property
-    def compile_arguments(self) -> tuple[Any, Sequence[Any], dict[str, Any]]:
-        """What `compile` was given after the optimizer: the loss, and the rest."""
-        return self._compile_arguments.content
-
-    @property
-    def was_shrunk(self) -> bool:
-        """Whether a compact copy has been trained in this run, perhaps before a resume."""
-        return self._shrunk_state.content is not None
-
-    @property
-    def shrunk(self) -> Shrunk | None:
-        """The compact copy that is trained at the moment in place of the settled network."""
-        return self._shrunk.content
-
-    def start_shrunk(self) -> None:
-        """Goes on training through a compact copy; called by `fit` between two epochs."""
-        self._shrunk.content = shrunk = Shrunk(self)
-        if self._shrunk_state.content is not None:
-            shrunk.restore(self._shrunk_state.content)
-        self.make_train_function(force=True)
-
-    def stop_shrunk(self) -> None:
-        """Goes back to the network itself; what the copy's optimizer knows is kept."""
-        if self.shrunk is not None:
-            self._shrunk_state.content = self.shrunk.state()
-            self._shrunk.content = self.train_function = None
+    # ---- compile
 
     def compile(self, optimizer: Any = None, loss: Any = None, *args: Any, **kwargs: Any) -> None:
         """Configures the training, as Keras does.
@@ -259,115 +223,192 @@ class PrunableModel(KFACModel):
                 "directions of its own. Leave the penalty out, or train on one device."
             )
         super().compile(optimizer, loss, *args, **kwargs)
-        self._shrunk.content = self._shrunk_state.content = None
-        self._compile_arguments = Untracked((loss, args, kwargs))
+        self._run.shrunk = self._run.shrunk_state = None
         if self.controller is not None and not is_same:
             self.controller.change_learning_rate(self.constant_learning_rate)
 
     def _default_optimizer(self) -> keras.optimizers.Optimizer:
         return KFAC(_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
 
-    def _label_users(self) -> list[Any]:
-        users: list[Any] = [] if self.curvature is None else [self.curvature]
-        if self.controller is not None and isinstance(self.policy, ScheduledClosing):
-            users.append(self.policy)
-        return [*super()._label_users(), *users]
+    def _trainee_of(
+        self, optimizer: keras.optimizers.Optimizer, estimator: CurvatureEstimator
+    ) -> Trainee:
+        return Trainee(
+            self.net,
+            self.network_variables,
+            optimizer,
+            find_blocks(self.net),
+            estimator,
+            self.curvature_penalty,
+            gates=[w for s in self._gate_sources() for w in s.non_trainable_weights],
+        )
 
-    def _run_callbacks(self) -> list[keras.callbacks.Callback]:
-        return [*super()._run_callbacks(), PhasesCallback(), ShrinkingCallback()]
+    def _label_users(self, trainee: Trainee) -> list[Any]:
+        users: list[Any] = [] if self.curvature is None else [self.curvature]
+        if self.controller is not None and self.policy.labels is not None:
+            users.append(self.policy)
+        return [*super()._label_users(trainee), *users]
+
+    # ---- one run
+
+    def plan_phases(self, total_steps: int) -> None:
+        """Says how long the training will be, all calls together.
+
+        `fit` takes its own length for the whole run. Where that is not so (`fit(epochs=1)` in a
+        loop, `train_on_batch`, a training loop of one's own) this says it beforehand; without it,
+        steps outside of `fit` leave all gates open.
+
+        Args:
+            total_steps: Number of training steps of the whole run.
+
+        Raises:
+            InvalidArgumentError: If it is no integer >= 1, or the model is not compiled.
+
+        Example:
+            >>> pm.plan_phases(total_steps=10 * len(batches))
+            >>> for epoch in range(10):
+            ...     pm.fit(batches, epochs=1)
+        """
+        require_count("PrunableModel.plan_phases", "total_steps", total_steps)
+        if self._trainee is None:
+            raise InvalidArgumentError(
+                f"Model {self.name!r} is not compiled: call `compile` before `plan_phases`, for "
+                "the learning rate is part of the plan."
+            )
+        if self.controller is not None:
+            rate = self.constant_learning_rate
+            self.controller.schedule(total_steps, rate, is_whole=True)
+
+    def begin_run(self, total_steps: int | None) -> None:
+        controller = self.controller
+        if controller is None:
+            return
+        if total_steps is None:
+            raise InvalidArgumentError(
+                "PrunableModel.fit must know the number of steps to lay out its phases, and the "
+                "data do not tell. Received: steps_per_epoch=None. Pass `steps_per_epoch=...`."
+            )
+        rate = self.constant_learning_rate
+        first_rate = controller.schedule(total_steps, rate)
+        if first_rate is not None:
+            warnings.warn(
+                f"{self.name!r} has finished a run, which left a learning rate of {rate:.2g} of "
+                f"{first_rate:.2g}: hardly anything will be trained. Set "
+                "`model.optimizer.learning_rate`, compile again, or go on with the same run by "
+                "`fit(epochs=more, initial_epoch=done)`. Where one run is made of several calls "
+                "of `fit`, say its length before the first: `model.plan_phases(total_steps)`.",
+                stacklevel=2,
+            )
+
+    def begin_epoch(self, steps_left: int | None) -> None:
+        run = self._run
+        if run.shrunk is None and can_shrink(self, steps_left or 0):
+            try:
+                self.start_shrunk()
+            except UnsupportedModelError as error:
+                self.shrink = False
+                warnings.warn(
+                    f"Model {self.name!r} is trained on at its full size: {error}", stacklevel=2
+                )
+        if run.shrunk is not None:
+            run.shrunk.fetch()  # a callback may have changed them
+
+    def end_epoch(self) -> None:
+        if self._run.shrunk is not None:
+            self._run.shrunk.write_back()
+
+    def end_run(self) -> None:
+        self.end_epoch()
+        self.stop_shrunk()
+        controller = self.controller
+        if controller is None or controller.has_settled:
+            return
+        if not bool(keras.ops.convert_to_numpy(controller.is_whole)):
+            warnings.warn(
+                f"Training of {self.name!r} ended before its gates settled: the network is "
+                "not on its budget. Go on with `fit(..., initial_epoch=...)`.",
+                stacklevel=2,
+            )
+
+    @property
+    def trainee(self) -> Trainee:
+        """What training steps work on at the moment: the gated network, or its compact copy."""
+        return super().trainee if self._run.shrunk is None else self._run.shrunk.trainee
+
+    @property
+    def was_shrunk(self) -> bool:
+        """Whether a compact copy has been trained in this run, perhaps before a resume."""
+        return self._run.shrunk_state is not None
+
+    @property
+    def shrunk(self) -> Shrunk | None:
+        """The compact copy that is trained at the moment in place of the settled network."""
+        return self._run.shrunk
+
+    def start_shrunk(self) -> None:
+        """Goes on training through a compact copy; called by `fit` between two epochs."""
+        run = self._run
+        if run.gated is None:
+            return
+        run.shrunk = Shrunk(run.gated, super().trainee, self.curvature, self.seed_generator)
+        if run.shrunk_state is not None:
+            run.shrunk.restore(run.shrunk_state)
+        self.make_train_function(force=True)
+
+    def stop_shrunk(self) -> None:
+        """Goes back to the network itself; what the copy's optimizer knows is kept."""
+        run = self._run
+        if run.shrunk is not None:
+            run.shrunk_state = run.shrunk.state()
+            run.shrunk = None
+            self.train_function = None
 
     # ---- one training step
 
-    def train_step(self, data: Any) -> dict[str, Any]:
-        if self.controller is None:
-            return super().train_step(data)
-        net = self.net if self.shrunk is None else self.shrunk.trainer.net
-        with forgetting_momentum(net, self.controller.steps_since_landing()):
-            if self.shrunk is None:
-                return super().train_step(data)
-            return self._shrunk_step(data, self.shrunk.trainer, self.controller)
-
-    def _shrunk_step(
-        self, data: Any, trainer: PrunableModel, controller: BudgetController
-    ) -> dict[str, Any]:
-        # The compiled optimizer stays the one whose learning rate callbacks and phases set.
-        cond(controller.decays_now(), self._decay_learning_rate, lambda: None)
-        trainer.optimizer.learning_rate = tf.convert_to_tensor(self.optimizer.learning_rate)
-        results = trainer.train_step(data)
-        self.optimizer.iterations.assign_add(1)
-        self._end_step()
-        return {**results, **controller.figures()}
-
-    def get_metrics_result(self) -> dict[str, Any]:
-        # A resumed run may never take a step of its own that would build its metrics.
-        metrics = self._compile_metrics
-        if self.shrunk is not None and metrics is not None and not metrics.built:
-            return self.shrunk.trainer.get_metrics_result()
-        return super().get_metrics_result()
-
-    def _begin_step(self) -> None:
-        if self.controller is not None:
-            self.controller.enter_phase()
-
-    def _end_step(self) -> None:
-        if self.controller is not None:
-            self.controller.step.assign_add(1)
-
-    def _extra_variables(self) -> Sequence[keras.Variable]:
-        return self.controller.logits if self.controller is not None else ()
-
-    def _forward_state(self) -> ForwardState:
-        of_gates = [w for s in self._gate_sources() for w in s.non_trainable_weights]
-        return ForwardState(self.net, ignore=of_gates)
-
-    def _regularized(
-        self, gradients: list[Any], variables: Sequence[keras.Variable], x: Any, y: Any
-    ) -> list[Any]:
-        if self.curvature_penalty is None or self.curvature is None:
-            return gradients
-        mean_losses = self._mean_loss(self.curvature.labels)
-        penalty = self.curvature_penalty.gradients(
-            self.guard.step, x, y, lambda outputs, y: mean_losses(outputs, y)[0], variables
-        )
-        scale = self.optimizer.scale_loss(tf.constant(1.0))
-        return [_add(g, p * scale) for g, p in zip(gradients, penalty, strict=True)]
-
-    def _apply(
-        self,
-        gradients: Sequence[Any],
-        variables: Sequence[keras.Variable],
-        x: Any,
-        y: Any,
-        weights: Any,
-    ) -> None:
+    def make_train_function(self, force: bool = False) -> Any:
+        """Compiles the step, anew for each phase: what other phases need is not traced."""
+        if self.train_function is not None and not force:
+            return self.train_function
+        super().make_train_function(force=True)
         controller = self.controller
-        if controller is None:
-            super()._apply(gradients, variables, x, y, weights)
-            return
-        cond(controller.decays_now(), self._decay_learning_rate, lambda: None)
-        scale = self.optimizer.scale_loss(tf.constant(1.0))  # before a step that may change it
-        unscaled = [g / scale for g in gradients[len(self.network_variables) :]]
-        super()._apply(gradients, variables, x, y, weights)
+        replicas = self.distribute_strategy.num_replicas_in_sync
+        if controller is None or self.steps_per_execution > 1 or replicas > 1:
+            return self.train_function  # phases change within it
+        by_phase: dict[GatePhase, Any] = {}
 
-        def move() -> None:
-            labels = getattr(self.policy, "labels", "data")
-            mean_losses = self._mean_loss(labels)
-            controller.policy.observe(x, lambda outputs: mean_losses(outputs, y))
-            controller.move_gates(unscaled)
+        def of_phase(iterator: Any) -> Any:
+            run = self._run
+            phase = controller.due_phase(int(controller.step))
+            if controller.phase_now() != phase:
+                controller.enter_due_phase()
+            if phase not in by_phase:
+                super(PrunableModel, self).make_train_function(force=True)
+                by_phase[phase] = self.train_function
+                self.train_function = of_phase
+            run.phase = phase  # read by `train_step` when it is traced
+            try:
+                return by_phase[phase](iterator)
+            finally:
+                run.phase = None
 
-        # Gradients overflow now and then while a loss scale is being found.
-        cond(tf.logical_and(controller.is_pruning(), all_finite(unscaled)), move, lambda: None)
+        self.train_function = of_phase
+        return of_phase
 
-    def _decay_learning_rate(self) -> None:
-        if self.controller is not None and self._compiled.constant_learning_rate:
-            self.optimizer.learning_rate = self.controller.learning_rate()
+    def _step(self) -> TrainingStep:
+        return TrainingStep(
+            self.trainee,
+            self.guard,
+            self._loss_of_replica,
+            controller=self.controller,
+            phase=self._run.phase,
+        )
 
     def _figures(self) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         if self.controller is not None:
             figures.update(self.controller.figures())
-        if self.curvature_penalty is not None:
-            figures["spectral_radius"] = self.curvature_penalty.radius()
+        if self.trainee.penalty is not None:
+            figures["spectral_radius"] = self.trainee.penalty.radius()
         return {**figures, **super()._figures()}
 
     # ---- saving
@@ -375,7 +416,7 @@ class PrunableModel(KFACModel):
     def save_own_variables(self, store: Any) -> None:
         """Saves also what the compact copy is trained with, in the middle of a run."""
         super().save_own_variables(store)
-        state = self._shrunk_state.content
+        state = self._run.shrunk_state
         if self.shrunk is not None:
             self.shrunk.write_back()  # before the network is saved, which comes after this
             state = self.shrunk.state()
@@ -387,9 +428,9 @@ class PrunableModel(KFACModel):
         count = sum(key.startswith("shrunk_") for key in store.keys())  # noqa: SIM118
         state = [np.array(store[f"shrunk_{k}"]) for k in range(count)]
         if self.shrunk is not None:  # the training function is that of a copy of other weights
-            self._shrunk.content = None
+            self._run.shrunk = None
             self.make_train_function(force=True)
-        self._shrunk_state.content = state or None
+        self._run.shrunk_state = state or None
 
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
@@ -418,8 +459,23 @@ class PrunableModel(KFACModel):
         return cls(**{**config, **objects})
 
 
-def _add(gradient: Any, penalty: Any) -> Any:
-    return penalty if gradient is None else gradient + penalty
+class _Run:
+    """Where a training stands, and what the network is taken for; plain, so not tracked.
+
+    Attributes:
+        gated: Analysis of the gated network, or None.
+        groups: How many gates of each group may stay open, or None.
+        phase: The phase that a step is being traced for, or None if it is for all.
+        shrunk: The compact copy that is trained at the moment, or None.
+        shrunk_state: What a copy was trained with before, or None.
+    """
+
+    def __init__(self, gated: GatedNetwork | None, groups: GateGroups | None) -> None:
+        self.gated = gated
+        self.groups = groups
+        self.phase: GatePhase | None = None
+        self.shrunk: Shrunk | None = None
+        self.shrunk_state: list[np.ndarray] | None = None
 
 
 def _require_type(name: str, value: Any, kind: type, optional: bool = False) -> None:
@@ -439,11 +495,12 @@ def _refuse(arguments: dict[str, Any], reason: str, remedy: str) -> None:
 
 def _check_reachable(budget: Budget, gated: GatedNetwork, groups: GateGroups) -> None:
     fractions = budget.relative_to(gated.cost).targets
+    check_countable(gated.channels, budget.targets, gated.net.name)
     for measure, target in budget.targets.items():
         least = float(gated.cost.least(measure, groups.least))
         if fractions[measure] < least:
             least *= budget.unit(measure, gated.cost)
-            frozen = "; ".join(f"{f.layer}: {f.reason}" for f in gated.channels.frozen) or "none"
+            frozen = what_stays(gated.channels, gated.cost, measure)
             raise BudgetError(
                 f"Budget {measure}={target} cannot be reached on model {gated.net.name!r}: the "
                 f"least that pruning can reach is {measure}={least:.4g}, with {groups.floor}. "

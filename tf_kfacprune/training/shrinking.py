@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import keras
 import numpy as np
 
 from tf_kfacprune.compaction import WorkingCopy
-from tf_kfacprune.errors import UnsupportedModelError
-from tf_kfacprune.training.compiled import inner_optimizer
+from tf_kfacprune.curvature import CurvatureEstimator, SpectralRadius, find_blocks
+from tf_kfacprune.gates import GatedNetwork
+from tf_kfacprune.training.curvature_penalty import CurvaturePenalty
+from tf_kfacprune.training.trainee import Trainee, inner_optimizer
 
-__all__ = ["ShrinkingCallback", "Shrunk", "can_shrink"]
+__all__ = ["Shrunk", "can_shrink"]
 
 # Tracing the training step of the copy takes seconds, which have to pay.
 _LEAST_STEPS = 1000
@@ -20,32 +21,38 @@ _LARGEST_FRACTION = 0.6
 
 
 class Shrunk:
-    """A compact copy of a settled `PrunableModel`, and what trains it; plain, so not tracked.
+    """A compact copy of a settled network, and what trains it; a plain object, so not tracked.
 
     Attributes:
-        trainer: A `PrunableModel` without gates around the copy, compiled like the model.
+        trainee: The copy as training steps see it.
 
     Args:
-        model: The model, compiled and settled.
+        gated: The settled network.
+        trainee: What has been trained so far; its optimizer is the one that callbacks know.
+        curvature: The penalty on the curvature, or None.
+        seed: What probes of the curvature are drawn with, a `keras.random.SeedGenerator`.
 
     Raises:
         UnsupportedModelError: If no such copy can be made.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._copy = WorkingCopy(model.gated)
-        self.trainer = type(model)(
-            self._copy.net,
-            curvature=model.curvature,
-            max_skipped_steps=model.max_skipped_steps,
-            seed=model.seed,
+    def __init__(
+        self, gated: GatedNetwork, trainee: Trainee, curvature: SpectralRadius | None, seed: Any
+    ) -> None:
+        self._copy = WorkingCopy(gated)
+        net = self._copy.net
+        found = find_blocks(net)
+        compiled = trainee.optimizer
+        self.trainee = Trainee(
+            net,
+            net.trainable_variables,
+            type(compiled).from_config(compiled.get_config()),
+            found,
+            CurvatureEstimator(net, trainee.estimator.objective, seed),
+            None if curvature is None else CurvaturePenalty(curvature, found.blocks),
+            follows=compiled,
         )
-        # Skipped steps are counted, and labels drawn, in one place.
-        self.trainer.guard = model.guard
-        self.trainer.seed_generator = model.seed_generator
-        optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
-        loss, args, kwargs = model.compile_arguments
-        self.trainer.compile(optimizer, loss, *args, **kwargs)
+        self.trainee.bind_and_build()
 
     def fetch(self) -> None:
         """Takes the weights of the network."""
@@ -67,9 +74,11 @@ class Shrunk:
                 variable.assign(value)
 
     def _variables(self) -> list[keras.Variable]:
-        metrics = {id(v) for metric in self.trainer.metrics for v in metric.variables}
-        own = [v for v in self.trainer.variables if id(v) not in metrics]
-        return [*own, *self.trainer.optimizer.variables]
+        trainee = self.trainee
+        weights = {id(v) for v in trainee.net.weights}
+        noise = [v for v in trainee.net.variables if id(v) not in weights]
+        of_penalty = [] if trainee.penalty is None else trainee.penalty.weights
+        return [*noise, *of_penalty, *trainee.optimizer.variables]
 
 
 def can_shrink(model: Any, steps_left: int) -> bool:
@@ -103,36 +112,3 @@ def can_shrink(model: Any, steps_left: int) -> bool:
         and not excludes
         and model.distribute_strategy.num_replicas_in_sync == 1
     )
-
-
-class ShrinkingCallback(keras.callbacks.Callback):
-    """Moves training to the copy at the beginning of an epoch, and its weights back at the end."""
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        model = self.model
-        steps_left = (self.params["epochs"] - epoch) * self.params["steps"]
-        if model.shrunk is None and can_shrink(model, steps_left):
-            try:
-                model.start_shrunk()
-            except UnsupportedModelError as error:
-                model.shrink = False
-                warnings.warn(
-                    f"Model {model.name!r} is trained on at its full size: {error}", stacklevel=2
-                )
-        if model.shrunk is not None:
-            model.shrunk.fetch()  # a callback may have changed them
-            model.shrunk.trainer.reset_metrics()
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._write_back()
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        self._write_back()
-
-    def on_train_end(self, logs: Any = None) -> None:
-        self._write_back()
-        self.model.stop_shrunk()
-
-    def _write_back(self) -> None:
-        if self.model.shrunk is not None:
-            self.model.shrunk.write_back()

@@ -1,6 +1,12 @@
 """Kronecker blocks: how each layer type turns into factors A and G, one idea per file."""
 
-from tf_kfacprune.curvature.blocks.base import KroneckerBlock, Record
+from tf_kfacprune.curvature.blocks.base import (
+    KroneckerBlock,
+    Record,
+    for_rows,
+    location_weights,
+    spread_mask,
+)
 from tf_kfacprune.curvature.blocks.convolutions import (
     ConvBlock,
     ConvTransposeBlock,
@@ -10,7 +16,7 @@ from tf_kfacprune.curvature.blocks.convolutions import (
 from tf_kfacprune.curvature.blocks.dense import DenseBlock, EinsumDenseBlock, EmbeddingBlock
 from tf_kfacprune.curvature.blocks.locations import LocationSample
 from tf_kfacprune.curvature.blocks.normalization import ScaleShiftBlock
-from tf_kfacprune.curvature.blocks.registry import LayerBlocks, block_for, blocks_of
+from tf_kfacprune.curvature.blocks.registry import LayerBlocks, blocks_of
 
 __all__ = [
     "ConvBlock",
@@ -25,6 +31,8 @@ __all__ = [
     "PointwiseBlock",
     "Record",
     "ScaleShiftBlock",
-    "block_for",
     "blocks_of",
+    "for_rows",
+    "location_weights",
+    "spread_mask",
 ]

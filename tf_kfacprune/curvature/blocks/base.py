@@ -7,6 +7,7 @@ symbol   meaning                                                        shape
 `[a; 1]` the same with the homogeneous coordinate, if there is a bias   (*k, batch, T, n_a)
 `s`      pre-activation `W^T [a; 1]`                                    (*k, batch, T, n_out)
 `g`      d loss / d s, per example and location                         (*k, batch, T, n_out)
+`w`      what a location of an example counts, None for all the same    (batch, T)
 `A`      factor of the inputs                                           (*k, n_a, n_a)
 `G`      factor of the gradients                                        (*k, n_out, n_out)
 `W`      kernel as a matrix, its last row the bias                      (*k, n_a, n_out)
@@ -22,6 +23,9 @@ their Fisher block is block-diagonal over the groups. The Fisher block is `A (x)
 
 which agree for T = 1. Expand is exact for deep linear networks whose loss sees every location by
 itself, reduce for those whose loss sees their mean.
+
+Examples that count more than others do so in both factors: in A by weights relative to their mean,
+in G by the gradients, which hold their roots. Locations behind a Keras mask count in neither.
 
 References:
     Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
@@ -42,7 +46,9 @@ from keras import ops
 
 from tf_kfacprune.curvature.blocks.locations import LocationSample
 
-__all__ = ["KroneckerBlock", "Record"]
+__all__ = ["KroneckerBlock", "Record", "for_rows", "location_weights", "spread_mask"]
+
+_TINY = 1e-12  # weights below this count as none
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,13 @@ class Record:
         layer: The layer.
         x: Its input.
         s: Its pre-activation; its output, where the layer has no activation.
+        mask: Which locations count, boolean, `(batch, ...)` over the first axes of s; None if all.
     """
 
     layer: keras.layers.Layer
     x: Any
     s: Any
+    mask: Any = None
 
 
 class KroneckerBlock:
@@ -136,6 +144,23 @@ class KroneckerBlock:
             return projection
         return projection + ops.reshape(u[..., self.n_in], (*self.group_shape, 1, 1))
 
+    def weights_of_projection(self, record: Record, weights: Any, projection: Any) -> Any:
+        """What each entry of a projection counts, to be multiplied with it; None if all the same.
+
+        Args:
+            record: A use of the layer.
+            weights: What each example counts, shape `(batch,)`, or None.
+            projection: As `project` returned it.
+        """
+        mask = self.mask_of_locations(record)
+        axes = len(self.group_shape)
+        weights = for_rows(weights, ops.shape(record.x)[0])
+        if mask is not None:
+            return location_weights(mask, weights, ops.shape(projection)[-1])
+        if weights is None:
+            return None
+        return ops.reshape(weights, (-1, *[1] * (len(projection.shape) - axes - 1)))
+
     def sampled_rows_a(self, record: Record, sample: LocationSample) -> tuple[Any, Any]:
         """Rows of A at some locations, as of `rows_a`, and how many there are for each of them.
 
@@ -145,69 +170,97 @@ class KroneckerBlock:
         sampled = sample.of(rows)
         return sampled, _ratio(ops.shape(rows)[-2], ops.shape(sampled)[-2])
 
+    def mask_of_locations(self, record: Record) -> Any:
+        """The mask of a record, shape `(batch, T)`, float32, or None."""
+        return spread_mask(record.mask, record.s, len(record.s.shape) - 1)
+
     def factor_a(
-        self, record: Record, g: Any, *, reduce: bool = False, sample: LocationSample | None = None
+        self,
+        record: Record,
+        g: Any,
+        *,
+        weights: Any = None,
+        reduce: bool = False,
+        sample: LocationSample | None = None,
     ) -> Any:
         """A of one use, shape `(*k, n_a, n_a)`, or its diagonal where A is diagonal; float32.
 
         Args:
             record: A use of the layer.
             g: Per-example gradient with respect to `record.s` (contractions do not need it).
+            weights: What each example counts, shape `(batch,)`, or None.
             reduce: K-FAC reduce instead of expand.
             sample: Locations that stand for all of them; not together with `reduce`.
         """
         del g
-        weight: Any = 1.0
+        density: Any = 1.0
+        mask = self.mask_of_locations(record)
         if sample is None:
             rows = self.rows_a(record)
         else:
-            rows, weight = self.sampled_rows_a(record, sample)
+            rows, density = self.sampled_rows_a(record, sample)
+            mask = None if mask is None else sample.of(mask[..., None])[..., 0]
         rows = ops.cast(rows, "float32")
+        weights = for_rows(weights, ops.shape(rows)[-3])
+        w = location_weights(mask, weights, ops.shape(rows)[-2])
         if reduce:
-            rows = ops.mean(rows, axis=-2, keepdims=True)
+            rows = _mean_over_locations(rows, w)
+            w = None if weights is None else weights[:, None]
         batch = ops.cast(ops.shape(rows)[-3], "float32")
-        return second_moment(self, rows) / (batch / weight)
+        if weights is not None:
+            batch = ops.maximum(ops.sum(weights), _TINY)
+        return second_moment(self, rows, w) / (batch / density)
 
     def factor_g(
-        self, record: Record, g: Any, *, reduce: bool = False, sample: LocationSample | None = None
+        self,
+        record: Record,
+        g: Any,
+        *,
+        weights: Any = None,
+        reduce: bool = False,
+        sample: LocationSample | None = None,
     ) -> Any:
         """G of one use, shape `(*k, n_out, n_out)`, float32; arguments as in `factor_a`."""
+        del weights  # g holds them
         rows = ops.cast(self.rows_g(record, g), "float32")
+        mask = self.mask_of_locations(record)
         if sample is not None:
             rows = sample.of(rows)
+            mask = None if mask is None else sample.of(mask[..., None])[..., 0]
         if reduce:
-            rows = ops.sum(rows, axis=-2, keepdims=True)
+            rows, mask = ops.sum(rows, axis=-2, keepdims=True), None
         flat = ops.reshape(rows, (*self.group_shape, -1, self.n_out))
-        count = ops.cast(ops.shape(flat)[-2], "float32")
+        if mask is None:
+            count = ops.cast(ops.shape(flat)[-2], "float32")
+        else:
+            count = ops.maximum(ops.sum(mask), 1.0)
         return ops.matmul(ops.swapaxes(flat, -1, -2), flat) / count
 
-    def factors(
-        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], **how: Any
-    ) -> tuple[Any, Any]:
+    def factors(self, uses: Any, **how: Any) -> tuple[Any, Any]:
         """A and G of one batch; uses of a shared layer count as locations.
 
         Args:
-            records: Uses of the block's layer in one forward pass.
-            probes: For each loss whose Fishers add up, per-example gradients, one per use.
+            uses: The uses of the block's layer in one pass, a `Uses`.
             **how: `reduce` and `sample` of `factor_a` and `factor_g`.
 
         Returns:
             `(A, G)` as from `factor_a` and `factor_g`.
         """
-        a = self._over_uses(self.factor_a, records, probes[:1], how)
-        g = self._over_uses(self.factor_g, records, probes, how)
-        return a, g / len(records)
+        a = self._over_uses(self.factor_a, uses, uses.probes[:1], how)
+        g = self._over_uses(self.factor_g, uses, uses.probes, how)
+        return a, g / len(uses.records)
 
     @staticmethod
     def _over_uses(
         factor: Callable[..., Any],
-        records: Sequence[Record],
+        uses: Any,
         probes: Sequence[Sequence[Any]],
         how: Mapping[str, Any],
     ) -> Any:
-        """Sum of a factor over the uses of the layer and the losses."""
-        uses = [pair for gradients in probes for pair in zip(records, gradients, strict=True)]
-        return functools.reduce(ops.add, [factor(r, g, **how) for r, g in uses])
+        """Sum of a factor over the uses of the layer and the probes."""
+        pairs = [pair for probe in probes for pair in zip(uses.records, probe, strict=True)]
+        found = [factor(record, g, weights=uses.weights, **how) for record, g in pairs]
+        return functools.reduce(ops.add, found)
 
     def kernel_to_matrix(self, kernel: Any) -> Any:
         """A kernel-shaped tensor as a matrix, shape `(*k, n_in, n_out)`."""
@@ -239,17 +292,70 @@ class KroneckerBlock:
         return ops.concatenate([rows, ops.ones_like(rows[..., :1])], axis=-1)
 
 
-def second_moment(block: KroneckerBlock, rows: Any) -> Any:
-    """`sum [a; 1] [a; 1]^T` over all rows, without appending a column to them."""
+def second_moment(block: KroneckerBlock, rows: Any, w: Any = None) -> Any:
+    """`sum w [a; 1] [a; 1]^T` over all rows, without appending a column to them."""
     flat = ops.reshape(rows, (*block.group_shape, -1, block.n_in))
-    factor = ops.matmul(ops.swapaxes(flat, -1, -2), flat)
+    weighted, count = flat, ops.cast(ops.shape(flat)[-2], "float32")
+    if w is not None:
+        weighted, count = flat * ops.reshape(w, (-1, 1)), ops.sum(w)
+    factor = ops.matmul(ops.swapaxes(weighted, -1, -2), flat)
     if block.bias is None:
         return factor
-    sums = ops.sum(flat, axis=-2, keepdims=True)
+    sums = ops.sum(weighted, axis=-2, keepdims=True)
     factor = ops.concatenate([factor, sums], axis=-2)
-    count = ops.cast(ops.shape(flat)[-2], "float32") * ops.ones_like(sums[..., :1])
-    last = ops.concatenate([sums, count], axis=-1)
+    last = ops.concatenate([sums, count * ops.ones_like(sums[..., :1])], axis=-1)
     return ops.concatenate([factor, ops.swapaxes(last, -1, -2)], axis=-1)
+
+
+def spread_mask(mask: Any, tensor: Any, axes: int) -> Any:
+    """A mask over the first axes of a tensor, spread over its first `axes` ones: `(batch, T)`.
+
+    Args:
+        mask: Boolean, `(batch, ...)`, or None.
+        tensor: What it masks.
+        axes: Number of axes that are the batch and locations.
+    """
+    if mask is None or len(mask.shape) > axes:
+        return None
+    shape = ops.shape(tensor)[:axes]
+    wide = ops.reshape(mask, (*ops.shape(mask), *[1] * (axes - len(mask.shape))))
+    spread = ops.broadcast_to(wide, shape)
+    return ops.cast(ops.reshape(spread, (shape[0], -1)), "float32")
+
+
+def for_rows(weights: Any, rows: Any) -> Any:
+    """Weights of examples for the rows of a batch, where a model makes several of each example.
+
+    Args:
+        weights: Shape `(batch,)`, or None.
+        rows: Number of rows, a multiple of the batch.
+    """
+    if weights is None:
+        return None
+    batch = ops.shape(weights)[0]
+    return ops.reshape(ops.broadcast_to(weights[:, None], (batch, rows // batch)), (-1,))
+
+
+def location_weights(mask: Any, weights: Any, locations: Any) -> Any:
+    """w, shape `(batch, T)`; None where every location of every example counts the same.
+
+    Args:
+        mask: Shape `(batch, T)`, or None.
+        weights: What each example counts, shape `(batch,)`, or None.
+        locations: T.
+    """
+    if weights is None:
+        return mask
+    spread = ops.broadcast_to(weights[:, None], (ops.shape(weights)[0], locations))
+    return spread if mask is None else mask * spread
+
+
+def _mean_over_locations(rows: Any, w: Any) -> Any:
+    """Means of rows `(*k, batch, T, n)` over the locations that count."""
+    if w is None:
+        return ops.mean(rows, axis=-2, keepdims=True)
+    share = w / ops.maximum(ops.sum(w, axis=-1, keepdims=True), _TINY)
+    return ops.sum(rows * share[..., None], axis=-2, keepdims=True)
 
 
 def _ratio(whole: Any, part: Any) -> Any:

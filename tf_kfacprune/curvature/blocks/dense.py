@@ -11,7 +11,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from tf_kfacprune.curvature.blocks.base import KroneckerBlock, Record
+from tf_kfacprune.curvature.blocks.base import (
+    KroneckerBlock,
+    Record,
+    for_rows,
+    location_weights,
+    spread_mask,
+)
 
 __all__ = ["DenseBlock", "EinsumDenseBlock", "EmbeddingBlock"]
 
@@ -46,7 +52,7 @@ class EinsumDenseBlock(KroneckerBlock):
     def __init__(self, layer: keras.layers.EinsumDense, part: str = "") -> None:
         letters = self.letters(layer)
         if isinstance(letters, str):
-            raise ValueError(letters)  # `block_for` asks first
+            raise ValueError(letters)  # `blocks_of` asks first
         self._read, self._kernel, self._made = letters
         size = dict(zip(self._kernel, layer.kernel.shape, strict=True))
         self._groups = [k for k in self._kernel if k in self._read and k in self._made]
@@ -104,6 +110,17 @@ class EinsumDenseBlock(KroneckerBlock):
         n = math.prod(self._size[k] for k in features)
         return ops.reshape(tensor, (*self.group_shape, batch, -1, n))
 
+    def mask_of_locations(self, record: Record) -> Any:
+        # A mask lies over the first axes; it counts where these are batch and locations.
+        features = [*self._groups, *self._created]
+        rank = len(record.s.shape)
+        leading = next((k for k, c in enumerate(self._made) if c in features), rank)
+        if "." in self._made[:leading]:
+            leading = rank - len(self._created)
+        if len(set(self._made[leading:]) - set(features)):
+            return None
+        return spread_mask(record.mask, record.s, leading)
+
     def rows_a(self, record: Record) -> Any:
         return self._rows(record.x, self._read, self._contracted)
 
@@ -131,28 +148,37 @@ class EmbeddingBlock(KroneckerBlock):
         n_in, n_out = layer.embeddings.shape
         super().__init__(layer, layer.embeddings, None, n_in=n_in, n_out=n_out)
 
-    def factor_a(self, record: Record, g: Any, *, reduce: bool = False, sample: Any = None) -> Any:
+    def factor_a(
+        self,
+        record: Record,
+        g: Any,
+        *,
+        weights: Any = None,
+        reduce: bool = False,
+        sample: Any = None,
+    ) -> Any:
         """Frequency of each token, shape `(n_in,)`.
 
         With K-FAC reduce, A of the mean over locations is not diagonal; its diagonal is kept.
         """
         del g, sample  # counting tokens costs nothing
         tokens = ops.cast(ops.reshape(record.x, (ops.shape(record.x)[0], -1)), "int32")
-        batch = ops.cast(ops.shape(tokens)[0], "float32")
+        mask = self.mask_of_locations(record)
+        weights = for_rows(weights, ops.shape(tokens)[0])
+        w = location_weights(mask, weights, ops.shape(tokens)[1])
+        counted = ops.ones_like(tokens, dtype="float32") if w is None else w
+        batch = ops.shape(tokens)[0]
+        total = ops.cast(batch, "float32") if weights is None else ops.sum(weights)
         if not reduce:
             flat = ops.reshape(tokens, (-1,))
-            ones = ops.ones_like(flat, dtype="float32")
-            return ops.segment_sum(ones, flat, num_segments=self.n_in) / batch
-        length = ops.cast(ops.shape(tokens)[1], "float32")
-        example = ops.arange(ops.shape(tokens)[0])[:, None]
-        flat = ops.reshape(example * self.n_in + tokens, (-1,))
-        counts = ops.segment_sum(
-            ops.ones_like(flat, dtype="float32"),
-            flat,
-            num_segments=ops.shape(tokens)[0] * self.n_in,
-        )
-        shares = ops.reshape(counts, (-1, self.n_in)) / length
-        return ops.sum(ops.square(shares), axis=0) / batch
+            return ops.segment_sum(ops.reshape(counted, (-1,)), flat, self.n_in) / total
+        mask = ops.ones_like(counted) if mask is None else mask
+        share = mask / ops.maximum(ops.sum(mask, axis=1, keepdims=True), 1.0)
+        flat = ops.reshape(ops.arange(batch)[:, None] * self.n_in + tokens, (-1,))
+        counts = ops.segment_sum(ops.reshape(share, (-1,)), flat, batch * self.n_in)
+        squares = ops.square(ops.reshape(counts, (-1, self.n_in)))
+        squares = squares if weights is None else squares * weights[:, None]
+        return ops.sum(squares, axis=0) / total
 
     def rows_g(self, record: Record, g: Any) -> Any:
         return ops.reshape(g, (ops.shape(g)[0], -1, self.n_out))

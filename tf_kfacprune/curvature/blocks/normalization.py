@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from tf_kfacprune.curvature.blocks.base import KroneckerBlock, Record
+from tf_kfacprune.curvature.blocks.base import KroneckerBlock, Record, spread_mask
 
 __all__ = ["ScaleShiftBlock"]
 
@@ -41,28 +40,34 @@ class ScaleShiftBlock(KroneckerBlock):
     def rows_a(self, record: Record) -> Any:
         raise NotImplementedError
 
-    def factor_a(self, record: Record, g: Any, *, reduce: bool = False, sample: Any = None) -> Any:
-        del reduce, sample  # exact either way
+    def factor_a(
+        self,
+        record: Record,
+        g: Any,
+        *,
+        weights: Any = None,
+        reduce: bool = False,
+        sample: Any = None,
+    ) -> Any:
+        del weights, reduce, sample  # g holds the weights; the block is exact either way
         batch, channels = ops.shape(g)[0], self.group_shape[0]
         g = ops.reshape(ops.cast(g, "float32"), (batch, -1, channels))
         parts = []
         if self._has_scale:
-            normalized = ops.reshape(_normalized(self.layer, record.x), (batch, -1, channels))
+            normalized = ops.reshape(_normalized(self.layer, record), (batch, -1, channels))
             parts.append(ops.sum(g * normalized, axis=1))
         if len(parts) < self.n_in:
             parts.append(ops.sum(g, axis=1))
         d = ops.transpose(ops.stack(parts, axis=-1), (1, 0, 2))
         return ops.matmul(ops.swapaxes(d, -1, -2), d) / ops.cast(batch, "float32")
 
-    def factor_g(self, record: Record, g: Any, *, reduce: bool = False, sample: Any = None) -> Any:
-        del record, g, reduce, sample
+    def factor_g(self, record: Record, g: Any, **how: Any) -> Any:
+        del record, g, how
         return ops.ones((*self.group_shape, 1, 1))
 
-    def factors(
-        self, records: Sequence[Record], probes: Sequence[Sequence[Any]], **how: Any
-    ) -> tuple[Any, Any]:
-        a = self._over_uses(self.factor_a, records, probes, how)
-        return a, self.factor_g(records[0], probes[0][0])
+    def factors(self, uses: Any, **how: Any) -> tuple[Any, Any]:
+        a = self._over_uses(self.factor_a, uses, uses.probes, how)
+        return a, self.factor_g(uses.records[0], None)
 
     def to_matrix(self, tensors: Any) -> Any:
         return ops.stack(list(tensors), axis=-1)[..., None]
@@ -77,15 +82,25 @@ def _scale_of(layer: keras.layers.Layer) -> keras.Variable | None:
     return layer.gamma
 
 
-def _normalized(layer: keras.layers.Layer, x: Any) -> Any:
+def _normalized(layer: keras.layers.Layer, record: Record) -> Any:
     """The normalized input, before scale and shift, as in training."""
-    x = ops.cast(x, "float32")
+    x = ops.cast(record.x, "float32")
     axes = [-1]
+    mask = None
     if isinstance(layer, keras.layers.BatchNormalization):
         axes = list(range(len(x.shape) - 1))
+        mask = spread_mask(record.mask, x, len(x.shape) - 1)
     if isinstance(layer, keras.layers.RMSNormalization) or getattr(layer, "rms_scaling", False):
         square = ops.mean(ops.square(x), axis=axes, keepdims=True)
         return x * ops.rsqrt(square + layer.epsilon)
-    mean = ops.mean(x, axis=axes, keepdims=True)
-    variance = ops.mean(ops.square(x - mean), axis=axes, keepdims=True)
+
+    def mean_of(values: Any) -> Any:
+        if mask is None:
+            return ops.mean(values, axis=axes, keepdims=True)
+        # As in Keras, what is masked has no part in the statistics of a batch.
+        w = ops.reshape(mask, (*ops.shape(x)[:-1], 1))
+        return ops.sum(w * values, axis=axes, keepdims=True) / ops.maximum(ops.sum(w), 1.0)
+
+    mean = mean_of(x)
+    variance = mean_of(ops.square(x - mean))
     return (x - mean) * ops.rsqrt(variance + layer.epsilon)

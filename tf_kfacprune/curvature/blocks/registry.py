@@ -17,7 +17,7 @@ from tf_kfacprune.curvature.blocks.convolutions import (
 from tf_kfacprune.curvature.blocks.dense import DenseBlock, EinsumDenseBlock, EmbeddingBlock
 from tf_kfacprune.curvature.blocks.normalization import ScaleShiftBlock
 
-__all__ = ["ATTENTION", "LayerBlocks", "block_for", "blocks_of", "no_rule"]
+__all__ = ["ATTENTION", "LayerBlocks", "blocks_of", "no_rule"]
 
 FROZEN = "the layer is not trainable"
 LORA = "the layer carries LoRA weights"
@@ -58,9 +58,9 @@ def _normalization_fault(layer: keras.layers.Layer) -> str | None:
     return None if len(axes) == 1 and axes[0] in last else NOT_LAST_AXIS
 
 
-def _fault(layer: keras.layers.Layer) -> str | None:
+def _fault(layer: keras.layers.Layer, with_frozen: bool) -> str | None:
     """Why a layer of a supported type has no block all the same, or None."""
-    if not layer.trainable:
+    if not layer.trainable and not with_frozen:
         return FROZEN
     if getattr(layer, "lora_enabled", False):
         return LORA
@@ -105,35 +105,37 @@ ATTENTION = (_layers.MultiHeadAttention, _layers.GroupQueryAttention)
 _PROJECTIONS = ("query", "key", "value", "output", "gate")
 
 
-def blocks_of(layer: keras.layers.Layer) -> LayerBlocks:
+def blocks_of(layer: keras.layers.Layer, *, with_frozen: bool = False) -> LayerBlocks:
     """The Kronecker blocks of a layer, and the reason for every weight in none of them.
 
     Subclasses of supported layers are not supported: their `call` may differ.
 
     Args:
         layer: A built Keras layer, not a model.
+        with_frozen: Whether layers that are not trainable have blocks, too.
 
     Returns:
         A `LayerBlocks`.
     """
     if type(layer) in ATTENTION:
-        return _attention_blocks(layer)
+        return _attention_blocks(layer, with_frozen)
     maker = _MAKERS.get(type(layer))
-    fault = _fault(layer) if maker else no_rule(layer)
-    blocks = maker(layer) if maker and fault is None and layer.trainable_weights else []
+    fault = _fault(layer, with_frozen) if maker else no_rule(layer)
+    weights = layer.weights if with_frozen else layer.trainable_weights
+    blocks = maker(layer) if maker and fault is None and weights else []
     covered = {id(v) for block in blocks for v in block.variables}
     rest = [v for v in layer.weights if id(v) not in covered and (fault or v.trainable)]
     return LayerBlocks(blocks, {v.path: fault or NO_RULE for v in rest})
 
 
-def _attention_blocks(layer: keras.layers.Layer) -> LayerBlocks:
+def _attention_blocks(layer: keras.layers.Layer, with_frozen: bool) -> LayerBlocks:
     """One block per projection of an attention layer."""
     found = LayerBlocks()
     for part in _PROJECTIONS:
         projection = getattr(layer, f"_{part}_dense", None)
         if projection is None:
             continue
-        fault = _fault(projection)
+        fault = _fault(projection, with_frozen)
         if fault is None:
             block = EinsumDenseBlock(projection)
             block.name = f"{layer.name}/{part}"
@@ -141,18 +143,3 @@ def _attention_blocks(layer: keras.layers.Layer) -> LayerBlocks:
         else:
             found.reasons.update({v.path: fault for v in projection.weights})
     return found
-
-
-def block_for(layer: keras.layers.Layer) -> KroneckerBlock | str:
-    """The only Kronecker block of a layer, or the reason why it has none.
-
-    Args:
-        layer: A built Keras layer.
-
-    Returns:
-        A `KroneckerBlock`, or a reason as text.
-    """
-    found = blocks_of(layer)
-    if found.blocks:
-        return found.blocks[0]
-    return next(iter(found.reasons.values()), NO_RULE)

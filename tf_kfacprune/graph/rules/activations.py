@@ -1,22 +1,31 @@
 """Channel rules for activation functions, whether layers, operators or arguments of other layers.
 
 An activation is let through only if it is known to work on each element alone. Known are the
-functions of `keras.activations` and their namesakes in `keras.ops` and the backends.
+functions of `keras.activations` and their namesakes in `keras.ops` and the backends; any other
+function is recorded on a symbolic tensor, and what it is made of decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import keras
-from keras import layers
+import numpy as np
+from keras import layers, ops, tree
 
 from tf_kfacprune.graph import reasons
-from tf_kfacprune.graph.calls import Call
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import ChannelRule, freeze_by_constant
-from tf_kfacprune.graph.rules.registry import register_channel_rule, register_internal_rule
+from tf_kfacprune.graph.rules.registry import (
+    register_channel_rule,
+    register_internal_rule,
+    rule_for,
+)
+from tf_kfacprune.graph.tracer import calls_of
 
 __all__ = ["activation_reason", "freeze_by_activation"]
 
@@ -47,7 +56,53 @@ def activation_reason(function: Any) -> str | None:
         return None
     if isinstance(function, layers.Softmax) or _name(function) in ACROSS_CHANNELS:
         return reasons.CROSS_CHANNEL_ACTIVATION
-    return reasons.UNKNOWN_ACTIVATION
+    return None if callable(function) and is_elementwise(function) else reasons.UNKNOWN_ACTIVATION
+
+
+def is_elementwise(function: Any) -> bool:
+    """Whether a function of the user's own works on each element alone.
+
+    What it does to a symbolic tensor is recorded; all of it must be element by element. Then it is
+    run on numbers, all channels together and each by itself, which must give the same.
+    """
+    try:
+        known = _ELEMENTWISE_FUNCTIONS.get(function)
+    except TypeError:  # neither hashable nor weakly referable
+        return _records_elementwise(function)
+    if known is None:
+        known = _records_elementwise(function)
+        with suppress(TypeError):
+            _ELEMENTWISE_FUNCTIONS[function] = known
+    return known
+
+
+_ELEMENTWISE_FUNCTIONS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _records_elementwise(function: Any) -> bool:
+    inputs = keras.Input((5,))
+    numbers = np.random.default_rng(0).normal(size=(4, 5)).astype("float32")
+    try:
+        _, calls, (output,) = calls_of(keras.Function(inputs, function(inputs)))
+        together = ops.convert_to_numpy(function(ops.convert_to_tensor(numbers)))
+        apart = [function(ops.convert_to_tensor(numbers[:, k : k + 1])) for k in range(5)]
+        apart = np.concatenate([ops.convert_to_numpy(x) for x in apart], axis=1)
+    except Exception:  # noqa: BLE001 (whatever it raises, it is not known to be one)
+        return False
+    is_plain = all(_is_elementwise_call(call) for call in calls) and output.shape == (None, 5)
+    return is_plain and bool(np.allclose(together, apart, rtol=1e-4, atol=1e-6, equal_nan=True))
+
+
+def _is_elementwise_call(call: Call) -> bool:
+    rule = rule_for(call.operation)
+    if isinstance(rule, ActivationRule):
+        return activation_reason(call.operation.activation) is None
+    constants = [x for x in tree.flatten((call.args, call.kwargs)) if not isinstance(x, Value)]
+    single = all(np.size(x) == 1 for x in constants if x is not None)
+    same = all(value.shape == (None, 5) for value in (*call.inputs, *call.outputs))
+    # By name: the rule of sums and products stands on this module.
+    combines = type(rule).__name__ in ("MergeRule", "HomogeneousMergeRule")
+    return single and same and (type(rule) in _ELEMENTWISE_RULES or combines)
 
 
 def freeze_by_activation(call: Call, flow: LabelFlow, axes: Axes) -> Axes:
@@ -99,7 +154,7 @@ class ClipRule(ElementwiseRule):
 
 
 @register_channel_rule(layers.LeakyReLU, layers.Identity)
-@register_internal_rule("Relu", "LeakyRelu", "StopGradient")
+@register_internal_rule("Relu", "LeakyRelu", "StopGradient", "ConvertToTensor")
 class HomogeneousRule(ElementwiseRule):
     """Functions of each element alone with f(z x) = z f(x): channels pass, gates too."""
 
@@ -144,6 +199,9 @@ class SoftmaxRule(ChannelRule):
         for k in (axis,) if isinstance(axis, int) else axis:
             flow.freeze(axes[k], reasons.CROSS_CHANNEL_ACTIVATION, call.path)
         return [axes]
+
+
+_ELEMENTWISE_RULES = (ElementwiseRule, HomogeneousRule, ReLURule)
 
 
 @register_internal_rule("Softmax", "LogSoftmax", "Sparsemax", "Glu")

@@ -140,6 +140,11 @@ class ChannelRule:
         del call
         return False
 
+    def read_axes(self, call: Call) -> Mapping[Value, set[int]]:
+        """The axes along which a gate may stand on each input: those that the call reads."""
+        del call
+        return {}
+
     def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
         """Changes a layer's configuration in place to fewer channels.
 

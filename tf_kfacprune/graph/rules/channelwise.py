@@ -55,6 +55,31 @@ class LayerScaleRule(ChannelRule):
         return True
 
 
+@register_internal_rule("ZerosLike", "OnesLike")
+class UniformRule(ChannelRule):
+    """`keras.ops.zeros_like` and `ones_like`: as many channels as the tensor has."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        flow.uniform.update(call.outputs)
+        return [flow.of(call.inputs[0])]
+
+
+@register_internal_rule("Cumsum", "Roll")
+class AlongAxisRule(ChannelRule):
+    """Running sums and `roll`: the axis they go along is frozen, the others pass."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        axes, along = flow.of(call.inputs[0]), call.operation.axis
+        if along is None and len(axes) > 1:
+            return self.freeze_all(call, flow, reasons.MIXED_AXES)
+        for k in (0,) if along is None else (along,) if isinstance(along, int) else along:
+            flow.freeze(axes[k], reasons.NOT_A_CHANNEL_AXIS, call.path)
+        return [axes]
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
+
+
 @register_channel_rule(layers.Normalization, layers.Rescaling)
 class ConstantsRule(ChannelRule):
     """Layers with constants: where a constant has several entries, channels are frozen."""

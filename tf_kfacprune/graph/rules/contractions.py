@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from keras import layers
 
 from tf_kfacprune.graph import reasons
-from tf_kfacprune.graph.calls import Call
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.activations import freeze_by_activation
 from tf_kfacprune.graph.rules.base import (
@@ -34,6 +34,12 @@ class ContractionRule(ChannelRule):
     def channel_axis(self, call: Call) -> int:
         """The axis that the layer contracts."""
         return channel_axis(call.operation, len(call.inputs[0].shape))
+
+    def read_axes(self, call: Call) -> Mapping[Value, set[int]]:
+        if not self.folded:
+            return {}
+        axis = self.channel_axis(call)
+        return {value: {axis % len(value.shape)} for value in call.inputs}
 
     def out_size(self, layer: Any) -> int:
         """Number of channels that the layer creates."""

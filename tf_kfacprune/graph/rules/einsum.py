@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any, ClassVar
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from keras import layers
 
 from tf_kfacprune.graph import reasons
-from tf_kfacprune.graph.calls import Call
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.activations import freeze_by_activation
 from tf_kfacprune.graph.rules.base import Count, Extent, Roles, Shape, extents
@@ -21,12 +22,13 @@ __all__: list[str] = []
 
 @register_channel_rule(layers.EinsumDense)
 class EinsumDenseRule(ContractionRule):
-    """`EinsumDense` with one contracted axis: reads it, creates the kernel's other axes.
+    """`EinsumDense`: reads the axes that it contracts, creates the kernel's other axes.
 
-    Roles are the letters of the equation.
+    Roles are the letters of the equation, after `"in_"` for axes that are read.
     """
 
-    folded: ClassVar = {"kernel": "in"}
+    def folded_roles(self, name: str) -> tuple[str, ...]:
+        return tuple(f"in_{letter}" for letter in string.ascii_letters) if name == "kernel" else ()
 
     def letters(self, layer: Any) -> tuple[str, str, str] | None:
         """Input, kernel and output letters, or None if the equation is not one of the kind."""
@@ -37,16 +39,23 @@ class EinsumDenseRule(ContractionRule):
         contracted = [letter for letter in read if letter in kernel]
         created = [letter for letter in made if letter in kernel]
         distinct = all(len(set(part)) == len(part) for part in (read, kernel, made))
-        plain = len(contracted) == 1 and not set(contracted) & set(made) and distinct
+        plain = bool(contracted) and not set(contracted) & set(made) and distinct
         return (read, kernel, made) if plain and created else None
 
-    def channel_axis(self, call: Call) -> int:
+    def contracted(self, call: Call) -> dict[str, int]:
+        """The axes of the input that are contracted, by letter."""
         letters = self.letters(call.operation)
         if letters is None:
-            return -1
+            return {}
         read, kernel, _ = letters
-        contracted = next(letter for letter in read if letter in kernel)
-        return len(call.inputs[0].shape) - len(read) + read.index(contracted)
+        first = len(call.inputs[0].shape) - len(read)
+        return {letter: first + k for k, letter in enumerate(read) if letter in kernel}
+
+    def channel_axis(self, call: Call) -> int:
+        return next(iter(self.contracted(call).values()), -1)
+
+    def read_axes(self, call: Call) -> Mapping[Value, set[int]]:
+        return {call.inputs[0]: set(self.contracted(call).values())}
 
     def weight_roles(self, layer: Any) -> Roles:
         letters = self.letters(layer)
@@ -54,7 +63,7 @@ class EinsumDenseRule(ContractionRule):
             return {}
         read, kernel, made = letters
         roles: dict[str, Sequence[str | None]] = {
-            "kernel": ["in" if letter in read else letter for letter in kernel]
+            "kernel": [f"in_{letter}" if letter in read else letter for letter in kernel]
         }
         if layer.bias is not None:
             aligned = made[-len(layer.bias.shape) :]
@@ -72,8 +81,9 @@ class EinsumDenseRule(ContractionRule):
             reason = reasons.WEIGHTS_NOT_PLAIN if known else reasons.UNKNOWN_OPERATION
             return self.freeze_all(call, flow, reason)
         read, kernel, made = letters
-        axis = self.channel_axis(call)
-        flow.role(layer, "in", flow.read(call, value, axis), call.path)
+        for letter, axis in self.contracted(call).items():
+            role = f"in_{letter}"
+            flow.role(layer, role, flow.read(call, value, axis, role), call.path)
         given = dict(zip(read[::-1], flow.of(value)[::-1], strict=False))
         size = dict(zip(kernel, layer.kernel.shape, strict=True))
         axes: Axes = [None] * len(call.outputs[0].shape)

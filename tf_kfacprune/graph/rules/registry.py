@@ -12,6 +12,7 @@ from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.graph.rules.base import ChannelRule
 
 __all__ = [
+    "has_rule",
     "register_channel_rule",
     "register_internal_rule",
     "registered_rules",
@@ -87,6 +88,11 @@ def registered_rules() -> list[tuple[str, bool, ChannelRule]]:
     public |= {kind: kind.__name__ for kind in public if hasattr(keras.layers, kind.__name__)}
     exported = [(public[kind], True, rule) for kind, rule in _LAYER_RULES.items() if kind in public]
     return exported + [(name, False, rule) for name, rule in _INTERNAL_RULES.items()]
+
+
+def has_rule(operation: Any) -> bool:
+    """Whether there is a rule for a layer or operation."""
+    return rule_for(operation) is not _UNKNOWN
 
 
 def rule_for(operation: Any) -> ChannelRule:

@@ -6,14 +6,14 @@ and order of axes, and needs no formula of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from keras import layers, ops
 
 from tf_kfacprune.graph import reasons
-from tf_kfacprune.graph.calls import Call
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import ChannelRule, Count, Removal, Shape
 from tf_kfacprune.graph.rules.registry import register_channel_rule, register_internal_rule
@@ -35,7 +35,9 @@ class IndexRule(ChannelRule):
             if labels is None:
                 continue
             if (labels == labels[0]).all():  # cannot be told from an axis without channels
-                flow.freeze(labels, reasons.ONLY_NEURON, call.path)
+                single = len(labels) == 1
+                reason = reasons.ONLY_NEURON if single else reasons.ALL_COUPLED
+                flow.freeze(labels, reason, call.path)
                 continue
             moved = self._move(call, flow, k, labels)
             if moved is None or result[moved[0]] is not None:
@@ -55,14 +57,14 @@ class IndexRule(ChannelRule):
         within the first of these axes, so that whole heads go.
         """
         value, target = call.inputs[0], call.outputs[0].shape
-        shape = [1] + [size or _STAND_IN for size in value.shape[1:]]
-        along = [-1 if k == axis else 1 for k in range(len(shape))]
-        array = np.broadcast_to(labels.reshape(along), shape).astype("int32")
-        moved = np.array(call.operation.call(ops.convert_to_tensor(array)))
-        if moved.shape[0] != 1 or moved.ndim != len(target):
+        moved = _moved(call, axis, labels, [size or _STAND_IN for size in value.shape])
+        if moved is None and None in value.shape:
+            sizes = flow.sizes(value)  # which fit together, but are large
+            moved = _moved(call, axis, labels, [size or _STAND_IN for size in sizes])
+        if moved is None or moved.ndim != len(target):
             return None
-        varying = [k for k in range(1, moved.ndim) if (np.diff(moved, axis=k) != 0).any()]
-        if not varying or target[varying[0]] != moved.shape[varying[0]]:
+        varying = [k for k in range(moved.ndim) if (np.diff(moved, axis=k) != 0).any()]
+        if not varying or varying[0] == 0 or target[varying[0]] != moved.shape[varying[0]]:
             return None
         rows = np.moveaxis(moved, varying[0], 0).reshape(moved.shape[varying[0]], -1)
         if len(varying) > 1:
@@ -72,6 +74,16 @@ class IndexRule(ChannelRule):
 
     def is_homogeneous(self, call: Call) -> bool:
         return True
+
+
+def _moved(call: Call, axis: int, labels: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
+    """What the operation makes of the labels along an axis, or None if the shape does not fit."""
+    along = [-1 if k == axis else 1 for k in range(len(shape))]
+    array = np.broadcast_to(labels.reshape(along), shape).astype("int32")
+    try:
+        return np.array(call.operation.call(ops.convert_to_tensor(array)))
+    except Exception:  # noqa: BLE001 (of the backend: sizes put in for unknown ones do not fit)
+        return None
 
 
 def _target(shape: Sequence[int | None]) -> tuple[int, ...]:
@@ -91,21 +103,65 @@ class ReshapeOperatorRule(IndexRule):
     """`keras.ops.reshape`: as the layer."""
 
     def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
-        return ops.reshape(args[0], _target(removal.shape(call.outputs[0])))
+        left = removal.shape(call.outputs[0])
+        before = call.outputs[0].shape
+        # What was -1 or computed stays so; what counted channels counts those that are left.
+        asked = call.operation.newshape
+        newshape = [n if a == b else a for n, a, b in zip(asked, left, before, strict=True)]
+        return ops.reshape(args[0], newshape)
+
+
+@register_internal_rule("Repeat")
+class RepeatRule(IndexRule):
+    """`keras.ops.repeat`: the copies of a channel go together."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        operation = call.operation
+        if operation.axis is None or not isinstance(operation.repeats, int):
+            return self.freeze_all(call, flow, reasons.PICKED)
+        axis = operation.axis % len(call.inputs[0].shape)
+        axes = flow.of(call.inputs[0])
+        labels = axes[axis]
+        if labels is not None:
+            axes[axis] = np.repeat(labels, operation.repeats)
+        return [axes]
+
+
+_STATISTICS = {"Mean": "mean", "Sum": "sum", "Var": "variance", "Std": "variance"}
 
 
 @register_internal_rule("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Prod", "Std", "Var")
 class ReductionRule(ChannelRule):
-    """Reductions: reduced axes are frozen, the others pass."""
+    """Reductions over positions pass channels; sums, means and variances over channels read them.
+
+    A product, a largest or a smallest over channels freezes them.
+    """
+
+    def reduced(self, call: Call) -> set[int]:
+        """The axes that are reduced."""
+        rank, axis = len(call.inputs[0].shape), call.operation.axis
+        axis = range(rank) if axis is None else axis
+        return {k % rank for k in ((axis,) if isinstance(axis, int) else axis)}
+
+    def read_axes(self, call: Call) -> Mapping[Value, set[int]]:
+        is_read = type(call.operation).__name__ in _STATISTICS
+        return {call.inputs[0]: self.reduced(call)} if is_read else {}
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         value, operation = call.inputs[0], call.operation
-        rank = len(value.shape)
-        axis = range(rank) if operation.axis is None else operation.axis
-        reduced = {k % rank for k in ((axis,) if isinstance(axis, int) else axis)}
+        reduced = self.reduced(call)
         axes = flow.of(value)
+        labelled = [k for k in reduced if axes[k] is not None]
+        statistic = _STATISTICS.get(type(operation).__name__)
+        is_over_channels = len(labelled) == 1 and labelled[0] != 0
+        if statistic == "variance":
+            is_over_channels = is_over_channels and len(reduced) == 1
+        if statistic and is_over_channels:
+            flow.read_statistic(call, value, labelled[0], statistic)
+        else:
+            for k in labelled:
+                flow.freeze(axes[k], reasons.REDUCED, call.path)
         for k in reduced:
-            flow.freeze(axes[k], reasons.REDUCED, call.path)
             axes[k] = None
         kept = [labels for k, labels in enumerate(axes) if k not in reduced]
         return [axes if operation.keepdims else kept]

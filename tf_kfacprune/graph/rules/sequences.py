@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from keras import layers
 
 from tf_kfacprune.graph import reasons
-from tf_kfacprune.graph.calls import Call
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, Extent
+from tf_kfacprune.graph.rules.base import ChannelRule, Extent, Roles, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
 from tf_kfacprune.graph.rules.registry import register_channel_rule
 
@@ -35,6 +35,46 @@ class EmbeddingRule(ContractionRule):
 
     def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
         return []
+
+
+@register_channel_rule(layers.ReversibleEmbedding)
+class ReversibleEmbeddingRule(EmbeddingRule):
+    """`ReversibleEmbedding`: called in reverse it reads the channels that it creates."""
+
+    folded: ClassVar = {}
+
+    def weight_roles(self, layer: Any) -> Roles:
+        roles: dict[str, Sequence[str | None]] = {"embeddings": (None, "out")}
+        if not layer.tie_weights:
+            roles["reverse_embeddings"] = ("out", None)
+        return roles
+
+    def is_reverse(self, call: Call) -> bool:
+        """Whether a call projects channels back to indices."""
+        return bool(call.args[1] if len(call.args) > 1 else call.kwargs.get("reverse", False))
+
+    def read_axes(self, call: Call) -> Mapping[Value, set[int]]:
+        value = call.inputs[0]
+        return {value: {len(value.shape) - 1}} if self.is_reverse(call) else {}
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        layer, value = call.operation, call.inputs[0]
+        if not self.is_reverse(call) or not self.has_plain_weights(layer):
+            return super().propagate(call, flow)
+        created = flow.created(call, "out", layer.output_dim)
+        axis = len(value.shape) - 1
+        if flow.of(value)[axis] is None:
+            flow.freeze(created, reasons.UNTRACKED_OPERAND, call.path)
+        else:
+            flow.unite(created, flow.read(call, value, axis, "back"), call.path)
+        return [[*flow.of(value)[:-1], None]]
+
+    def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
+        if not self.is_reverse(call):
+            return []
+        value = call.inputs[0]
+        places = extents(value, flow, range(1, len(value.shape)))
+        return [[*places, call.operation.input_dim]]
 
 
 @register_channel_rule(layers.RepeatVector)

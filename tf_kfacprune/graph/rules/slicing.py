@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from tf_kfacprune.graph import reasons
-from tf_kfacprune.graph.calls import Call
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import ChannelRule, Removal
 from tf_kfacprune.graph.rules.registry import register_internal_rule
@@ -56,10 +56,14 @@ class GetItemRule(ChannelRule):
         keys = _key_per_axis(call, len(value.shape))
         if keys is None:
             return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
+        is_uniform = value in flow.uniform
+        if is_uniform:
+            flow.uniform.update(call.outputs)
         axes: Axes = []
         for key, labels in zip(keys, flow.of(value), strict=True):
             if isinstance(key, int):  # a single channel, which must stay where it is
-                flow.freeze(labels, reasons.PICKED, call.path)
+                if not (is_uniform and key == 0):  # else any channel will do
+                    flow.freeze(labels, reasons.PICKED, call.path)
                 continue
             part = None if labels is None else labels[key]
             if labels is not None and part is not None and len(part) < len(labels):
@@ -102,6 +106,28 @@ def _key_per_axis(call: Call, rank: int) -> list[int | slice] | None:
 def _is_contiguous(key: slice) -> bool:
     numbers = all(isinstance(end, (int, type(None))) for end in (key.start, key.stop))
     return numbers and key.step in (None, 1)
+
+
+@register_internal_rule("Take")
+class TakeRule(ChannelRule):
+    """`keras.ops.take`: entries are picked by number along one axis, the other axes pass."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        axis, data = call.operation.axis, call.args[0]
+        indices = call.args[1] if len(call.args) > 1 else call.kwargs.get("indices")
+        if axis is None or not isinstance(data, Value):
+            return self.freeze_all(call, flow, reasons.PICKED)
+        if isinstance(indices, Value):
+            flow.freeze_value(indices, reasons.NOT_A_CHANNEL_AXIS, call.path)
+        rank = len(call.outputs[0].shape) - len(data.shape) + 1
+        axes = flow.of(data)
+        axis %= len(axes)
+        flow.freeze(axes[axis], reasons.PICKED, call.path)
+        axes[axis : axis + 1] = [None] * rank
+        return [axes]
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
 
 
 @register_internal_rule("Unstack")

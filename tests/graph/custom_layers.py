@@ -1,0 +1,162 @@
+"""Custom layers as people write them, for tests of their opening."""
+
+from __future__ import annotations
+
+import keras
+from keras import layers, ops
+
+
+class FeedForward(layers.Layer):
+    """Two Dense layers of the same names in every block, with a residual connection."""
+
+    def __init__(self, units, activation="relu", **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.up = layers.Dense(units, activation=activation, name="dense", dtype=self.dtype_policy)
+
+    def build(self, shape):
+        self.down = layers.Dense(shape[-1], name="dense_out", dtype=self.dtype_policy)
+        self.up.build(shape)
+        self.down.build((*shape[:-1], self.units))
+        self.built = True
+
+    def call(self, x):
+        return x + self.down(self.up(x))
+
+
+class Scale(layers.Layer):
+    """Weights of its own: a factor and a shift per channel, the factor read in a computation."""
+
+    def build(self, shape):
+        self.gamma = self.add_weight(shape=(shape[-1],), initializer="ones", name="gamma")
+        self.beta = self.add_weight(shape=(shape[-1],), name="beta")
+        self.built = True
+
+    def call(self, x):
+        return ops.softplus(self.gamma) * x + self.beta
+
+
+class Block(layers.Layer):
+    """Nested custom layers, state, noise, `training` and a keyword argument."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.ffn = FeedForward(units, name="ffn")
+        self.scale = Scale(name="scale")
+        self.bn = layers.BatchNormalization(name="bn")
+        self.drop = layers.Dropout(0.5, seed=3, name="drop")
+
+    def build(self, shape):
+        for layer in (self.ffn, self.scale, self.bn):
+            layer.build(shape)
+        self.built = True
+
+    def call(self, x, twice=False, training=None):
+        y = self.ffn(x)
+        if twice:
+            y = self.ffn(y)
+        y = self.drop(self.bn(self.scale(y), training=training), training=training)
+        return ops.relu(x + y)
+
+
+class SizeOfData(layers.Layer):
+    """Sizes known only at run time, and positions."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.table = layers.Dense(6, name="table")
+
+    def build(self, shape):
+        self.table.build(shape)
+        self.positions = self.add_weight(shape=(64, shape[-1]), name="positions")
+        self.built = True
+
+    def call(self, x):
+        batch, length, channels = ops.shape(x)
+        x = x + ops.broadcast_to(
+            ops.slice(self.positions, (0, 0), (length, channels)), (batch, length, channels)
+        )
+        x = x + ops.sin(ops.arange(length, dtype="float32"))[:, None]
+        x = x + self.positions[:length] / ops.cast(length, "float32")
+        heads = ops.reshape(self.table(x), (batch, length, 2, 3))
+        return ops.reshape(2.0 * heads, (batch, length, 6)) + ops.ones((batch, length, 1))
+
+
+class Masked(layers.Layer):
+    """Takes the Keras mask of its input."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.lstm = layers.LSTM(5, return_sequences=True, name="lstm")
+        self.supports_masking = True
+
+    def build(self, shape):
+        self.lstm.build(shape)
+        self.built = True
+
+    def call(self, x, mask=None):
+        y = self.lstm(x)
+        return y if mask is None else ops.where(mask[..., None], y, 0.5)
+
+
+class Branching(layers.Layer):
+    """Does something else in training than in inference."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(4, name="dense")
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.built = True
+
+    def call(self, x, training=None):
+        return self.dense(x) * 2.0 if training else self.dense(x)
+
+
+class Baking(layers.Layer):
+    """Reads a weight of another layer past Keras, so its value would be baked into the graph."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(4, name="dense")
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.built = True
+
+    def call(self, x):
+        return self.dense(x) + ops.mean(ops.convert_to_tensor(self.dense.kernel))
+
+
+class Drawing(layers.Layer):
+    """Draws random numbers of a fixed shape."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seed = keras.random.SeedGenerator(1)
+
+    def call(self, x):
+        return x + keras.random.normal((1, x.shape[-1]), seed=self.seed)
+
+
+class Counting(layers.Layer):
+    """Changes a weight of its own in its call."""
+
+    def build(self, shape):
+        self.count = self.add_weight(shape=(), trainable=False, name="count")
+        self.built = True
+
+    def call(self, x):
+        self.count.assign_add(1.0)
+        return x * self.count
+
+
+class Deciding(layers.Layer):
+    """Decides by its data."""
+
+    def call(self, x):
+        return x if ops.sum(x) > 0 else -x
+
+    def compute_output_shape(self, shape):
+        return shape

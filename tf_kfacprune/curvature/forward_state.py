@@ -1,0 +1,38 @@
+"""What a forward pass in training mode changes, so that it can be undone or repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import tensorflow as tf
+
+__all__ = ["ForwardState"]
+
+
+class ForwardState:
+    """Remembers the state of a network when it is created: normalization statistics, seeds.
+
+    Restoring it before another pass on the same batch repeats the same dropout masks and gate
+    noise: the loss before and after a step are then values of one and the same function.
+
+    Args:
+        network: The network.
+        ignore: Variables that a step changes on purpose.
+    """
+
+    def __init__(self, network: Any, ignore: Iterable[Any] = ()) -> None:
+        ignored = {id(variable) for variable in ignore}
+        self._variables = [v for v in network.non_trainable_variables if id(v) not in ignored]
+        self._values = [tf.convert_to_tensor(variable) for variable in self._variables]
+
+    def restore(self) -> None:
+        """Brings the remembered values back."""
+        for variable, value in zip(self._variables, self._values, strict=True):
+            variable.assign(value)
+
+    def restore_statistics(self) -> None:
+        """Brings back all but seeds: noise goes on as if the pass had counted."""
+        for variable, value in zip(self._variables, self._values, strict=True):
+            if value.dtype.is_floating:
+                variable.assign(value)

@@ -1,0 +1,232 @@
+"""Sizes that are known only at run time, while the call of a layer is being recorded.
+
+Inside a compiled function `keras.ops.shape(x)` returns scalars for the sizes that are not known
+beforehand; on symbolic tensors it returns None instead, and what is computed from a size is lost.
+While a call is being recorded such a size is a symbolic scalar, and the operations that take sizes
+are expressed by others that find them in the data: with the vector of zeros `z` along an axis of n
+entries, cut out of `zeros_like(x)`,
+
+    n = sum(z + 1),    arange(n) = cumsum(z + 1) - 1,    zeros((n, 4)) = z[:, None] + zeros((1, 4)),
+
+    broadcast_to(x, shape) = x + zeros(shape),    x[:n] = take(x, arange(n)).
+
+So nothing but operations of Keras is left in the graph. Other uses of such a size fail, and the
+layer stays closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from tf_kfacprune.errors import UnsupportedModelError
+
+__all__ = ["symbolic_sizes"]
+
+
+_REPLACED = (
+    *("shape", "arange", "reshape", "broadcast_to", "tile", "zeros", "ones", "full", "slice"),
+)
+
+
+@contextmanager
+def symbolic_sizes() -> Iterator[None]:
+    """Makes sizes symbolic within a `with` block, for calls of `keras.ops` on symbolic tensors."""
+    sizes = _Sizes()
+    replaced: dict[str, Callable[..., Any]] = {name: getattr(ops, name) for name in _REPLACED}
+    item = keras.KerasTensor.__getitem__
+    for name, original in replaced.items():
+        setattr(ops, name, _dispatch(getattr(sizes, name), original))
+    keras.KerasTensor.__getitem__ = _dispatch(sizes.item, item)
+    try:
+        yield
+    finally:
+        for name, original in replaced.items():
+            setattr(ops, name, original)
+        keras.KerasTensor.__getitem__ = item
+
+
+def _dispatch(symbolic: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that asks `symbolic` first, and `original` if that returns NotImplemented."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        result = symbolic(original, *args, **kwargs)
+        return original(*args, **kwargs) if result is NotImplemented else result
+
+    return function
+
+
+class _Sizes:
+    """The sizes met so far: symbolic scalars, with the axes they are the sizes of."""
+
+    def __init__(self) -> None:
+        self._axis_of: dict[int, tuple[Any, int]] = {}
+        self._scalars: dict[tuple[int, int], Any] = {}
+        self._zeros: dict[tuple[int, int], Any] = {}
+        self._kept: list[Any] = []  # so that no `id` is used again
+
+    # ---- operations, each preceded by the original one
+
+    def shape(self, original: Any, x: Any) -> Any:
+        if not _is_symbolic(x):
+            return NotImplemented
+        return tuple(self._size(x, k) if n is None else n for k, n in enumerate(x.shape))
+
+    def arange(
+        self, original: Any, start: Any, stop: Any = None, step: Any = None, dtype: Any = None
+    ) -> Any:
+        if not any(map(_is_symbolic, (start, stop, step))):
+            return NotImplemented
+        if stop is None:
+            start, stop = 0, start
+        if start != 0 or step not in (None, 1):
+            raise _unsupported("arange", (start, stop, step))
+        return ops.cast(ops.cumsum(self._along(stop) + 1) - 1, dtype or "int32")
+
+    def reshape(self, original: Any, x: Any, newshape: Any) -> Any:
+        if not isinstance(newshape, (tuple, list)):
+            return NotImplemented
+        if not any(n is None or _is_symbolic(n) for n in newshape):
+            return NotImplemented
+        if not _is_symbolic(x):
+            x = ops.convert_to_tensor(x)
+        free = [k for k, n in enumerate(newshape) if _is_symbolic(n) or n in (None, -1)]
+        target = [-1 if k in free else int(n) for k, n in enumerate(newshape)]
+        if len(free) == 1:
+            return original(x, target)
+        is_batch = free[0] == 0 and self._is_batch(newshape[0], x)
+        if len(free) == 2 and is_batch and _is_symbolic(x):
+            dtype = x.dtype if "float" in x.dtype else None
+            return layers.Reshape(target[1:], dtype=dtype)(x)
+        raise _unsupported("reshape", newshape)
+
+    def broadcast_to(self, original: Any, x: Any, shape: Any) -> Any:
+        if not any(map(_is_symbolic, shape)):
+            return NotImplemented
+        own = [1] * (len(shape) - len(x.shape)) + list(x.shape)
+        missing = [1 if n == size else size for n, size in zip(own, shape, strict=True)]
+        zeros = self._zeros_of(missing, "int32" if _dtype(x) == "bool" else _dtype(x))
+        return ops.logical_or(x, ops.cast(zeros, "bool")) if _dtype(x) == "bool" else x + zeros
+
+    def tile(self, original: Any, x: Any, repeats: Any) -> Any:
+        if not any(map(_is_symbolic, _as_tuple(repeats))):
+            return NotImplemented
+        own = [1] * (len(repeats) - len(x.shape)) + list(x.shape)
+        fixed = [1 if _is_symbolic(n) else n for n in repeats]
+        if any(_is_symbolic(n) and size != 1 for n, size in zip(repeats, own, strict=True)):
+            raise _unsupported("tile", repeats)
+        x = x if all(n == 1 for n in fixed) else original(x, fixed)
+        shape = [n if _is_symbolic(n) else m * n for n, m in zip(repeats, own, strict=True)]
+        return self.broadcast_to(None, x, shape)
+
+    def zeros(self, original: Any, shape: Any, dtype: Any = None) -> Any:
+        if not any(map(_is_symbolic, _as_tuple(shape))):
+            return NotImplemented
+        return self._zeros_of(_as_tuple(shape), dtype or keras.config.floatx())
+
+    def ones(self, original: Any, shape: Any, dtype: Any = None) -> Any:
+        zeros = self.zeros(None, shape, dtype)
+        return zeros if zeros is NotImplemented else ops.ones_like(zeros)
+
+    def full(self, original: Any, shape: Any, fill_value: Any, dtype: Any = None) -> Any:
+        zeros = self.zeros(None, shape, dtype)
+        return zeros if zeros is NotImplemented else zeros + fill_value
+
+    def slice(self, original: Any, inputs: Any, start_indices: Any, shape: Any) -> Any:
+        if not any(map(_is_symbolic, (*start_indices, *shape))):
+            return NotImplemented
+        for axis, (start, size) in enumerate(zip(start_indices, shape, strict=True)):
+            if _is_symbolic(start) or _is_symbolic(size):
+                inputs = self._take(inputs, axis, start, size)
+            elif not (_is_zero(start) and size == inputs.shape[axis]):
+                inputs = inputs[_key(axis, slice(start, start + size))]
+        return inputs
+
+    def item(self, original: Any, x: Any, key: Any) -> Any:
+        keys = key if isinstance(key, tuple) else (key,)
+        if not any(isinstance(k, slice) and _is_symbolic(k.stop) for k in keys):
+            return NotImplemented
+        if Ellipsis in keys or not all(isinstance(k, slice) for k in keys):
+            raise _unsupported("x[...]", key)
+        for axis, k in enumerate(keys):
+            if _is_symbolic(k.stop) and _is_zero(k.start or 0) and k.step in (None, 1):
+                x = self._take(x, axis, 0, k.stop)
+            elif k != slice(None):
+                x = original(x, _key(axis, k))
+        return x
+
+    # ---- sizes in the data
+
+    def _size(self, x: Any, axis: int) -> Any:
+        """The number of entries of an axis, as a symbolic scalar."""
+        known = (id(x), axis)
+        if known not in self._scalars:
+            self._kept.append(x)
+            self._scalars[known] = scalar = ops.sum(self._zeros_along(x, axis) + 1)
+            self._axis_of[id(scalar)] = (x, axis)
+        return self._scalars[known]
+
+    def _zeros_along(self, x: Any, axis: int) -> Any:
+        known = (id(x), axis)
+        if known not in self._zeros:
+            self._kept.append(x)
+            key = tuple(slice(None) if k == axis else 0 for k in range(len(x.shape)))
+            self._zeros[known] = ops.zeros_like(x, dtype="int32")[key]
+        return self._zeros[known]
+
+    def _along(self, size: Any) -> Any:
+        """Zeros, as many as a symbolic scalar says."""
+        if id(size) not in self._axis_of:
+            raise _unsupported("an operation that makes a tensor", size)
+        return self._zeros_along(*self._axis_of[id(size)])
+
+    def _is_batch(self, size: Any, x: Any) -> bool:
+        """Whether a size is that of a batch axis, as the first axis of a tensor is."""
+        is_first = size is None or self._axis_of.get(id(size), (None, None))[1] == 0
+        return is_first and x.shape[0] is None
+
+    def _zeros_of(self, shape: Sequence[Any], dtype: Any) -> Any:
+        fixed = [1 if _is_symbolic(n) else n for n in shape]
+        total: Any = np.zeros(fixed, "int32")
+        for axis, size in enumerate(shape):
+            if _is_symbolic(size):
+                others = [k for k in range(len(shape)) if k != axis]
+                total = ops.expand_dims(self._along(size), others) + total
+        return ops.cast(total, dtype)
+
+    def _take(self, x: Any, axis: int, start: Any, size: Any) -> Any:
+        if not _is_symbolic(size):
+            raise _unsupported("slice", (start, size))
+        positions = ops.cumsum(self._along(size) + 1) - 1
+        return ops.take(x, positions if _is_zero(start) else positions + start, axis=axis)
+
+
+def _is_symbolic(x: Any) -> bool:
+    return isinstance(x, keras.KerasTensor)
+
+
+def _is_zero(start: Any) -> bool:
+    return isinstance(start, int) and start == 0
+
+
+def _as_tuple(shape: Any) -> tuple[Any, ...]:
+    return tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
+
+
+def _dtype(x: Any) -> str:
+    return keras.backend.standardize_dtype(x.dtype)
+
+
+def _key(axis: int, key: Any) -> tuple[Any, ...]:
+    return (*[slice(None)] * axis, key)
+
+
+def _unsupported(operation: str, size: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{operation} with a size that is known only at run time: {size!r}"
+    )

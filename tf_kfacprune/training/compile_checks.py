@@ -1,0 +1,54 @@
+"""What `compile` refuses, and what it warns of."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from tf_kfacprune.curvature import CompiledObjective
+from tf_kfacprune.errors import InvalidArgumentError
+
+__all__ = ["check_losses", "warn_of_labels"]
+
+
+def check_losses(objective: CompiledObjective) -> None:
+    """Refuses losses whose curvature the optimizer `KFAC` could not use.
+
+    Args:
+        objective: What the model was compiled with.
+
+    Raises:
+        InvalidArgumentError: If there is no loss, or one that is not a mean over the batch.
+    """
+    losses = objective.losses()
+    if not losses:
+        raise InvalidArgumentError(
+            "KFAC takes its curvature from the loss that is given to `compile`. Received: "
+            "loss=None. Pass a loss; what layers add by add_loss has no likelihood."
+        )
+    for loss in losses:
+        if getattr(loss, "reduction", None) in ("sum", "none"):
+            raise InvalidArgumentError(
+                "KFAC needs losses that are means over the batch: steps would be too long or "
+                f"too short by its size. Received: {type(loss).__name__} with reduction="
+                f"{loss.reduction!r}. Use the default, 'sum_over_batch_size'."
+            )
+
+
+def warn_of_labels(name: str, objective: CompiledObjective, users: Sequence[Any]) -> None:
+    """Warns where labels cannot be sampled, so that those of the data take their place.
+
+    Args:
+        name: Name of the model.
+        objective: What the model was compiled with.
+        users: Whatever looks at curvature, with its `labels`.
+    """
+    users = [user for user in users if user.labels != "data"]
+    reasons = objective.reasons()
+    if users and reasons:
+        warnings.warn(
+            f"{' and '.join(type(user).__name__ for user in users)} of {name!r} fall back on the "
+            f"empirical Fisher (labels='data'): {'; '.join(reasons)}.",
+            stacklevel=3,
+        )
