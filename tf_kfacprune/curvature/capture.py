@@ -8,6 +8,7 @@ on the layers.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -32,8 +33,34 @@ class OfLayer(Protocol):
         """The layer."""
 
 
+# Whose mask each projection of an attention layer has.
+_MASKED_AS = {"query": "query", "key": "key", "value": "value", "output": "query", "gate": "query"}
+
+
 @contextmanager
-def _recording(layer: keras.layers.Layer, records: list[Record]) -> Iterator[None]:
+def _noting_masks(attention: keras.layers.Layer, noted: dict[int, Any]) -> Iterator[None]:
+    """Notes the masks of an attention layer for its projections, from which it hides them."""
+    call: Any = attention.call
+    signature = inspect.signature(call)
+
+    def noting_call(*args: Any, **kwargs: Any) -> Any:
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        given.setdefault("key", given.get("value"))
+        given.setdefault("key_mask", given.get("value_mask"))
+        for part, source in _MASKED_AS.items():
+            mask = given.get(f"{source}_mask")
+            mask = mask_of(given.get(source)) if mask is None else mask
+            noted[id(getattr(attention, f"_{part}_dense", None))] = mask
+        return call(*args, **kwargs)
+
+    with substituted(attention, call=noting_call):
+        yield
+
+
+@contextmanager
+def _recording(
+    layer: keras.layers.Layer, records: list[Record], noted: dict[int, Any]
+) -> Iterator[None]:
     """Appends a record of every call of a layer."""
     call: Any = layer.call
     activation: Any = getattr(layer, "activation", None)
@@ -47,6 +74,7 @@ def _recording(layer: keras.layers.Layer, records: list[Record]) -> Iterator[Non
         shown.clear()
         outputs = call(x, *args, **kwargs)
         mask = layer.compute_mask(x, mask_of(x)) if layer.supports_masking else None
+        mask = noted.get(id(layer)) if mask is None else mask
         records.append(Record(layer, x, shown[-1] if shown else outputs, mask))
         return outputs
 
@@ -78,10 +106,14 @@ def capture(
         UnsupportedModelError: If a layer was not met.
     """
     layers = {id(block.layer): block.layer for block in blocks}
+    attentions = {id(a): a for b in blocks if (a := getattr(b, "attention", None)) is not None}
     records: list[Record] = []
+    noted: dict[int, Any] = {}
     with ExitStack() as stack:
+        for attention in attentions.values():
+            stack.enter_context(_noting_masks(attention, noted))
         for layer in layers.values():
-            stack.enter_context(_recording(layer, records))
+            stack.enter_context(_recording(layer, records, noted))
         outputs = network(x, training=training)
     missed = [layer.name for layer in layers.values() if all(r.layer is not layer for r in records)]
     if missed:

@@ -62,11 +62,14 @@ class Uses:
         records: One record per call.
         probes: For each probe, g of each record.
         weights: What each example counts, shape `(batch,)`, or None if all count the same.
+        examples: Number of examples, of each of which a model may make several rows, scalar int32
+            tensor; None for as many as there are rows.
     """
 
     records: Sequence[Record]
     probes: Sequence[Sequence[Any]]
     weights: Any = None
+    examples: Any = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Look:
             [self.records[k] for k in places],
             [[probe[k] for k in places] for probe in self.probes],
             self.weights,
+            self.examples,
         )
 
 
@@ -146,7 +150,10 @@ class CurvatureEstimator:
             outputs, records = capture(self.network, batch.x, layers, training)
             entries = self.objective.entries(batch, outputs)
             examples = batch.size
-            probes = self._probes(entries, labels, tf.cast(examples, "float32"))
+            # What is summed over the examples is squared by who asks for it: their signs must be
+            # independent, as those of sampled labels are.
+            signs = _random_signs(examples, self._seed) if points else None
+            probes = self._probes(entries, labels, tf.cast(examples, "float32"), signs)
         state.restore()
         sources = [*(record.s for record in records), *points]
         found = [
@@ -214,18 +221,20 @@ class CurvatureEstimator:
             )
         return [tf.reduce_sum(loss) for loss in losses]
 
-    def _probes(self, all_entries: Sequence[Entries], labels: str, examples: Any) -> list[Any]:
+    def _probes(
+        self, all_entries: Sequence[Entries], labels: str, examples: Any, signs: Any
+    ) -> list[Any]:
         """The probes, each scaled so that gradients belong to one example."""
         together: list[Any] = []  # those that one backward pass can take at once
         single: list[Any] = []
         for entries in all_entries:
             if labels == "data" or not entries.has_coordinates:
-                together.append(_data_probe(entries, examples))
+                together.append(_data_probe(entries, examples, signs))
                 continue
             scaled = entries.scaled_coordinates()
             scaled = scaled * tf.cast(tf.sqrt(examples), scaled.dtype)
             if labels == "exact":
-                single += _by_output(scaled)
+                single += _by_output(_signed(scaled, signs))
                 continue
             noise = keras.random.normal(ops.shape(scaled), dtype=scaled.dtype, seed=self._seed)
             together.append(ops.sum(noise * scaled))
@@ -233,7 +242,7 @@ class CurvatureEstimator:
         return total + single
 
 
-def _data_probe(entries: Entries, examples: Any) -> Any:
+def _data_probe(entries: Entries, examples: Any, signs: Any) -> Any:
     values, root = entries.values, entries.roots
     examples = tf.cast(examples, values.dtype)
     likelihood = entries.likelihood
@@ -246,7 +255,20 @@ def _data_probe(entries: Entries, examples: Any) -> Any:
     averaged = tf.sqrt(tf.cast(averaged, values.dtype))
     if not len(values.shape):  # a mean over the batch
         return examples * averaged * root * values
-    return tf.sqrt(examples) * averaged * ops.sum(root * values)
+    return tf.sqrt(examples) * averaged * ops.sum(_signed(root * values, signs))
+
+
+def _random_signs(examples: Any, seed: Any) -> Any:
+    """+1 or -1 for each example."""
+    return tf.sign(keras.random.uniform((examples,), -1.0, 1.0, seed=seed))
+
+
+def _signed(values: Any, signs: Any) -> Any:
+    """Values `(batch, ...)` times the signs of their examples."""
+    if signs is None:
+        return values
+    shape = (-1, *[1] * (len(values.shape) - 1))
+    return values * ops.cast(ops.reshape(signs, shape), values.dtype)
 
 
 def _by_output(scaled: Any) -> list[Any]:

@@ -43,8 +43,14 @@ import numpy as np
 import tensorflow as tf
 
 from tf_kfacprune.curvature.batch import Batch
-from tf_kfacprune.curvature.blocks import Record, for_rows, location_weights, spread_mask
-from tf_kfacprune.curvature.estimator import CurvatureEstimator
+from tf_kfacprune.curvature.blocks import (
+    Record,
+    for_rows,
+    location_weights,
+    spread_mask,
+    total_weight,
+)
+from tf_kfacprune.curvature.estimator import CurvatureEstimator, Look
 from tf_kfacprune.gates import GatedNetwork, GateEdge, NeuronGate
 
 __all__ = ["GateLayer", "find_gate_layers", "gate_curvature"]
@@ -112,7 +118,7 @@ def gate_curvature(
         uses = list(zip(places, h, strict=True))
         in_sight = sum((place.slope(g) for place, g in uses), none)
         inside = tf.square(tf.concat(slopes, axis=0)) - tf.square(in_sight)
-        curvature += sum((place.curvature(g, look.weights) for place, g in uses), none)
+        curvature += sum((place.curvature(g, look) for place, g in uses), none)
         curvature += inside / tf.cast(look.examples, "float32")
     return curvature
 
@@ -129,15 +135,15 @@ class _Place:
         is_last = entry.layer.axis % rank == rank - 1
         self._mask = spread_mask(record.mask, x, rank - 1) if is_last else None
 
-    def curvature(self, h: Any, weights: Any) -> Any:
+    def curvature(self, h: Any, look: Look) -> Any:
         """`E sum_t x_t^2 * E mean_t h_t^2`, shape `(num_gates,)`."""
         x, h = tf.square(self._x), tf.square(self._rows(h))
         shape = tf.shape(x)
-        weights = for_rows(weights, shape[0])
+        total = total_weight(look.weights, look.examples)
+        weights = for_rows(look.weights, shape[0])
         w = location_weights(self._mask, weights, shape[1])
         if w is not None:
             x = x * w[..., None]
-        total = tf.cast(shape[0], "float32") if weights is None else tf.reduce_sum(weights)
         locations = tf.cast(shape[0] * shape[1], "float32")
         if self._mask is not None:
             locations = tf.maximum(tf.reduce_sum(self._mask), 1.0)

@@ -202,6 +202,12 @@ class CompiledObjective:
                 stack.enter_context(substituted(compiled, _metrics=muted))
                 total = compiled(batch.y, outputs, batch.weights)
             total *= num_replicas()  # Keras' own is this replica's share of the mean
+        if not calls:
+            raise InvalidArgumentError(
+                f"The loss {[type(loss).__name__ for loss in losses.values()]} computes its value "
+                "in `__call__`, where single examples cannot be told apart. Put the computation "
+                "into `call(self, y_true, y_pred)`, as keras.losses.Loss has it."
+            )
         are_equal = batch.weights is None and not any(
             mask_of(tensor) is not None
             for tensor in [*keras.tree.flatten(outputs), *(values for *_, values in calls)]
@@ -286,4 +292,6 @@ class _FunctionLoss(keras.losses.Loss):
         self.fn = function
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
+        if len(y_pred.shape) == len(y_true.shape) + 1 and y_pred.shape[-1] == 1:
+            y_true = ops.expand_dims(y_true, axis=-1)  # as Keras does: else they would broadcast
         return self.fn(y_true, y_pred)

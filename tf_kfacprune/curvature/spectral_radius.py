@@ -36,7 +36,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from tf_kfacprune.curvature.blocks import KroneckerBlock, for_rows
+from tf_kfacprune.curvature.blocks import KroneckerBlock, total_weight
 from tf_kfacprune.curvature.estimator import Uses
 from tf_kfacprune.validation import require, require_count
 
@@ -61,12 +61,8 @@ def energy_of_inputs(block: KroneckerBlock, uses: Uses, u: Any) -> Any:
         squares = ops.square(ops.cast(block.project(record, u), "float32"))
         w = block.weights_of_projection(record, uses.weights, squares)
         total += ops.sum(ops.reshape(squares if w is None else squares * w, (*groups, -1)), axis=-1)
-    weights = for_rows(uses.weights, ops.shape(uses.records[0].x)[0])
-    if weights is None:
-        count = ops.cast(ops.shape(uses.records[0].x)[0], "float32")
-    else:
-        count = ops.maximum(ops.sum(weights), _TINY)
-    return total / count
+    rows = ops.shape(uses.records[0].x)[0]
+    return total / total_weight(uses.weights, rows if uses.examples is None else uses.examples)
 
 
 def energy_of_gradients(block: KroneckerBlock, uses: Uses, v: Any) -> Any:

@@ -92,7 +92,7 @@ class Gated(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Gated:
-        objects = {
+        objects: dict[str, Any] = {
             key: keras.saving.deserialize_keras_object(config[key])
             for key in ("layer", "gate")
             if key in config

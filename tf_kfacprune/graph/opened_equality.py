@@ -77,7 +77,7 @@ class _Checked(keras.layers.Layer):
 
     def __init__(self, function: Any) -> None:
         super().__init__(autocast=False)
-        vars(self)["_function"] = function  # not a part of this layer, to Keras
+        self.__dict__["_function"] = function  # not a part of this layer, to Keras
         self.supports_masking = True
         self.built = True
 
@@ -116,7 +116,7 @@ def _draw(rng: np.random.Generator, tensor: Any, size: int) -> Any:
     if "float" in tensor.dtype:
         array = rng.standard_normal(shape)
     else:
-        array = rng.integers(0, 2, shape)
+        array = rng.integers(0, 2, shape).astype("float64")
         array[..., :1] = 1  # something is not masked
     return ops.convert_to_tensor(array.astype("float32"), dtype=tensor.dtype)
 

@@ -220,8 +220,8 @@ def _same_operation(first: Any, second: Any) -> bool:
     if isinstance(first, keras.Layer):  # made while recording, to express a size
         is_stateless = not first.variables and not second.variables
         return is_stateless and _config(first) == _config(second)
-    settings = settings_of(first), settings_of(second)
-    return settings[0].keys() == settings[1].keys() and _same(*map(_sorted, settings), {})
+    own, others = settings_of(first), settings_of(second)
+    return own.keys() == others.keys() and _same(_sorted(own), _sorted(others), {})
 
 
 def _config(layer: keras.Layer) -> dict[str, Any]:

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import tensorflow as tf
 
 from tf_kfacprune.curvature import CompiledObjective
 from tf_kfacprune.errors import InvalidArgumentError
 
-__all__ = ["check_losses", "warn_of_labels"]
+__all__ = ["check_losses", "explained_losses", "warn_of_labels"]
+
+
+@contextmanager
+def explained_losses() -> Iterator[None]:
+    """Says what helps where a loss failed inside of a compiled step for the size of its batch.
+
+    Raises:
+        InvalidArgumentError: If so.
+    """
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        text = str(error)
+        if "compile_loss" not in text or "shape" not in text.lower():
+            raise
+        raise InvalidArgumentError(
+            f"A loss failed inside of the training step: {text.splitlines()[0]} Curvature is "
+            "computed on a part of the batch. If the loss counts on a fixed batch size, pass "
+            "batch_fraction=1 to whatever looks at curvature: the optimizer KFAC, the policy "
+            "KFACSaliency, the penalty SpectralRadius."
+        ) from error
 
 
 def check_losses(objective: CompiledObjective) -> None:

@@ -19,7 +19,7 @@ from tf_kfacprune.curvature import (
 from tf_kfacprune.distribution import ReplicaSeedGenerator, num_replicas
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.training.compile_checks import check_losses, warn_of_labels
+from tf_kfacprune.training.compile_checks import check_losses, explained_losses, warn_of_labels
 from tf_kfacprune.training.distributed import (
     check_distributed,
     is_multi_worker,
@@ -188,7 +188,7 @@ class KFACModel(keras.Model):
         arguments = dict(given.arguments)
         if self.distribute_strategy.num_replicas_in_sync == 1:
             arguments = batched(arguments)
-        with raise_lost_worker(self.distribute_strategy):
+        with raise_lost_worker(self.distribute_strategy), explained_losses():
             return fit(**arguments)
 
     def begin_run(self, total_steps: int | None) -> None:

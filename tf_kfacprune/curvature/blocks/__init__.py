@@ -6,6 +6,7 @@ from tf_kfacprune.curvature.blocks.base import (
     for_rows,
     location_weights,
     spread_mask,
+    total_weight,
 )
 from tf_kfacprune.curvature.blocks.convolutions import (
     ConvBlock,
@@ -35,4 +36,5 @@ __all__ = [
     "for_rows",
     "location_weights",
     "spread_mask",
+    "total_weight",
 ]

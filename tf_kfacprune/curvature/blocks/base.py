@@ -46,7 +46,14 @@ from keras import ops
 
 from tf_kfacprune.curvature.blocks.locations import LocationSample
 
-__all__ = ["KroneckerBlock", "Record", "for_rows", "location_weights", "spread_mask"]
+__all__ = [
+    "KroneckerBlock",
+    "Record",
+    "for_rows",
+    "location_weights",
+    "spread_mask",
+    "total_weight",
+]
 
 _TINY = 1e-12  # weights below this count as none
 
@@ -83,10 +90,12 @@ class KroneckerBlock:
     Attributes:
         is_contraction: Whether A depends on the layer's inputs alone and G on gradients alone.
         a_is_diagonal: Whether A is diagonal by nature and is held as a vector.
+        attention: The attention layer that the layer is a projection of, or None.
     """
 
     is_contraction = True
     a_is_diagonal = False
+    attention: keras.layers.Layer | None = None
 
     def __init__(
         self,
@@ -180,6 +189,7 @@ class KroneckerBlock:
         g: Any,
         *,
         weights: Any = None,
+        examples: Any = None,
         reduce: bool = False,
         sample: LocationSample | None = None,
     ) -> Any:
@@ -189,6 +199,8 @@ class KroneckerBlock:
             record: A use of the layer.
             g: Per-example gradient with respect to `record.s` (contractions do not need it).
             weights: What each example counts, shape `(batch,)`, or None.
+            examples: Number of examples, of each of which there may be several rows; None for as
+                many as there are rows.
             reduce: K-FAC reduce instead of expand.
             sample: Locations that stand for all of them; not together with `reduce`.
         """
@@ -201,15 +213,13 @@ class KroneckerBlock:
             rows, density = self.sampled_rows_a(record, sample)
             mask = None if mask is None else sample.of(mask[..., None])[..., 0]
         rows = ops.cast(rows, "float32")
+        count = total_weight(weights, ops.shape(rows)[-3] if examples is None else examples)
         weights = for_rows(weights, ops.shape(rows)[-3])
         w = location_weights(mask, weights, ops.shape(rows)[-2])
         if reduce:
             rows = _mean_over_locations(rows, w)
             w = None if weights is None else weights[:, None]
-        batch = ops.cast(ops.shape(rows)[-3], "float32")
-        if weights is not None:
-            batch = ops.maximum(ops.sum(weights), _TINY)
-        return second_moment(self, rows, w) / (batch / density)
+        return second_moment(self, rows, w) / (count / density)
 
     def factor_g(
         self,
@@ -217,11 +227,12 @@ class KroneckerBlock:
         g: Any,
         *,
         weights: Any = None,
+        examples: Any = None,
         reduce: bool = False,
         sample: LocationSample | None = None,
     ) -> Any:
         """G of one use, shape `(*k, n_out, n_out)`, float32; arguments as in `factor_a`."""
-        del weights  # g holds them
+        del weights, examples  # g holds the weights
         rows = ops.cast(self.rows_g(record, g), "float32")
         mask = self.mask_of_locations(record)
         if sample is not None:
@@ -259,7 +270,8 @@ class KroneckerBlock:
     ) -> Any:
         """Sum of a factor over the uses of the layer and the probes."""
         pairs = [pair for probe in probes for pair in zip(uses.records, probe, strict=True)]
-        found = [factor(record, g, weights=uses.weights, **how) for record, g in pairs]
+        about = {"weights": uses.weights, "examples": uses.examples}
+        found = [factor(record, g, **about, **how) for record, g in pairs]
         return functools.reduce(ops.add, found)
 
     def kernel_to_matrix(self, kernel: Any) -> Any:
@@ -334,6 +346,18 @@ def for_rows(weights: Any, rows: Any) -> Any:
         return None
     batch = ops.shape(weights)[0]
     return ops.reshape(ops.broadcast_to(weights[:, None], (batch, rows // batch)), (-1,))
+
+
+def total_weight(weights: Any, examples: Any) -> Any:
+    """What all examples count together, a scalar float32 tensor.
+
+    Args:
+        weights: Shape `(batch,)`, or None.
+        examples: Number of examples.
+    """
+    if weights is None:
+        return ops.cast(examples, "float32")
+    return ops.maximum(ops.sum(weights), _TINY)
 
 
 def location_weights(mask: Any, weights: Any, locations: Any) -> Any:

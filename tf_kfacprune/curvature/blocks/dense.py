@@ -17,6 +17,7 @@ from tf_kfacprune.curvature.blocks.base import (
     for_rows,
     location_weights,
     spread_mask,
+    total_weight,
 )
 
 __all__ = ["DenseBlock", "EinsumDenseBlock", "EmbeddingBlock"]
@@ -154,6 +155,7 @@ class EmbeddingBlock(KroneckerBlock):
         g: Any,
         *,
         weights: Any = None,
+        examples: Any = None,
         reduce: bool = False,
         sample: Any = None,
     ) -> Any:
@@ -164,11 +166,11 @@ class EmbeddingBlock(KroneckerBlock):
         del g, sample  # counting tokens costs nothing
         tokens = ops.cast(ops.reshape(record.x, (ops.shape(record.x)[0], -1)), "int32")
         mask = self.mask_of_locations(record)
+        total = total_weight(weights, ops.shape(tokens)[0] if examples is None else examples)
         weights = for_rows(weights, ops.shape(tokens)[0])
         w = location_weights(mask, weights, ops.shape(tokens)[1])
         counted = ops.ones_like(tokens, dtype="float32") if w is None else w
         batch = ops.shape(tokens)[0]
-        total = ops.cast(batch, "float32") if weights is None else ops.sum(weights)
         if not reduce:
             flat = ops.reshape(tokens, (-1,))
             return ops.segment_sum(ops.reshape(counted, (-1,)), flat, self.n_in) / total

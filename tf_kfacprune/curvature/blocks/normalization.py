@@ -46,11 +46,13 @@ class ScaleShiftBlock(KroneckerBlock):
         g: Any,
         *,
         weights: Any = None,
+        examples: Any = None,
         reduce: bool = False,
         sample: Any = None,
     ) -> Any:
         del weights, reduce, sample  # g holds the weights; the block is exact either way
-        batch, channels = ops.shape(g)[0], self.group_shape[0]
+        batch = ops.shape(g)[0] if examples is None else examples
+        channels = self.group_shape[0]
         g = ops.reshape(ops.cast(g, "float32"), (batch, -1, channels))
         parts = []
         if self._has_scale:

@@ -139,6 +139,7 @@ def _attention_blocks(layer: keras.layers.Layer, with_frozen: bool) -> LayerBloc
         if fault is None:
             block = EinsumDenseBlock(projection)
             block.name = f"{layer.name}/{part}"
+            block.attention = layer
             found.blocks.append(block)
         else:
             found.reasons.update({v.path: fault for v in projection.weights})

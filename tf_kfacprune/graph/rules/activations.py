@@ -85,8 +85,8 @@ def _records_elementwise(function: Any) -> bool:
     try:
         _, calls, (output,) = calls_of(keras.Function(inputs, function(inputs)))
         together = ops.convert_to_numpy(function(ops.convert_to_tensor(numbers)))
-        apart = [function(ops.convert_to_tensor(numbers[:, k : k + 1])) for k in range(5)]
-        apart = np.concatenate([ops.convert_to_numpy(x) for x in apart], axis=1)
+        columns = [function(ops.convert_to_tensor(numbers[:, k : k + 1])) for k in range(5)]
+        apart = np.concatenate([ops.convert_to_numpy(column) for column in columns], axis=1)
     except Exception:  # noqa: BLE001 (whatever it raises, it is not known to be one)
         return False
     is_plain = all(_is_elementwise_call(call) for call in calls) and output.shape == (None, 5)
