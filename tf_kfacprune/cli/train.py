@@ -93,7 +93,7 @@ class _Run:
         table = None
         if budget is not None and budget.latency is not None:
             table = self._kept.remembered("latency_table", lambda: latency_table(network))
-        with naming(*(f"budget_{measure}" for measure in _targets(values)), of=BudgetError):
+        with naming(*map(train_flags.flag_of, _targets(values)), of=BudgetError):
             model = PrunableModel(
                 network,
                 budget=budget,
@@ -200,23 +200,47 @@ def _targets(values: flags.FlagValues) -> dict[str, float]:
     targets = {measure: target for measure, target in given.items() if target is not None}
     if targets.get("bytes", 0.5).is_integer():
         targets["bytes"] = int(targets["bytes"])
+    for name in train_flags.BOARD:
+        size = values[name].value
+        if size is not None:
+            with naming(train_flags.flag_of(name)):
+                targets[name] = _board_size(name, size)
     return targets
+
+
+def _board_size(name: str, size: str) -> float:
+    """A bound on flash or RAM: a fraction, or a number of bytes with or without a unit."""
+    try:
+        fraction = float(size)
+    except ValueError:
+        fraction = math.inf
+    if fraction <= 1:
+        return fraction
+    sizes: dict[str, Any] = {name: size}
+    return Budget.for_board(**sizes).targets[name]
 
 
 def _budget(values: flags.FlagValues) -> Budget | None:
     targets = _targets(values)
-    with naming(*(f"budget_{measure}" for measure in targets)):
+    with naming(*map(train_flags.flag_of, targets)):
         return Budget(**targets) if targets else None
 
 
 def _refuse_loose_bounds(model: PrunableModel) -> None:
-    """An absolute bound that the dense network meets asks for nothing, and is a mistyped one."""
+    """An absolute bound that the dense network meets asks for nothing, and is a mistyped one.
+
+    What a board has is given as it is: only if it holds the whole network nothing is asked for.
+    """
     if model.budget is None or model.gated is None:
         return
-    for measure, target in model.budget.targets.items():
-        dense = float(model.gated.cost.dense(measure)) if target > 1 else math.inf
-        if target >= dense:
-            raise UsageError(
-                f"--budget_{measure}={target:g}: the network costs {dense:,.0f} before pruning, so "
-                "that nothing would have to be pruned. Ask for less, or leave the flag out."
-            )
+    cost, targets = model.gated.cost, model.budget.targets
+    dense = {m: float(cost.dense(m)) for m, target in targets.items() if target > 1}
+    loose = [measure for measure in dense if targets[measure] >= dense[measure]]
+    if len(loose) < len(targets):
+        loose = [measure for measure in loose if measure not in train_flags.BOARD]
+    for measure in loose:
+        raise UsageError(
+            f"--{train_flags.flag_of(measure)}={targets[measure]:g}: the network costs "
+            f"{dense[measure]:,.0f} before pruning, so that nothing would have to be pruned. Ask "
+            "for less, or leave the flag out."
+        )

@@ -14,9 +14,11 @@ from tf_kfacprune.cli.shared import (
 )
 from tf_kfacprune.pruning import POLICIES
 
-__all__ = ["MEASURES", "OPTIMIZERS", "define"]
+__all__ = ["BOARD", "MEASURES", "OPTIMIZERS", "define", "flag_of"]
 
 MEASURES = ("macs", "params", "bytes", "latency")
+# What a microcontroller has: sizes with a unit, or fractions.
+BOARD = ("flash", "ram")
 # As `compile` takes them; None is the library's own.
 OPTIMIZERS = {"kfac": None, "adam": "adam", "sgd": "sgd"}
 _LARGEST_SEED = 2**32 - 1  # NumPy's
@@ -67,6 +69,11 @@ def define(values: flags.FlagValues) -> None:
     _define_output(values)
 
 
+def flag_of(measure: str) -> str:
+    """Name of the flag that bounds a measure."""
+    return measure if measure in BOARD else f"budget_{measure}"
+
+
 def _define_pruning(values: flags.FlagValues) -> None:
     for measure, meaning, absolute in zip(
         MEASURES,
@@ -76,12 +83,27 @@ def _define_pruning(values: flags.FlagValues) -> None:
     ):
         define_number(
             values,
-            f"budget_{measure}",
+            flag_of(measure),
             None,
             f"Fraction of the dense network's {meaning} to keep, in (0, 1]{absolute}. Without any "
             "budget nothing is pruned.",
             above=0,
             upper=None if absolute else 1,
+        )
+    for measure, meaning in zip(
+        BOARD,
+        (
+            "the int8 .tflite file, which lies in flash memory",
+            "the tensor arena that it needs in TensorFlow Lite Micro",
+        ),
+        strict=True,
+    ):
+        flags.DEFINE_string(
+            flag_of(measure),
+            None,
+            f"Most bytes of {meaning}: 64kB, 64KiB, a number of bytes, or a fraction of the dense "
+            "network's in (0, 1].",
+            flag_values=values,
         )
     flags.DEFINE_enum(
         "policy", "kfac", POLICIES, "How gates find out whether to close.", flag_values=values

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from tf_kfacprune.errors import DataError, ExportError, InvalidArgumentError, UnsupportedModelError
-from tf_kfacprune.export.c_arrays import activation_bytes
+from tf_kfacprune.export.arena import activation_bytes
 from tf_kfacprune.export.file_sizes import FileSize, file_size
 from tf_kfacprune.export.options import FULL_INTEGER
 from tf_kfacprune.export.running import litert_job

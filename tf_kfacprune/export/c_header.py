@@ -8,6 +8,7 @@ from math import prod
 from types import MappingProxyType
 
 from tf_kfacprune.errors import ExportError, InvalidArgumentError
+from tf_kfacprune.export.arena import Arena
 from tf_kfacprune.export.file_interface import FileTensor, read_interface
 from tf_kfacprune.export.operators import micro_method
 
@@ -48,13 +49,13 @@ def check_name(name: str) -> None:
         )
 
 
-def header_text(content: bytes, name: str, arena_bytes: int) -> str:
+def header_text(content: bytes, name: str, arena: Arena) -> str:
     """A header for C and C++.
 
     Args:
         content: the ``.tflite`` file.
         name: C identifier of the array; all other names begin with it.
-        arena_bytes: size of the tensor arena.
+        arena: the tensor arena for it.
 
     Returns:
         The text. Operators that TensorFlow Lite Micro does not have are named in it and in a
@@ -66,6 +67,7 @@ def header_text(content: bytes, name: str, arena_bytes: int) -> str:
     """
     file = read_interface(content)
     guard = f"{name.upper()}_H_"
+    source = "measured with" if arena.is_measured else "an estimate, without"
     sides = (("input", file.inputs), ("output", file.outputs))
     rows = [
         ", ".join(f"0x{byte:02x}" for byte in content[i : i + _BYTES_PER_LINE])
@@ -79,8 +81,8 @@ def header_text(content: bytes, name: str, arena_bytes: int) -> str:
             "",
             "#include <stdint.h>",
             "",
-            "/* Size of the tensor arena for the reference kernels of TensorFlow Lite Micro. */",
-            f"enum {{ {name}_arena_bytes = {arena_bytes} }};",
+            f"/* Size of the tensor arena, {source} TensorFlow Lite Micro (reference kernels). */",
+            f"enum {{ {name}_arena_bytes = {arena.bytes} }};",
             f"enum {{ {name}_len = {len(content)} }};",
             "",
             *(f"enum {{ {name}_{side}_count = {len(tensors)} }};" for side, tensors in sides),

@@ -10,15 +10,23 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["byte_string", "fields", "numbers", "tables", "target", "u32"]
+__all__ = ["byte_string", "fields", "integers", "numbers", "tables", "target", "u32"]
 
 
-def fields(content: bytes, table: int) -> list[int]:
-    """Positions of the fields of a table; 0 for absent ones."""
+def fields(content: bytes, table: int, count: int = 0) -> list[int]:
+    """Positions of the fields of a table; 0 for absent ones.
+
+    Args:
+        content: the whole FlatBuffer.
+        table: position of the table.
+        count: list so many fields; by default as many as the table describes, which leaves out
+            absent ones at its end.
+    """
     description = table - struct.unpack_from("<i", content, table)[0]
     (size,) = struct.unpack_from("<H", content, description)
     offsets = struct.unpack_from(f"<{size // 2 - 2}H", content, description + 4)
-    return [table + offset if offset else 0 for offset in offsets]
+    found = [table + offset if offset else 0 for offset in offsets]
+    return [*found, *[0] * (count - len(found))][: count or len(found)]
 
 
 def tables(content: bytes, field: int) -> list[int]:
@@ -36,6 +44,11 @@ def numbers(content: bytes, field: int, kind: str) -> tuple[float, ...]:
         return ()
     start = target(content, field)
     return struct.unpack_from(f"<{u32(content, start)}{kind}", content, start + 4)
+
+
+def integers(content: bytes, field: int, kind: str = "i") -> tuple[int, ...]:
+    """The whole numbers that a vector field lists, of 4 bytes by default."""
+    return tuple(int(number) for number in numbers(content, field, kind))
 
 
 def target(content: bytes, position: int) -> int:

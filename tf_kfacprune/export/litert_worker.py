@@ -4,7 +4,6 @@ This file is a program, started by path: it must not import the package, which n
 
     python litert_worker.py run FOLDER     job.json and inputs.npz -> results.npz and results.json
     python litert_worker.py time FOLDER    job.json -> results.npz and results.json
-    python litert_worker.py arena FOLDER   job.json -> results.npz and results.json
     python litert_worker.py memory FOLDER  job.json -> results.npz and results.json
 
 Arrays are stored in order and their names in JSON, because any name may be a tensor's.
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from ai_edge_litert.interpreter import Interpreter
 
 SIGNATURE = "serving_default"
 ONLY_INPUT = "*"
@@ -118,63 +117,6 @@ def _block(interpreter: Interpreter, runs: int) -> float:
     return float(np.median(spent)) / 1e3
 
 
-def plan(folder: Path, job: dict[str, Any]) -> None:
-    """Plans the memory of the activations, largest first, and stores the bytes it takes.
-
-    Stored too: the numbers of tensors, operations and quantized channels, for which a runtime keeps
-    records beside the activations.
-    """
-    interpreter = Interpreter(
-        model_path=job["file"],
-        # A delegate would replace the operations whose order is looked at here.
-        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-    )
-    for details in interpreter.get_input_details():
-        shape = [1 if size == -1 else size for size in details["shape_signature"]]
-        interpreter.resize_tensor_input(details["index"], shape)
-    interpreter.allocate_tensors()
-    operations = interpreter._get_ops_details()
-    inputs = [details["index"] for details in interpreter.get_input_details()]
-    outputs = [details["index"] for details in interpreter.get_output_details()]
-    first = dict.fromkeys(inputs, -1)
-    last = dict.fromkeys(inputs, -1)
-    for step, operation in enumerate(operations):
-        for index in operation["outputs"]:
-            first.setdefault(int(index), step)
-            last[int(index)] = step
-        for index in operation["inputs"]:
-            if int(index) in first:  # the others are constants, which stay in the file
-                last[int(index)] = step
-    last.update(dict.fromkeys(outputs, len(operations)))
-    sizes = {
-        details["index"]: -(
-            -int(np.prod(details["shape"])) * np.dtype(details["dtype"]).itemsize // 16
-        )
-        * 16
-        for details in interpreter.get_tensor_details()
-        if details["index"] in first
-    }
-    placed: list[tuple[int, int, int]] = []
-    for index in sorted(sizes, key=lambda i: -sizes[i]):
-        offset = 0
-        for begin, end, other in sorted(placed):
-            together = first[index] <= last[other] and first[other] <= last[index]
-            if together and offset + sizes[index] > begin:
-                offset = max(offset, end)
-        placed.append((offset, offset + sizes[index], index))
-    scales = [
-        len(details["quantization_parameters"]["scales"])
-        for details in interpreter.get_tensor_details()
-    ]
-    counts = {
-        "bytes": max((end for _, end, _ in placed), default=0),
-        "tensors": len(scales),
-        "operations": len(operations),
-        "channels": sum(count for count in scales if count > 1),
-    }
-    store(folder, {name: np.array(count) for name, count in counts.items()})
-
-
 def weigh(folder: Path, job: dict[str, Any]) -> None:
     """Stores by how much this process grew at most while it loaded the file and ran it once.
 
@@ -212,7 +154,7 @@ def main() -> None:
     """Does the job that the command line names."""
     action, folder = sys.argv[1], Path(sys.argv[2])
     job = json.loads((folder / "job.json").read_text())
-    {"run": run, "time": measure, "arena": plan, "memory": weigh}[action](folder, job)
+    {"run": run, "time": measure, "memory": weigh}[action](folder, job)
     if "tensorflow" in sys.modules:
         raise SystemExit("TensorFlow was imported: this is no test of LiteRT alone.")
 

@@ -17,7 +17,15 @@ import numpy as np
 from tf_kfacprune.errors import ExportError
 from tf_kfacprune.export.samples import Named
 
-__all__ = ["ONLY_INPUT", "litert_job", "run_litert", "run_saved_model"]
+__all__ = [
+    "ONLY_INPUT",
+    "has_micro",
+    "litert_job",
+    "micro_job",
+    "require_micro",
+    "run_litert",
+    "run_saved_model",
+]
 
 # Stands for the name of the input of a file that has only one; the worker knows it too.
 ONLY_INPUT = "*"
@@ -25,6 +33,7 @@ ONLY_INPUT = "*"
 _WORKERS = Path(__file__).parent
 _LITERT = "litert_worker.py"
 _SAVED_MODEL = "savedmodel_worker.py"
+_MICRO = "micro_worker.py"
 _RUN_BATCH = 128
 _TIME_LIMIT_SECONDS = 1800
 
@@ -58,6 +67,33 @@ def litert_job(
             "pip install ai-edge-litert, or pass verify=False to write the file unverified."
         )
     return _work(_LITERT, action, job, inputs, what)
+
+
+def has_micro() -> bool:
+    """Whether TensorFlow Lite Micro is installed."""
+    return importlib.util.find_spec("tflite_micro") is not None
+
+
+def micro_job(
+    action: str, job: Mapping[str, Any], inputs: Named | None = None, *, what: str
+) -> Named:
+    """Lets the worker of TensorFlow Lite Micro do a job and returns the arrays it stored.
+
+    Raises:
+        ExportError: if the runtime is not installed, or cannot do it.
+    """
+    require_micro()
+    return _work(_MICRO, action, job, inputs, what)
+
+
+def require_micro() -> None:
+    """Raises an `ExportError` if TensorFlow Lite Micro is not installed."""
+    if not has_micro():
+        raise ExportError(
+            "TensorFlow Lite Micro is needed to run a .tflite file as a microcontroller does and "
+            "is not installed. Install it on Linux x86-64 with pip install 'tf_kfacprune[micro]'; "
+            "elsewhere kp.export.arena_bytes estimates the memory, and LiteRT runs the file."
+        )
 
 
 def run_saved_model(folder: Path, inputs: Named, *, what: str = "") -> Named:

@@ -14,6 +14,7 @@ from tf_kfacprune.export.atomic import atomic_file
 from tf_kfacprune.export.console import log_kept_on_error
 from tf_kfacprune.export.conversion import convert
 from tf_kfacprune.export.half_precision import float32_twin
+from tf_kfacprune.export.memory_plan import with_memory_plan
 from tf_kfacprune.export.metadata import Metadata, with_metadata
 from tf_kfacprune.export.options import (
     check_drop,
@@ -80,7 +81,8 @@ def tflite(
         io_dtype: dtype of the inputs and outputs of a fully quantized file: ``"int8"`` (default
             for ``"int8"``), ``"uint8"``, ``"int16"`` (default for ``"int16x8"``) or ``"float32"``.
         batch_size: the only batch size the file runs; None runs any, at the price of some shape
-            arithmetic in the file.
+            arithmetic in the file. With 1 the file says where TensorFlow Lite Micro is to put its
+            activations, if that saves memory there.
         select_ops: allow operations for which there is only TensorFlow's kernel ("select ops").
             Such a file runs where the program links them in. No interpreter for Python does, so
             that it cannot be verified: pass ``verify=False`` too.
@@ -147,6 +149,8 @@ def tflite(
             select_ops=select_ops,
             log=log,
         )
+        if batch_size == 1:
+            content = with_memory_plan(content)
         if metadata is not None:
             content = with_metadata(content, metadata, ports_of(model, signature, content))
         partial.write_bytes(content)

@@ -13,14 +13,15 @@ presence of the branch's deciding group g,
 For o in {0, 1} this equals counting the compact model; for probabilities it is the cost at the
 expected sizes on all sides of every layer, and differentiable.
 
-MACs and parameters are *counted*. The bytes of the file and the latency are *estimated*: they are
-such sums, too, with coefficients of a file format or measured on a machine.
+MACs and parameters are *counted*. The bytes of files and the latency are *estimated*: they are such
+sums, too, with coefficients of a file format or measured on a machine. The tensor arena is one such
+sum and the largest of several others, one for each operation that may be the peak; its gradient is
+that of the peak.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,9 +30,12 @@ import numpy as np
 from keras import ops
 
 from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.graph.arena import ArenaBytes, Part
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.channel_graph import ChannelGraph
 from tf_kfacprune.graph.file_bytes import FileBytes
+from tf_kfacprune.graph.int8_bytes import Int8Bytes
+from tf_kfacprune.graph.int8_steps import Int8Steps
 from tf_kfacprune.graph.latency import LatencyTable, latency_products
 from tf_kfacprune.graph.rules import Extent, rule_for, weight_extents, weight_of
 from tf_kfacprune.graph.sizes import Sizes, Term
@@ -40,11 +44,12 @@ __all__ = ["CostModel"]
 
 
 class CostModel:
-    """Multiply-accumulates (MACs), parameters, file bytes and latency of a model.
+    """Multiply-accumulates (MACs), parameters, file bytes, memory and latency of a model.
 
     MACs are those of Dense and convolution kernels per example, without biases. Parameters are
     all weights, biases and normalization statistics included, as in `model.count_params()`.
-    Bytes are those of the float32 `.tflite` file. Latency is in microseconds per example.
+    Bytes are those of the float32 `.tflite` file, `flash` those of the full int8 file, `ram` those
+    of the tensor arena for it, both at batch 1. Latency is in microseconds per example.
     Models for images or texts of any size are costed at 224 pixels a side or 128 tokens.
 
     Attributes:
@@ -73,17 +78,32 @@ class CostModel:
         self._sizes = Sizes(channels)
         self.branches = self._sizes.branches
         self._ignored = {id(layer) for layer in ignore}
-        self.available = (*self.measures, "bytes", *(() if latency_table is None else ["latency"]))
+        self.available = (
+            *self.measures,
+            "bytes",
+            "flash",
+            "ram",
+            *(() if latency_table is None else ["latency"]),
+        )
         # For each measure the terms of each layer, by the layer's id.
         self._terms: dict[str, dict[int, list[Term]]] = {name: {} for name in self.available}
+        # What "ram" is the largest of, and when each of them holds.
+        self._alternatives: list[list[Term]] = []
+        self._moments: list[str] = []
         self._layers: dict[int, tuple[str, Any]] = {}
         self._collect()
-        self._collect_bytes()
+        content = FileBytes(channels)
+        self._collect_constants("bytes", content)
+        self._collect_bytes(content)
+        self._collect_board()
         if latency_table is not None:
             self._collect_latency(latency_table)
         self._sizes.complete()
         self._stacked = {
-            name: self._sizes.stack(list(itertools.chain(*terms.values())))
+            name: self._sizes.stack(
+                list(itertools.chain(*terms.values())),
+                self._alternatives if name == "ram" else (),
+            )
             for name, terms in self._terms.items()
         }
         everything = np.ones(channels.num_neurons)
@@ -118,11 +138,8 @@ class CostModel:
         """
         self._check(measure)
         openness = ops.convert_to_tensor(openness)
-        coefficients, indices = self._stacked[measure]
-        sizes = self._sizes.tensor(openness)
-        factors = [ops.take(sizes, indices[:, k]) for k in range(indices.shape[1])]
-        terms = math.prod(factors, start=ops.cast(coefficients, openness.dtype))
-        return ops.sum(terms) / max(self._dense[measure], 1.0)
+        value = self._stacked[measure].value(self._sizes.tensor(openness))
+        return value / max(self._dense[measure], 1.0)
 
     def dense(self, measure: str) -> float:
         """The cost of the dense model; an integer for measures that are counted."""
@@ -144,9 +161,20 @@ class CostModel:
     def exact(self, measure: str, openness: Any) -> float:
         """The cost in float64; arguments as for `count`."""
         self._check(measure)
-        coefficients, indices = self._stacked[measure]
+        return self._stacked[measure].exact(self._sizes.exact(np.asarray(openness, float)))
+
+    def ram_peak(self, openness: Any) -> str:
+        """What the runtime is at when it needs most memory.
+
+        Args:
+            openness: Array of shape `(num_neurons,)`.
+
+        Returns:
+            Path of the layer whose operation is the peak; `"planning"` or `"preparing <path>"` if
+            preparing the file needs more than running it.
+        """
         sizes = self._sizes.exact(np.asarray(openness, float))
-        return float(coefficients @ sizes[indices].prod(axis=1))
+        return self._moments[int(np.argmax(self._stacked["ram"].sums(sizes)[1]))]
 
     def least(self, measure: str, left: Sequence[int] | None = None) -> float:
         """The least fraction that can be reached.
@@ -226,21 +254,29 @@ class CostModel:
                 weights = self._weight_products(layer)
                 self._terms["params"][key] = [self._sizes.term(w, while_used) for w in weights]
 
-    def _collect_bytes(self) -> None:
-        content = FileBytes(self.channels)
+    def _collect_bytes(self, content: FileBytes) -> None:
         terms = self._terms["bytes"]
-        terms[id(self)] = [self._sizes.term(product) for product in content.of_file()]
         seen: set[int] = set()
         for call in self._counted_calls():
-            layer, key = call.operation, id(call.operation)
+            key = id(call.operation)
             while_called = self._sizes.presence(self.branches.killers(call))
             records = self._sizes.term([content.of_call(call)], while_called)
             terms.setdefault(key, []).append(records)
             if key not in seen:
                 seen.add(key)
-                while_used = self._sizes.presence(self.branches.killers_of_layer(layer))
-                stored = content.of_weights(call, self._weight_products(layer))
-                terms[key] += [self._sizes.term(product, while_used) for product in stored]
+                terms[key] += self._stored(call, content)
+
+    def _stored(self, call: Call, content: FileBytes | Int8Bytes) -> list[Term]:
+        """The values of a layer's weights in a file."""
+        layer = call.operation
+        while_used = self._sizes.presence(self.branches.killers_of_layer(layer))
+        stored = content.of_weights(call, self._weight_products(layer))
+        return [self._sizes.term(product, while_used) for product in stored]
+
+    def _collect_constants(self, measure: str, content: FileBytes | Int8Bytes) -> None:
+        """What belongs to no layer: the frame of a file, and what removed branches leave."""
+        terms = self._terms[measure]
+        terms[id(self)] = [self._sizes.term(product) for product in content.of_file()]
         for call, groups in self.branches.left_constants().items():
             while_called = self._sizes.presence(self.branches.killers(call))
             for product, branch in itertools.product(
@@ -250,6 +286,29 @@ class CostModel:
                     self._sizes.term(product, while_called),
                     self._sizes.term([-1.0, *product], [*while_called, branch]),
                 ]
+
+    def _collect_board(self) -> None:
+        """Flash and RAM of the int8 file."""
+        content = Int8Bytes(self.channels)
+        operations = Int8Steps(self.channels, lambda call: id(call.operation) in self._ignored)
+        self._collect_constants("flash", content)
+        terms = self._terms["flash"]
+        for step in operations.steps:
+            while_called = self._sizes.presence(self.branches.killers(step.call))
+            terms.setdefault(id(step.call.operation), []).extend(
+                self._sizes.term(product, while_called) for product in content.of_step(step)
+            )
+        for call in {id(call.operation): call for call in self._counted_calls()}.values():
+            terms.setdefault(id(call.operation), []).extend(self._stored(call, content))
+        arena = ArenaBytes(operations)
+        self._terms["ram"][id(self)] = [self._arena_term(part) for part in arena.records()]
+        for moment, parts in arena.alternatives():
+            self._moments.append(moment)
+            self._alternatives.append([self._arena_term(part) for part in parts])
+
+    def _arena_term(self, part: Part) -> Term:
+        killers = () if part.call is None else self.branches.killers(part.call)
+        return self._sizes.term(part.product, self._sizes.presence(killers))
 
     def _collect_latency(self, table: LatencyTable) -> None:
         for call in self._counted_calls():

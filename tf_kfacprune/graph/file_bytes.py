@@ -46,11 +46,11 @@ class FileBytes:
         self._channels = channels
         calls = channels.graph.calls
         self._makers = {value: call for call in calls for value in call.outputs}
-        uses: dict[Any, int] = {}
+        self._readers: dict[Any, list[Call]] = {}
         for call in calls:
             for value in call.inputs:
-                uses[value] = uses.get(value, 0) + 1
-        self._read_once = {value for value, count in uses.items() if count == 1}
+                self._readers.setdefault(value, []).append(call)
+        self._read_once = {value for value, calls in self._readers.items() if len(calls) == 1}
 
     def of_file(self) -> Iterator[list[Extent]]:
         """What does not belong to a layer: the frame, and the choice of input features."""
@@ -80,7 +80,7 @@ class FileBytes:
             if self.is_folded(call):
                 return 0
             return _records(operators=2, tensors=4, names=6, path=call.path)
-        if isinstance(rule, NoiseRule) or self._is_fused(call):
+        if isinstance(rule, NoiseRule) or self.is_fused(call):
             return 0
         if isinstance(rule, ContractionRule | DepthwiseConvRule):
             kernels = max(len(list(rule.macs(call, self._channels.flow))), 1)
@@ -113,7 +113,21 @@ class FileBytes:
         is_weighted = isinstance(rule, ContractionRule | DepthwiseConvRule)
         return is_weighted and _is_linear(maker.operation)
 
-    def _is_fused(self, call: Call) -> bool:
+    def is_read_by_fused(self, value: Any) -> bool:
+        """Whether a ReLU, perhaps behind a normalization that is folded, joins what makes a value.
+
+        A layer's own activation counts, too.
+        """
+        maker = self._makers.get(value)
+        if maker is not None and not _is_linear(maker.operation):
+            return True
+        for call in self._readers.get(value, ()):
+            if isinstance(call.operation, layers.BatchNormalization):
+                return self.is_folded(call) and self.is_read_by_fused(call.outputs[0])
+            return self.is_fused(call)
+        return False
+
+    def is_fused(self, call: Call) -> bool:
         """Whether an activation disappears into the operator before it."""
         rule = rule_for(call.operation)
         is_relu = isinstance(rule, HomogeneousRule | ReLURule) or (

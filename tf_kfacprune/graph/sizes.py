@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +15,51 @@ from tf_kfacprune.graph.branches import Branches
 from tf_kfacprune.graph.channel_graph import ChannelGraph
 from tf_kfacprune.graph.rules import Extent
 
-__all__ = ["Sizes", "Term"]
+__all__ = ["Sizes", "Stack", "Term"]
 
 # A coefficient and the numbers of the sizes it is multiplied by.
 Term = tuple[float, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A sum of products of sizes, or such a sum and the largest of several others beside it.
+
+    Attributes:
+        coefficients: One number per product, `(products,)`.
+        indices: Numbers of the sizes it is multiplied by, `(products, factors)`.
+        owners: For each product 0 if it is in the sum that always counts, else the number of the
+            alternative that it belongs to, counted from 1.
+        alternatives: Number of alternatives, 0 for a mere sum.
+    """
+
+    coefficients: np.ndarray
+    indices: np.ndarray
+    owners: np.ndarray
+    alternatives: int = 0
+
+    def value(self, sizes: Any) -> Any:
+        """The value, differentiable; the gradient is that of the largest alternative."""
+        factors = [ops.take(sizes, self.indices[:, k]) for k in range(self.indices.shape[1])]
+        products = math.prod(factors, start=ops.cast(self.coefficients, sizes.dtype))
+        if not self.alternatives:
+            return ops.sum(products)
+        sums = ops.segment_sum(products, self.owners, num_segments=self.alternatives + 1)
+        return sums[0] + ops.max(sums[1:])
+
+    def sums(self, sizes: np.ndarray) -> tuple[float, np.ndarray]:
+        """The sum that always counts and the alternatives, in NumPy, float64."""
+        products = self.coefficients * sizes[self.indices].prod(axis=1)
+        found = np.bincount(self.owners, products, minlength=self.alternatives + 1)
+        return float(found[0]), found[1:]
+
+    def exact(self, sizes: np.ndarray) -> float:
+        """The value in NumPy, float64."""
+        if not self.alternatives:
+            return float(self.coefficients @ sizes[self.indices].prod(axis=1))
+        always, others = self.sums(sizes)
+        return always + float(others.max())
+
 
 _ONE = 0  # the size that is always 1, for products of fewer sizes than others
 
@@ -66,14 +110,20 @@ class Sizes:
         self._offset = np.array(self._fixed)
         self._deciding_neurons = self._padded_members()
 
-    def stack(self, terms: Sequence[Term]) -> tuple[np.ndarray, np.ndarray]:
-        """Coefficients `(terms,)` and size numbers `(terms, factors)` of a sum of products."""
+    def stack(self, terms: Sequence[Term], alternatives: Sequence[Sequence[Term]] = ()) -> Stack:
+        """A sum of products, with alternatives the largest of which counts beside it."""
+        owners = np.repeat(
+            np.arange(1 + len(alternatives), dtype="int32"),
+            [len(terms), *(len(others) for others in alternatives)],
+        )
+        terms = [*terms, *itertools.chain(*alternatives)]
         total = len(self._fixed) + len(self._deciding)
         width = max([1, *(len(sizes) for _, sizes in terms)])
         indices = np.full((len(terms), width), _ONE, "int32")
         for row, (_, sizes) in enumerate(terms):
             indices[row, : len(sizes)] = [size % total for size in sizes]
-        return np.array([coefficient for coefficient, _ in terms], float), indices
+        coefficients = np.array([coefficient for coefficient, _ in terms], float)
+        return Stack(coefficients, indices, owners, len(alternatives))
 
     def tensor(self, openness: Any) -> Any:
         """All sizes, differentiable, in the element type of `openness` (float32 or float64)."""

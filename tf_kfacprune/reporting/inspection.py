@@ -100,6 +100,10 @@ class Inspection(Rendered):
         least_macs: the least fraction of MACs that pruning can reach, one neuron left per group
             and none of those that are removable.
         least_params: the same for parameters.
+        flash: bytes of the int8 file, as predicted.
+        ram: bytes of the tensor arena in which TensorFlow Lite Micro runs it, as predicted.
+        ram_peak: layer whose operation needs most of it; ``"planning"`` or ``"preparing <layer>"``
+            if preparing the file needs more than running it.
         opened: custom layers that were replaced by what is inside them, with their classes.
         opaque: layers without a channel rule that could not be opened, with the reason.
     """
@@ -111,6 +115,9 @@ class Inspection(Rendered):
     frozen: tuple[FrozenChannels, ...]
     least_macs: float
     least_params: float
+    flash: int
+    ram: int
+    ram_peak: str
     opened: tuple[tuple[str, str], ...] = ()
     opaque: tuple[OpaqueLayer, ...] = ()
 
@@ -126,7 +133,9 @@ class Inspection(Rendered):
             f"Model {self.name!r}: {self.params:,} parameters, {self.macs:,} MACs. "
             f"{self.num_neurons:,} neurons can be pruned; at the least "
             f"{_percent(self.least_params)} of the parameters and {_percent(self.least_macs)} of "
-            "the MACs stay."
+            "the MACs stay.",
+            f"On a microcontroller, in int8: {self.flash:,} bytes of flash and {self.ram:,} bytes "
+            f"of RAM, most of them at {self.ram_peak}.",
         ]
         if self.opened:
             names = tuple(f"{path} ({kind})" for path, kind in self.opened)
@@ -239,7 +248,7 @@ def inspect(
     """
     net = getattr(model, "net", model)
     channels, cost = _analysis(net, prune_inputs, include, exclude)
-    graph = channels.graph
+    graph, everything = channels.graph, np.ones(channels.num_neurons)
     return Inspection(
         name=net.name,
         macs=cost.macs_dense,
@@ -251,6 +260,9 @@ def inspect(
         ),
         least_macs=cost.least("macs"),
         least_params=cost.least("params"),
+        flash=cost.count("flash", everything),
+        ram=cost.count("ram", everything),
+        ram_peak=cost.ram_peak(everything),
         opened=tuple((path, type(layer).__name__) for path, layer in graph.opened.items()),
         opaque=tuple(
             OpaqueLayer(o.path, type(o.layer).__name__, o.params, o.reason)

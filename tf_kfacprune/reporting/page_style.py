@@ -9,10 +9,12 @@ STYLE = """
 :root { color-scheme: light dark;
   --page: #ffffff; --card: #f6f8fa; --text: #1f2328; --soft: #59636e; --rule: #d1d9e0;
   --track: #e3e8ed; --blue: #0969da; --orange: #c4560f; --green: #1a7f37; --violet: #8250df;
+  --teal: #0b7285; --pink: #bf3989;
   --warmup: #eef2f6; --prune: #fdeedd; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #0d1117; --card: #151b23; --text: #e6edf3; --soft: #9198a1; --rule: #3d444d;
   --track: #2a313c; --blue: #58a6ff; --orange: #f0883e; --green: #3fb950; --violet: #bc8cff;
+  --teal: #39c5cf; --pink: #f778ba;
   --warmup: #1b222c; --prune: #3a2716; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text);

@@ -19,8 +19,17 @@ _COST_NAMES = {
     "params": "parameters",
     "bytes": ".tflite bytes",
     "latency": "latency",
+    "flash": "flash",
+    "ram": "RAM",
 }
-_COST_COLORS = {"macs": "blue", "params": "green", "bytes": "violet", "latency": "orange"}
+_COST_COLORS = {
+    "macs": "blue",
+    "params": "green",
+    "bytes": "violet",
+    "latency": "orange",
+    "flash": "teal",
+    "ram": "pink",
+}
 
 
 def report_page(

@@ -16,7 +16,7 @@ __all__ = ["Run", "run_of"]
 Points = tuple[tuple[float, float], ...]
 
 # What `fit` logs of the pruning; everything else is the loss or a metric of the user's.
-COSTS = ("macs", "params", "bytes", "latency")
+COSTS = ("macs", "params", "bytes", "latency", "flash", "ram")
 _OF_PRUNING = ("neurons", "skipped_steps", "learning_rate", "spectral_radius", *COSTS)
 
 
