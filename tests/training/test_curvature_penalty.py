@@ -75,14 +75,18 @@ def _dense_radii(model, x, y):
     )
     patches = patches.reshape(16, BATCH, 9).swapaxes(0, 1)  # (batch, T, 9)
     h = np.tanh(patches @ kernel.reshape(9, 3) + bias)
-    gamma, beta, mean, variance = (to_numpy(v).astype("float64") for v in norm.weights)
-    scale = gamma / np.sqrt(variance + norm.epsilon)
-    flat = ((h - mean) * scale + beta).reshape(BATCH, -1)
+    gamma, beta = (to_numpy(v).astype("float64") for v in (norm.gamma, norm.beta))
+    std = np.sqrt(h.var((0, 1)) + norm.epsilon)
+    normalized = (h - h.mean((0, 1))) / std
+    flat = (gamma * normalized + beta).reshape(BATCH, -1)
     weight, last_bias = (to_numpy(v).astype("float64") for v in (dense.kernel, dense.bias))
     logits = flat @ weight + last_bias
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     g = p - np.eye(4)[y]
-    g_conv = (g @ weight.T).reshape(BATCH, 16, 3) * scale * (1 - h**2)
+    d = (g @ weight.T).reshape(BATCH, 16, 3) * gamma
+    # Through the statistics of the batch, as in training.
+    d = d - d.mean((0, 1)) - normalized * (d * normalized).mean((0, 1))
+    g_conv = d / std * (1 - h**2)
     a_conv = np.concatenate([patches, np.ones((BATCH, 16, 1))], axis=-1)
     a_dense = np.c_[flat, np.ones(BATCH)]
     factors = [
