@@ -98,6 +98,7 @@ SLOW = pytest.mark.slow
 PAGES = {
     "budgets": (a_wide_network, SLOW),
     "channels": (blocks_of_three, ()),
+    "command_line": (nothing, ()),
     "deploy": (pruned, SLOW),
     "distribution": (on_two_devices, SLOW),
     "flatness": (for_training, SLOW),
