@@ -366,7 +366,10 @@ class PrunableModel(KFACModel):
     # ---- one training step
 
     def make_train_function(self, force: bool = False) -> Any:
-        """Compiles the step, anew for each phase: what other phases need is not traced."""
+        """Compiles the step twice: for the prune phase, when it comes, and for the others.
+
+        What moves gates need not be traced before, nor slow down the steps afterwards.
+        """
         if self.train_function is not None and not force:
             return self.train_function
         super().make_train_function(force=True)
@@ -374,22 +377,22 @@ class PrunableModel(KFACModel):
         replicas = self.distribute_strategy.num_replicas_in_sync
         if controller is None or self.steps_per_execution > 1 or replicas > 1:
             return self.train_function  # phases change within it
-        by_phase: dict[GatePhase, Any] = {}
+        compiled: dict[bool, Any] = {}
 
         def of_phase(iterator: Any) -> Any:
             run = self._run
             phase = controller.due_phase(int(controller.step))
             if controller.phase_now() != phase:
                 controller.enter_due_phase()
-            if phase not in by_phase:
+            run.prunes = phase == GatePhase.PRUNING  # read by `train_step` when it is traced
+            if run.prunes not in compiled:
                 super(PrunableModel, self).make_train_function(force=True)
-                by_phase[phase] = self.train_function
+                compiled[run.prunes] = self.train_function
                 self.train_function = of_phase
-            run.phase = phase  # read by `train_step` when it is traced
             try:
-                return by_phase[phase](iterator)
+                return compiled[run.prunes](iterator)
             finally:
-                run.phase = None
+                run.prunes = None
 
         self.train_function = of_phase
         return of_phase
@@ -400,7 +403,7 @@ class PrunableModel(KFACModel):
             self.guard,
             self._loss_of_replica,
             controller=self.controller,
-            phase=self._run.phase,
+            prunes=self._run.prunes,
         )
 
     def _figures(self) -> dict[str, Any]:
@@ -465,7 +468,7 @@ class _Run:
     Attributes:
         gated: Analysis of the gated network, or None.
         groups: How many gates of each group may stay open, or None.
-        phase: The phase that a step is being traced for, or None if it is for all.
+        prunes: Whether a step of the prune phase is being traced, or None if it may be any.
         shrunk: The compact copy that is trained at the moment, or None.
         shrunk_state: What a copy was trained with before, or None.
     """
@@ -473,7 +476,7 @@ class _Run:
     def __init__(self, gated: GatedNetwork | None, groups: GateGroups | None) -> None:
         self.gated = gated
         self.groups = groups
-        self.phase: GatePhase | None = None
+        self.prunes: bool | None = None
         self.shrunk: Shrunk | None = None
         self.shrunk_state: list[np.ndarray] | None = None
 

@@ -11,7 +11,6 @@ import tensorflow as tf
 
 from tf_kfacprune.curvature import Batch, ForwardState
 from tf_kfacprune.distribution import cond, num_replicas, sum_over_replicas, weighted_mean
-from tf_kfacprune.gates import GatePhase
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.pruning import PruningController
 from tf_kfacprune.training.distributed import agreed, all_finite
@@ -32,8 +31,8 @@ class TrainingStep:
         guard: Counts steps that are not finite.
         loss_of: `(batch, outputs) -> scalar`, the mean loss over the examples of this replica,
             with everything that layers add to it.
-        phase: The phase of the gates where it is known before the step is traced, else None:
-            what other phases need is left out then.
+        prunes: Whether it is a step of the prune phase, where that is known before the step is
+            traced: what it does not need is left out then. None if it may be any.
     """
 
     def __init__(
@@ -43,13 +42,13 @@ class TrainingStep:
         loss_of: Callable[[Batch, Any], Any],
         *,
         controller: PruningController | None = None,
-        phase: GatePhase | None = None,
+        prunes: bool | None = None,
     ) -> None:
         self.trainee = trainee
         self.guard = guard
         self.loss_of = loss_of
         self.controller = controller
-        self.phase = phase
+        self.prunes = prunes
 
     def __call__(self, batch: Batch, update_metrics: Callable[[Any, Any], None]) -> None:
         """Takes the step, or leaves it out if something is not finite.
@@ -59,7 +58,7 @@ class TrainingStep:
             update_metrics: `(outputs, loss)`, called if the step is taken.
         """
         trainee, controller = self.trainee, self.controller
-        if controller is not None and trainee.is_gated and self.phase is None:
+        if controller is not None and trainee.is_gated and self.prunes is None:
             controller.enter_due_phase()
         before = trainee.forward_state()
         outputs, loss, gradients, of_gates = self._loss_and_gradients(batch)
@@ -109,7 +108,7 @@ class TrainingStep:
     def _momentum_of_statistics(self) -> AbstractContextManager[None]:
         """Lets normalization forget the network from before pruning."""
         controller = self.controller
-        if controller is None or self.phase not in (None, GatePhase.SETTLED):
+        if controller is None or self.prunes:
             return nullcontext()
         return forgetting_momentum(self.trainee.net, controller.steps_since_landing())
 
@@ -194,11 +193,7 @@ class TrainingStep:
     def _decay_learning_rate(self) -> None:
         controller, trainee = self.controller, self.trainee
         compiled = trainee.follows or trainee.optimizer
-        if (
-            controller is None
-            or self.phase not in (None, GatePhase.SETTLED)
-            or not trainee.has_constant_rate
-        ):
+        if controller is None or self.prunes or not trainee.has_constant_rate:
             return
 
         def decay() -> None:
@@ -232,11 +227,7 @@ class TrainingStep:
     def _move_gates(self, gradients: Sequence[Any], batch: Batch) -> None:
         """One step of the policy on the gates, in the prune phase."""
         controller = self.controller
-        if (
-            controller is None
-            or not self.trainee.is_gated
-            or self.phase not in (None, GatePhase.PRUNING)
-        ):
+        if controller is None or not self.trainee.is_gated or self.prunes is False:
             return
 
         def move() -> None:
