@@ -45,7 +45,7 @@ def test_what_the_labels_and_the_model_ask_for(small, model, data, more, loss, f
     if metric is not None:
         assert found.metric == metric
     net = keras.models.load_model(small / f"{model}.keras")
-    net.compile("sgd", found.loss, found.metrics())
+    net.compile("sgd", found.loss, metrics=found.metrics())
     outputs = net.predict(dataset.x_test, verbose=0)
     expected = net.evaluate(dataset.x_test, dataset.y_test, verbose=0)[1]
     assert found.measure(outputs, dataset.y_test) == pytest.approx(expected, abs=1e-6)

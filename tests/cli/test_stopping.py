@@ -10,6 +10,19 @@ import pytest
 from tf_kfacprune.cli.stopping import Stopped, stop_signals
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Not ignored, as they are in what a shell runs in the background."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    yield
+    for number in numbers:
+        signal.signal(number, before[number])
+
+
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_signal_stops_at_once_and_the_handler_is_put_back(name, status):
     number = getattr(signal, name)
