@@ -25,3 +25,23 @@ def pytest_runtest_setup(item):
 def random_state(request):
     """Again after those fixtures, so that it does not matter which test came first."""
     keras.utils.set_random_seed(request.config.getoption("seed"))
+
+
+# Not run to the end since the core was redesigned: slow until they have been.
+NOT_RUN_YET = (
+    "distribution/test_training.py",
+    "examples/test_examples.py",
+    "examples/test_flatness_benchmark.py",
+    "examples/test_frontier_benchmark.py",
+    "training/test_gate_aware_training.py",
+    "training/test_kfac_model.py",
+    "training/test_planned_phases.py",
+    "training/test_prunable_model.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.as_posix().endswith(NOT_RUN_YET):
+            item.add_marker(pytest.mark.slow)
