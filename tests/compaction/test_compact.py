@@ -26,7 +26,13 @@ from tf_kfacprune.gates import (
     NeuronGate,
     insert_gates,
 )
-from tf_kfacprune.graph import ChannelRule, CostModel, analyze, register_channel_rule
+from tf_kfacprune.graph import (
+    ChannelRule,
+    CostModel,
+    analyze,
+    keep_opaque,
+    register_channel_rule,
+)
 
 
 def conv_bn(x, filters, size=3, activation="relu", **kwargs):
@@ -475,6 +481,7 @@ def test_a_layer_with_a_registered_rule_is_made_smaller():
     assert small.get_layer("scale").factor.shape == (kept,) != (8,)
 
 
+@keep_opaque
 class Unconfigurable(layers.Layer):
     """Does not survive its own config, like some layers of Keras."""
 
