@@ -30,6 +30,7 @@ References:
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,18 +104,23 @@ def layer_spectral_radius(block: KroneckerBlock, uses: Uses, u: Any, v: Any) -> 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
 class SpectralRadius:
-    """Penalty `strength * max(0, radius - threshold)` on the spectral radius of the curvature.
+    """Penalty `strength * radius` on the spectral radius of the curvature.
+
+    It is carried out by steps of its own, after every `every`-th one of the optimizer, which are
+    never longer than a share of the optimizer's: whatever its strength, it destroys no training.
 
     Args:
-        strength: Weight mu of the penalty, >= 0; 0 only measures.
-        relative: Whether radii are relative, `rho_l |W_l|^2` with the kernel's norm: the strength
-            then means the same on every model, `e^2 / 2` for weights that move by a share e (1e-4:
-            1.4 %). Else they are the `rho_l` themselves.
-        threshold: Radius below which there is no penalty, >= 0; of relative radii, if they are.
+        strength: Weight mu of the penalty against the loss, >= 0; 0 only measures.
+        reduction_to: How far the radius shall come down, in (0, 1): below this share of what it was
+            in the first evaluations, nothing is flattened any more. None: as far as it goes.
+        relative: Whether radii are relative, `rho_l |W_l|^2` with the kernel's norm; else they are
+            the `rho_l` themselves. The strength of relative radii means the same on every model,
+            `e^2 / 2` for weights that move by a share e (1e-3: 4.5 %).
+        threshold: Radius below which nothing is flattened, >= 0; of relative radii, if they are.
         reduction: How the layers' radii become one: `"sum"` (a bound on the spectral radius of
             the Fisher, blocks off the diagonal included), `"max"` (the spectral radius of the
             block-diagonal Fisher) or `"smooth_max"` (their 8-norm).
-        every: The penalty is evaluated at every `every`-th step, with weight `every`.
+        every: The penalty is evaluated at every `every`-th step, with steps so much longer.
         batch_fraction: Share of the batch it is evaluated on, in (0, 1].
         labels: `"sampled"` from the model (true Fisher) or `"data"` (empirical Fisher).
 
@@ -122,7 +128,7 @@ class SpectralRadius:
         InvalidArgumentError: If an argument is out of range.
 
     Example:
-        >>> curvature = kp.SpectralRadius(1e-4, every=4, batch_fraction=0.25)
+        >>> curvature = kp.SpectralRadius(1e-3, every=4, batch_fraction=0.25)
 
     References:
         Ebrahimi & Klabjan, arXiv 2111.08577; Sandler, Klabjan, Luo 2021; Tsuzuku, Sato & Sugiyama
@@ -131,8 +137,9 @@ class SpectralRadius:
 
     def __init__(
         self,
-        strength: float = 1e-4,
+        strength: float = 1e-3,
         *,
+        reduction_to: float | None = None,
         relative: bool = True,
         threshold: float = 0.0,
         reduction: str = "sum",
@@ -141,7 +148,9 @@ class SpectralRadius:
         labels: str = "sampled",
     ) -> None:
         check = functools.partial(require, "SpectralRadius")
-        check(strength >= 0, "strength", "a number >= 0", strength)
+        check(0 <= strength < math.inf, "strength", "a number >= 0", strength)
+        asks = reduction_to is None or 0 < reduction_to < 1
+        check(asks, "reduction_to", "in (0, 1), or None", reduction_to)
         check(isinstance(relative, bool), "relative", "True or False", relative)
         check(threshold >= 0, "threshold", "a number >= 0", threshold)
         check(
@@ -154,6 +163,7 @@ class SpectralRadius:
         check(0 < batch_fraction <= 1, "batch_fraction", "in (0, 1]", batch_fraction)
         check(labels in ("sampled", "data"), "labels", "'sampled' or 'data'", labels)
         self.strength = strength
+        self.reduction_to = reduction_to
         self.relative = relative
         self.threshold = threshold
         self.reduction = reduction
@@ -180,13 +190,10 @@ class SpectralRadius:
         powers = ops.sum(ops.power(stacked / scale, _SMOOTH_MAX_POWER))
         return scale * ops.power(powers + _TINY, 1.0 / _SMOOTH_MAX_POWER)
 
-    def penalty(self, radius: Any) -> Any:
-        """`strength * every * max(0, radius - threshold)`."""
-        return self.strength * self.every * ops.relu(radius - self.threshold)
-
     def get_config(self) -> dict[str, Any]:
         return {
             "strength": self.strength,
+            "reduction_to": self.reduction_to,
             "relative": self.relative,
             "threshold": self.threshold,
             "reduction": self.reduction,
