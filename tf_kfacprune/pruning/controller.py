@@ -139,6 +139,15 @@ class PruningController(keras.layers.Layer):
             phase = GatePhase.SETTLED
         return phase
 
+    def steps_left_in_phase(self) -> float:
+        """How many steps from now on belong to the current phase, perhaps infinitely many."""
+        phase = self.phase_now()
+        if self.has_settled or not self.is_scheduled:
+            return math.inf
+        end = self.prune_start if phase == GatePhase.HELD_OPEN else self.prune_end
+        end, step = (int(ops.convert_to_numpy(value)) for value in (end, self.step))
+        return end - step
+
     def enter_due_phase(self) -> None:
         """Starts pruning or settles when the step for it has come; before the forward pass."""
         if self._task.budget.is_open:

@@ -302,6 +302,7 @@ class PrunableModel(KFACModel):
 
     def begin_epoch(self, steps_left: int | None) -> None:
         run = self._run
+        run.is_in_epoch, run.steps_left = True, 0
         if run.shrunk is None and can_shrink(self, steps_left or 0):
             try:
                 self.start_shrunk()
@@ -314,6 +315,7 @@ class PrunableModel(KFACModel):
             run.shrunk.fetch()  # a callback may have changed them
 
     def end_epoch(self) -> None:
+        self._run.is_in_epoch, self._run.steps_left = False, 0
         if self._run.shrunk is not None:
             self._run.shrunk.write_back()
 
@@ -381,10 +383,7 @@ class PrunableModel(KFACModel):
 
         def of_phase(iterator: Any) -> Any:
             run = self._run
-            phase = controller.due_phase(int(controller.step))
-            if controller.phase_now() != phase:
-                controller.enter_due_phase()
-            run.prunes = phase == GatePhase.PRUNING  # read by `train_step` when it is traced
+            run.prunes = self._enter_due_phase(controller)  # read by `train_step` when it is traced
             if run.prunes not in compiled:
                 super(PrunableModel, self).make_train_function(force=True)
                 compiled[run.prunes] = self.train_function
@@ -396,6 +395,21 @@ class PrunableModel(KFACModel):
 
         self.train_function = of_phase
         return of_phase
+
+    def _enter_due_phase(self, controller: PruningController) -> bool:
+        """Enters the phase of the step to come, and says whether it is the prune phase.
+
+        Within an epoch nobody else changes phases, so that the device need not be asked each time.
+        """
+        run = self._run
+        if run.steps_left <= 0:
+            phase = controller.due_phase(int(controller.step))
+            if controller.phase_now() != phase:
+                controller.enter_due_phase()
+            run.is_pruning = phase == GatePhase.PRUNING
+            run.steps_left = controller.steps_left_in_phase() if run.is_in_epoch else 1
+        run.steps_left -= 1
+        return run.is_pruning
 
     def _step(self) -> TrainingStep:
         return TrainingStep(
@@ -469,6 +483,9 @@ class _Run:
         gated: Analysis of the gated network, or None.
         groups: How many gates of each group may stay open, or None.
         prunes: Whether a step of the prune phase is being traced, or None if it may be any.
+        is_pruning: Whether the last step was one of the prune phase.
+        steps_left: How many steps from now on are of the same phase, as far as is known.
+        is_in_epoch: Whether steps are those of an epoch of `fit`.
         shrunk: The compact copy that is trained at the moment, or None.
         shrunk_state: What a copy was trained with before, or None.
     """
@@ -477,6 +494,9 @@ class _Run:
         self.gated = gated
         self.groups = groups
         self.prunes: bool | None = None
+        self.is_pruning = False
+        self.steps_left: float = 0
+        self.is_in_epoch = False
         self.shrunk: Shrunk | None = None
         self.shrunk_state: list[np.ndarray] | None = None
 
