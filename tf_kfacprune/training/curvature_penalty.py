@@ -14,8 +14,8 @@ After every k-th step of the optimizer each variable moves by
 
     -c k r |D| q / |q|,    r = min(mu |q| / |g|, 0.3),
 
-with the largest c <= 1 for which the predictions move no further than three times as far as in
-the optimizer's step: `|z(after) - z| <= 3 |z - z(before)|`.
+with the largest c <= 1 for which the predictions move no further than twice as far as in
+the optimizer's step: `|z(after) - z| <= 2 |z - z(before)|`.
 
 With r = mu |q| / |g| that is what a gradient descent of rate |D| / |g| on `loss + mu radius` would
 add. It stays out of the optimizer, as weight decay does in AdamW: through K-FAC's inverse and
@@ -59,8 +59,8 @@ _DECAY = 0.95
 # Of the length of the optimizer's steps: beyond, flattening outruns the training.
 _MOST = 0.3
 # As many times as the optimizer's step predictions may move in all. At 4 networks on raw pixels
-# came out worse, at 1 others were hardly any flatter.
-_FURTHEST = 3.0
+# came out worse, at 1 others came out hardly any flatter.
+_FURTHEST = 2.0
 # So many radii make up what a reduction is relative to; there is no penalty before.
 _EVALUATIONS_OF_REFERENCE = 20.0
 
