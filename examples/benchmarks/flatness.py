@@ -66,7 +66,7 @@ def glorot(seed, layer):
 
 
 # name -> compact and dense network; settings chosen on held-out images with `mlp`
-SETTINGS = {"batch_size": 256, "learning_rate": 1e-2, "weight_decay": 0.03, "strength": 1e-3}
+SETTINGS = {"batch_size": 256, "learning_rate": 1e-2, "weight_decay": 0.03, "strength": 1e-4}
 NETWORKS = {
     "mlp": {
         "compact": lambda seed: mlp((40, 20), seed),

@@ -169,30 +169,6 @@ class CurvatureEstimator:
             [gradients[count:] for gradients in found],
         )
 
-    def coordinates(self, batch: Batch) -> list[Any]:
-        """Predictions in training mode, in coordinates in which F is the squared distance.
-
-        Between two nearby networks `sum |z - z'|^2` is `d^T F d`, d being the difference of their
-        parameters; noise is the same in every call. Losses without a known likelihood count by
-        their values, as in the empirical Fisher.
-
-        Args:
-            batch: The batch, or a part of one.
-
-        Returns:
-            One float32 tensor per entry of the loss, of any shape.
-        """
-        state = ForwardState(self.network)
-        outputs, _ = capture(self.network, batch.x, (), training=True)
-        found = [
-            entries.scaled_coordinates()
-            if entries.has_coordinates
-            else entries.roots * entries.values
-            for entries in self.objective.entries(batch, outputs)
-        ]
-        state.restore()
-        return [tf.cast(values, "float32") for values in found]
-
     def quadratic_form(
         self,
         batch: Batch,

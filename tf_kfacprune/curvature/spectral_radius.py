@@ -104,23 +104,23 @@ def layer_spectral_radius(block: KroneckerBlock, uses: Uses, u: Any, v: Any) -> 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
 class SpectralRadius:
-    """Penalty `strength * radius` on the spectral radius of the curvature.
+    """Penalty `strength * max(0, radius - threshold)` on the spectral radius of the curvature.
 
-    It is carried out by steps of its own, after every `every`-th one of the optimizer, which are
-    never longer than a share of the optimizer's: whatever its strength, it destroys no training.
+    Its gradient is never larger than a share of the loss', variable by variable: no strength
+    destroys a training.
 
     Args:
-        strength: Weight mu of the penalty against the loss, >= 0; 0 only measures.
+        strength: Weight mu of the penalty, >= 0; 0 only measures.
         reduction_to: How far the radius shall come down, in (0, 1): below this share of what it was
-            in the first evaluations, nothing is flattened any more. None: as far as it goes.
-        relative: Whether radii are relative, `rho_l |W_l|^2` with the kernel's norm; else they are
-            the `rho_l` themselves. The strength of relative radii means the same on every model,
-            `e^2 / 2` for weights that move by a share e (1e-3: 4.5 %).
-        threshold: Radius below which nothing is flattened, >= 0; of relative radii, if they are.
+            in the first 20 evaluations there is no penalty any more. None: as far as it goes.
+        relative: Whether radii are relative, `rho_l |W_l|^2` with the kernel's norm: the strength
+            then means the same on every model, `e^2 / 2` for weights that move by a share e (1e-4:
+            1.4 %). Else they are the `rho_l` themselves.
+        threshold: Radius below which there is no penalty, >= 0; of relative radii, if they are.
         reduction: How the layers' radii become one: `"sum"` (a bound on the spectral radius of
             the Fisher, blocks off the diagonal included), `"max"` (the spectral radius of the
             block-diagonal Fisher) or `"smooth_max"` (their 8-norm).
-        every: The penalty is evaluated at every `every`-th step, with steps so much longer.
+        every: The penalty is evaluated at every `every`-th step, with weight `every`.
         batch_fraction: Share of the batch it is evaluated on, in (0, 1].
         labels: `"sampled"` from the model (true Fisher) or `"data"` (empirical Fisher).
 
@@ -128,7 +128,7 @@ class SpectralRadius:
         InvalidArgumentError: If an argument is out of range.
 
     Example:
-        >>> curvature = kp.SpectralRadius(1e-3, every=4, batch_fraction=0.25)
+        >>> curvature = kp.SpectralRadius(1e-4, every=4, batch_fraction=0.25)
 
     References:
         Ebrahimi & Klabjan, arXiv 2111.08577; Sandler, Klabjan, Luo 2021; Tsuzuku, Sato & Sugiyama
@@ -137,7 +137,7 @@ class SpectralRadius:
 
     def __init__(
         self,
-        strength: float = 1e-3,
+        strength: float = 1e-4,
         *,
         reduction_to: float | None = None,
         relative: bool = True,

@@ -219,8 +219,8 @@ class PrunableModel(KFACModel):
         if replicas > 1 and self.curvature is not None:
             raise InvalidArgumentError(
                 f"PrunableModel {self.name!r} on {replicas} replicas of tf.distribute does not "
-                f"support curvature={self.curvature!r}: second derivatives of layers that replicas "
-                "share cannot be taken. Leave the penalty out, or train on one device."
+                f"support curvature={self.curvature!r}: every replica would flatten along "
+                "directions of its own. Leave the penalty out, or train on one device."
             )
         super().compile(optimizer, loss, *args, **kwargs)
         self._run.shrunk = self._run.shrunk_state = None

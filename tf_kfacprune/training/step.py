@@ -15,7 +15,7 @@ from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.pruning import PruningController
 from tf_kfacprune.training.distributed import agreed, all_finite
 from tf_kfacprune.training.running_statistics import forgetting_momentum
-from tf_kfacprune.training.trainee import Trainee, call_network, inner_optimizer
+from tf_kfacprune.training.trainee import Trainee, call_network
 
 __all__ = ["TrainingStep"]
 
@@ -62,6 +62,7 @@ class TrainingStep:
             controller.enter_due_phase()
         before = trainee.forward_state()
         outputs, loss, gradients, of_gates = self._loss_and_gradients(batch)
+        gradients = self._penalized(gradients, batch)
         finite = self._is_finite(loss, [*gradients, *of_gates])
         if num_replicas() > 1:
             together, finite = agreed([*gradients, *of_gates], finite, batch.size, before)
@@ -72,7 +73,7 @@ class TrainingStep:
             self._update_factors(batch)
             self._decay_learning_rate()
             scale = trainee.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
-            self._update_weights_and_flatten(gradients, batch)
+            self._update_weights(gradients, batch)
             self._move_gates([g / scale for g in of_gates], batch)
             update_metrics(outputs, loss)
 
@@ -110,6 +111,16 @@ class TrainingStep:
         if controller is None or self.prunes:
             return nullcontext()
         return forgetting_momentum(self.trainee.net, controller.steps_since_landing())
+
+    def _penalized(self, gradients: list[Any], batch: Batch) -> list[Any]:
+        """Gradients with those of the penalty on the curvature added."""
+        trainee = self.trainee
+        if trainee.penalty is None:
+            return gradients
+        scale = trainee.optimizer.scale_loss(tf.constant(1.0))
+        return trainee.penalty.added(
+            gradients, self.guard.step, batch, trainee.estimator, trainee.variables, scale
+        )
 
     def _is_finite(self, loss: Any, gradients: Sequence[Any]) -> Any:
         finite = tf.math.is_finite(tf.cast(loss, "float32"))
@@ -188,26 +199,6 @@ class TrainingStep:
         if trainee.follows is not None:  # callbacks set and read what was compiled
             trainee.optimizer.learning_rate = tf.convert_to_tensor(compiled.learning_rate)
             compiled.iterations.assign_add(1)
-
-    def _update_weights_and_flatten(self, gradients: Sequence[Any], batch: Batch) -> None:
-        """A step of the optimizer and, after every so many, one down the spectral radius."""
-        trainee, penalty = self.trainee, self.trainee.penalty
-        if penalty is None:
-            self._update_weights(gradients, batch)
-            return
-        before = [tf.convert_to_tensor(variable) for variable in trainee.variables]
-        self._update_weights(gradients, batch)
-        # With gradient accumulation weights change in every so many steps only: just then.
-        optimizer = inner_optimizer(trainee.optimizer)
-        period = penalty.settings.every * (optimizer.gradient_accumulation_steps or 1)
-        due = tf.equal(tf.convert_to_tensor(optimizer.iterations) % period, 0)
-        scale = trainee.optimizer.scale_loss(tf.constant(1.0))
-        of_loss = [None if g is None else tf.cast(g, "float32") / scale for g in gradients]
-
-        def flatten() -> None:
-            penalty.flatten(batch, trainee.estimator, trainee.variables, before, of_loss)
-
-        cond(due, flatten, lambda: None)
 
     def _update_weights(self, gradients: Sequence[Any], batch: Batch) -> None:
         trainee, kfac = self.trainee, self.trainee.kfac
