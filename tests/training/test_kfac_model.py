@@ -175,15 +175,14 @@ def test_text_models_take_the_steps_of_their_factors():
     assert not model.without_block
 
 
-@pytest.mark.parametrize("learning_rate", [0.05, "auto"])
-def test_text_models_learn_what_counting_classes_would_not(learning_rate):
+@pytest.mark.slow
+def test_text_models_learn_what_counting_classes_would_not():
     keras.utils.set_random_seed(0)
     tokens = np.random.default_rng(1).integers(0, 11, size=(64, 5))
     labels = (tokens == 3).any(axis=1).astype("int32")
     share = labels.mean()
     entropy = -share * np.log(share) - (1 - share) * np.log(1 - share)
-    settings = {**FIXED, "learning_rate": learning_rate}
-    _, history = _fit(_text_model(), kp.KFAC(**settings), x=tokens, y=labels, epochs=12)
+    _, history = _fit(_text_model(), kp.KFAC(**AUTO), x=tokens, y=labels, epochs=12)
     assert history["loss"][-1] < 0.5 * entropy
 
 
@@ -263,11 +262,6 @@ def test_a_weight_on_the_loss_changes_no_adaptive_step():
         np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
-def test_larger_inputs_do_not_break_adaptive_steps():
-    _, history = _fit(_network(), kp.KFAC(**SCALE_FREE), x=10 * X, epochs=4)
-    assert history["loss"][-1] < 0.8 * history["loss"][0]
-
-
 @pytest.mark.parametrize(("policy", "digits"), [("mixed_float16", 1e-3), ("mixed_bfloat16", 8e-3)])
 def test_half_precision_takes_the_steps_of_single_precision(policy, digits):
     found = []
@@ -285,15 +279,19 @@ def test_half_precision_takes_the_steps_of_single_precision(policy, digits):
         np.testing.assert_allclose(half, single, rtol=0, atol=20 * digits * np.abs(single).max())
 
 
-@pytest.mark.parametrize("settings", [FIXED, AUTO], ids=["fixed", "auto"])
-@pytest.mark.parametrize("arguments", [{"jit_compile": True}, {"steps_per_execution": 2}], ids=str)
-def test_compiled_variants_equal_the_plain_one(arguments, settings):
-    # The empirical Fisher: XLA draws other labels.
-    settings = {**settings, "labels": "data"}
-    plain, _ = _fit(_network(), kp.KFAC(**settings), jit_compile=False)
-    variant, _ = _fit(_network(), kp.KFAC(**settings), **{"jit_compile": False, **arguments})
-    for ours, theirs in zip(_weights(plain), _weights(variant), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)
+@pytest.mark.parametrize("settings", [{**FIXED, "inverse": "ekfac"}, AUTO], ids=["ekfac", "auto"])
+def test_compiled_steps_equal_eager_ones(settings):
+    """Eager ones are compared with a reference in float64 in test_kfac_steps.py."""
+    found = {}
+    for way in ("run_eagerly", "jit_compile", "steps_per_execution"):
+        # The empirical Fisher: XLA draws other labels.
+        arguments = {"jit_compile": False, way: 2 if way == "steps_per_execution" else True}
+        model, _ = _fit(_network(), kp.KFAC(**settings, labels="data"), **arguments)
+        found[way] = _weights(model)
+    eager = found.pop("run_eagerly")
+    for way, compiled in found.items():
+        for ours, theirs in zip(compiled, eager, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4, err_msg=way)
 
 
 @pytest.mark.parametrize(
@@ -304,12 +302,9 @@ def test_compiled_variants_equal_the_plain_one(arguments, settings):
 def test_training_resumed_from_a_file_is_bit_equal(settings, tmp_path):
     whole = kp.KFACModel(_network(), seed=0)
     whole.compile(kp.KFAC(**settings), LOSS)
-    whole.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
-    half = kp.KFACModel(_network(), seed=0)
-    half.compile(kp.KFAC(**settings), LOSS)
-    half.fit(X, Y, batch_size=BATCH, epochs=1, shuffle=False, verbose=0)
-    half.save(tmp_path / "half.keras")
-    resumed = keras.saving.load_model(tmp_path / "half.keras")
+    saving = keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.keras"))
+    whole.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0, callbacks=[saving])
+    resumed = keras.saving.load_model(tmp_path / "1.keras")
     resumed.fit(X, Y, batch_size=BATCH, epochs=2, initial_epoch=1, shuffle=False, verbose=0)
     for ours, theirs in zip(_weights(whole), _weights(resumed), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -332,14 +327,14 @@ def test_one_adaptive_step_minimizes_the_exact_quadratic_model():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((6,))
     network = keras.Model(inputs, L.Dense(2)(inputs))
+    x = 10 * X[:BATCH]
     target = X[:BATCH, :2] @ np.array([[1.0, 2.0], [0.5, -1.0]], "float32") + 1.0
     model = kp.KFACModel(network, seed=0)
     settings = {**AUTO, "damping": 1e-6, "labels": "exact"}
     model.compile(kp.KFAC(**settings), "mse")
-    model.fit(X[:BATCH], target, batch_size=BATCH, epochs=1, verbose=0)
+    model.train_on_batch(x, target)
     # A (x) G is the exact Gauss-Newton matrix here, so one step is a Newton step.
-    loss = float(model.evaluate(X[:BATCH], target, batch_size=BATCH, verbose=0))
-    assert loss < 1e-4
+    np.testing.assert_allclose(model.predict_on_batch(x), target, atol=1e-2)
 
 
 def test_a_batch_with_nan_changes_nothing():
@@ -479,8 +474,8 @@ class _UnusedHead(keras.Model):
 
 @pytest.mark.parametrize(
     "settings",
-    [FIXED, AUTO, {**FIXED, "damping": kp.LevenbergMarquardt(0.1)}],
-    ids=["fixed", "auto", "adaptive damping"],
+    [FIXED, {**AUTO, "damping": kp.LevenbergMarquardt(0.1)}],
+    ids=["fixed", "adaptive"],
 )
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_a_layer_without_a_gradient_stays_as_it_is(settings):
@@ -488,9 +483,9 @@ def test_a_layer_without_a_gradient_stays_as_it_is(settings):
     network = _UnusedHead()
     network(X[:1])
     before, head = to_numpy(network.unused.kernel), to_numpy(network.head.kernel)
-    _fit(network, kp.KFAC(**settings), epochs=3)
+    _fit(network, kp.KFAC(**settings), epochs=1)
     np.testing.assert_array_equal(network.unused.kernel, before)
-    assert np.abs(network.head.kernel - head).max() > 0.1
+    assert np.abs(network.head.kernel - head).max() > 0.01
 
 
 @pytest.mark.parametrize("settings", [FIXED, AUTO], ids=["fixed", "auto"])
@@ -511,10 +506,10 @@ def test_a_network_in_double_precision_takes_the_same_steps(settings):
         np.testing.assert_allclose(double, single, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4])
+@pytest.mark.parametrize("steps", [1, 4])
 def test_bad_batches_end_the_training_before_the_epoch_does(steps):
     model = kp.KFACModel(_network(), max_skipped_steps=8)
-    model.compile(kp.KFAC(**FIXED), LOSS, steps_per_execution=steps)
+    model.compile("sgd", LOSS, steps_per_execution=steps)
     seen = []
     count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda n, logs: seen.append(n))
     with pytest.raises(NonFiniteError):
