@@ -298,21 +298,25 @@ def test_half_precision_takes_the_steps_of_single_precision(policy, digits):
         np.testing.assert_allclose(half, single, rtol=0, atol=20 * digits * np.abs(single).max())
 
 
-@pytest.mark.parametrize("settings", [{**FIXED, "inverse": "ekfac"}, AUTO], ids=["ekfac", "auto"])
-def test_compiled_steps_equal_eager_ones(settings):
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        (AUTO, {"jit_compile": False, "steps_per_execution": 2}),
+        ({**FIXED, "inverse": "ekfac"}, {"jit_compile": True}),
+        pytest.param(AUTO, {"jit_compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=["auto", "ekfac by XLA", "auto by XLA"],
+)
+def test_compiled_steps_equal_eager_ones(settings, arguments):
     """Eager ones are compared with a reference in float64 in test_kfac_steps.py."""
-    found = {}
-    for way in ("run_eagerly", "jit_compile", "steps_per_execution"):
+    found = []
+    for compiled in ({"eager": False, **arguments}, {}):
         # The empirical Fisher: XLA draws other labels.
-        arguments = {"jit_compile": False, way: 2 if way == "steps_per_execution" else True}
-        arguments["eager"] = arguments.pop("run_eagerly", False)
         optimizer = kp.KFAC(**settings, labels="data")
-        model, _ = _fit(_network(), optimizer, epochs=2, **arguments)
-        found[way] = _weights(model)
-    eager = found.pop("run_eagerly")
-    for way, compiled in found.items():
-        for ours, theirs in zip(compiled, eager, strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4, err_msg=way)
+        model, _ = _fit(_network(), optimizer, epochs=2, **compiled)
+        found.append(_weights(model))
+    for ours, eager in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, eager, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize(
