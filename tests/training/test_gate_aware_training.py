@@ -8,7 +8,14 @@ import pytest
 from keras import layers
 
 import tf_kfacprune as kp
-from tf_kfacprune.curvature import Batch, CurvatureEstimator, SingleObjective, find_blocks
+from tf_kfacprune.curvature import (
+    Batch,
+    CurvatureEstimator,
+    SingleObjective,
+    check_second_derivatives,
+    find_blocks,
+    mends,
+)
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GateAware
 
@@ -142,7 +149,8 @@ def test_the_spectral_radius_is_penalized_through_wrapped_layers():
     assert np.isfinite(fit(model, images(64))["loss"]).all()
 
 
-def test_layers_without_second_derivatives_are_found_inside_wrappers():
-    curvature = kp.SpectralRadius(1e-3)
+def test_layers_without_second_derivatives_are_found_and_mended_inside_wrappers():
+    net = kp.PrunableModel(vision_transformer(), kp.Budget(macs=0.5)).net
     with pytest.raises(UnsupportedModelError, match=r"'last_norm' \(LayerNormalization\)"):
-        kp.PrunableModel(vision_transformer(), kp.Budget(macs=0.5), curvature=curvature)
+        check_second_derivatives(net, training=True)
+    check_second_derivatives(net, training=True, mended=mends)

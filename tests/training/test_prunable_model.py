@@ -315,12 +315,16 @@ def test_data_of_unknown_length_need_the_number_of_steps():
 
 
 def test_the_penalty_refuses_layers_with_wrong_second_derivatives_by_name():
-    inputs = keras.Input((4, 4, 1))
-    x = keras.layers.UpSampling2D(interpolation="bilinear", name="up")(inputs)
-    net = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
-    with pytest.raises(UnsupportedModelError, match="'up'"):
-        kp.PrunableModel(net, curvature=kp.SpectralRadius(1e-3))
-    kp.PrunableModel(net, curvature=kp.SpectralRadius(0.0))
+    def wrapped(layer, strength=1e-3):
+        inputs = keras.Input((4, 4, 1))
+        net = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(layer(inputs))))
+        return kp.PrunableModel(net, curvature=kp.SpectralRadius(strength))
+
+    renormalized = keras.layers.BatchNormalization(renorm=True, name="norm")
+    with pytest.raises(UnsupportedModelError, match="'norm' .*renorm=True"):
+        wrapped(renormalized)
+    wrapped(renormalized, strength=0.0)
+    wrapped(keras.layers.UpSampling2D(interpolation="bilinear"))  # run by a right expression
 
 
 def test_a_loss_without_a_likelihood_falls_back_with_a_warning():
