@@ -321,7 +321,7 @@ def test_the_penalty_refuses_layers_with_wrong_second_derivatives_by_name():
         return kp.PrunableModel(net, curvature=kp.SpectralRadius(strength))
 
     renormalized = keras.layers.BatchNormalization(renorm=True, name="norm")
-    with pytest.raises(UnsupportedModelError, match="'norm' .*renorm=True"):
+    with pytest.raises(UnsupportedModelError, match=r"'norm' .*renorm=True"):
         wrapped(renormalized)
     wrapped(renormalized, strength=0.0)
     wrapped(keras.layers.UpSampling2D(interpolation="bilinear"))  # run by a right expression
