@@ -31,7 +31,8 @@ CASES = {
 }
 # Replicas sample labels of their own, so that one device cannot take the same steps.
 SAMPLED = {"curvature": {"macs": 0.5, "epochs": 4, "policy": "kfac", "every": 3}}
-TIMEOUT = 240
+TIMEOUT = 400
+pytestmark = pytest.mark.timeout(900)  # the first test waits for both jobs
 
 
 def _start(job, **environment):
@@ -173,7 +174,6 @@ def test_what_cannot_work_is_refused_with_a_remedy(attempt, message, mirrored):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_two_processes_train_as_one_device_does(one_device, folder):
     cases = {name: CASES[name] for name in ("ekfac, inverses sharded",)}
     codes, outputs, paths = _run_workers([cases, cases], folder)
@@ -186,7 +186,6 @@ def test_two_processes_train_as_one_device_does(one_device, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_lost_worker_ends_the_job_and_nothing_is_lost_when_it_resumes(one_device, folder):
     case = CASES["clipped"]
     backups = [{**case, "backup": str(folder / f"backup{k}")} for k in range(2)]
