@@ -34,7 +34,6 @@ NOT_RUN_YET = (
     "examples/test_flatness_benchmark.py",
     "examples/test_frontier_benchmark.py",
     "training/test_gate_aware_training.py",
-    "training/test_kfac_model.py",
     "training/test_planned_phases.py",
     "training/test_prunable_model.py",
 )

@@ -59,7 +59,8 @@ def strategy_of(job):
 
 
 def train(strategy, case):
-    settings = {"learning_rate": 0.05, "factor_every": 1, "inverse_every": 2, **case["kfac"]}
+    settings = {"learning_rate": 0.05, "factor_every": 1, "inverse_every": 2}
+    settings |= case.get("kfac", {})
     if "adapt_every" in case:
         settings["damping"] = kp.LevenbergMarquardt(0.1, every=case["adapt_every"])
     x, y = X.copy(), Y
@@ -76,7 +77,8 @@ def train(strategy, case):
         else:
             model = kp.KFACModel(net, seed=0)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(kp.KFAC(**settings), loss, metrics=["accuracy"])
+        optimizer = kp.KFAC(**settings) if "kfac" in case else keras.optimizers.Adam(0.05)
+        model.compile(optimizer, loss, metrics=["accuracy"])
     callbacks = []
     if "backup" in case:
         callbacks.append(keras.callbacks.BackupAndRestore(case["backup"], delete_checkpoint=False))

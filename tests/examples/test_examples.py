@@ -69,8 +69,16 @@ def test_examples_are_short_and_use_public_names_only(path):
     ("name", "arguments"),
     [
         ("digits_quickstart.py", ["--budget_macs=0.3"]),
-        ("mnist_lenet.py", ["--model=lenet300", "--budget_params=0.3", "--compare_dense"]),
-        ("build_gated_by_hand.py", ["--policy=proximal", "--budget_macs=0.4"]),
+        pytest.param(
+            "mnist_lenet.py",
+            ["--model=lenet300", "--budget_params=0.3", "--compare_dense"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "build_gated_by_hand.py",
+            ["--policy=proximal", "--budget_macs=0.4"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_example_trains_prunes_exports_and_records(

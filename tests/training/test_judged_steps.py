@@ -23,7 +23,9 @@ def _after_one_step(activation=None, loss=LOSS):
     network = keras.Model(inputs, L.Dense(3, activation=activation)(x))
     model = kp.KFACModel(network, seed=0)
     damping = kp.LevenbergMarquardt(0.1, every=3)
-    model.compile(kp.KFAC("auto", damping=damping, batch_fraction=1.0), loss)
+    # Compiled steps take seconds to trace, and are compared with these in test_kfac_model.py.
+    optimizer = kp.KFAC("auto", damping=damping, batch_fraction=1.0)
+    model.compile(optimizer, loss, run_eagerly=True)
     _train(model)
     return model
 
@@ -136,7 +138,7 @@ def test_weight_decay_follows_the_step_sizes_that_were_taken():
         keras.utils.set_random_seed(3)
         inputs = keras.Input((6,))
         model = kp.KFACModel(keras.Model(inputs, L.Dense(3)(L.Dense(8)(inputs))), seed=0)
-        model.compile(kp.KFAC("auto", weight_decay=decay), LOSS)
+        model.compile(kp.KFAC("auto", weight_decay=decay), LOSS, run_eagerly=True)
         _train(model)
         of_first.append(model.net.get_weights())
         rate = max(float(model.optimizer.learning_rate), 0.0)
@@ -173,7 +175,7 @@ def test_the_quadratic_model_knows_what_layers_add_to_the_loss(kind):
     model = kp.KFACModel(network, seed=0)
     damping = kp.LevenbergMarquardt(1e-6, minimum=1e-8)
     optimizer = kp.KFAC("auto", damping=damping, batch_fraction=1.0)
-    model.compile(optimizer, "mse")
+    model.compile(optimizer, "mse", run_eagerly=True)
     y = RNG.normal(size=(BATCH, 3)).astype("float32")
     before = model.evaluate(X, y, batch_size=BATCH, verbose=0)
     model.train_on_batch(X, y)
@@ -213,7 +215,7 @@ def test_a_step_after_an_overflow_of_the_loss_scale_is_judged_once():
     scaled = keras.optimizers.LossScaleOptimizer(
         kfac, initial_scale=64.0, dynamic_growth_steps=1000
     )
-    model.compile(scaled, LOSS)
+    model.compile(scaled, LOSS, run_eagerly=True)
     _train(model)
     scaled.dynamic_scale.assign(2.0**40)  # the next step overflows
     _train(model)

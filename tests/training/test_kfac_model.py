@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tf_kfacprune as kp
+from tf_kfacprune.curvature import Batch
 from tf_kfacprune.errors import InvalidArgumentError, NonFiniteError, UnsupportedModelError
 
 L = keras.layers
@@ -24,9 +25,10 @@ def _network(**last):
     return keras.Model(inputs, L.Dense(3, name="logits", **last)(x))
 
 
-def _fit(network, optimizer, *, x=X, y=Y, loss=LOSS, epochs=2, **compile_arguments):
+def _fit(network, optimizer, *, x=X, y=Y, loss=LOSS, epochs=1, eager=True, **compiled):
+    """Eager, as tracing a step takes longer than taking some."""
     model = kp.KFACModel(network, seed=0)
-    model.compile(optimizer, loss, **compile_arguments)
+    model.compile(optimizer, loss, run_eagerly=eager, **compiled)
     history = model.fit(x, y, batch_size=BATCH, epochs=epochs, shuffle=False, verbose=0)
     return model, history.history
 
@@ -43,7 +45,7 @@ def test_other_optimizers_take_the_steps_of_plain_keras():
     plain = _network()
     plain.compile(keras.optimizers.Adam(0.01), LOSS)
     plain.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
-    model, _ = _fit(_network(), keras.optimizers.Adam(0.01))
+    model, _ = _fit(_network(), keras.optimizers.Adam(0.01), epochs=2, eager=False)
     for ours, theirs in zip(_weights(model), plain.trainable_variables, strict=True):
         np.testing.assert_array_equal(ours, to_numpy(theirs))
 
@@ -51,7 +53,7 @@ def test_other_optimizers_take_the_steps_of_plain_keras():
 def test_the_wrapped_model_is_the_one_that_is_trained():
     network = _network()
     before = [to_numpy(v) for v in network.trainable_variables]
-    model, _ = _fit(network, kp.KFAC(**FIXED))
+    model, _ = _fit(network, kp.KFAC(**FIXED), eager=False)
     assert model.net is network
     for old, new in zip(before, network.trainable_variables, strict=True):
         assert not np.array_equal(old, to_numpy(new))
@@ -175,16 +177,32 @@ def test_text_models_take_the_steps_of_their_factors():
     assert not model.without_block
 
 
-@pytest.mark.parametrize("learning_rate", [0.05, "auto"])
-def test_text_models_learn_what_counting_classes_would_not(learning_rate):
+def test_the_quadratic_model_of_a_text_model_is_that_of_its_gauss_newton_matrix():
+    """Derivatives of the outputs along a direction are taken by differences."""
     keras.utils.set_random_seed(0)
-    tokens = np.random.default_rng(1).integers(0, 11, size=(64, 5))
-    labels = (tokens == 3).any(axis=1).astype("int32")
-    share = labels.mean()
-    entropy = -share * np.log(share) - (1 - share) * np.log(1 - share)
-    settings = {**FIXED, "learning_rate": learning_rate}
-    _, history = _fit(_text_model(), kp.KFAC(**settings), x=tokens, y=labels, epochs=12)
-    assert history["loss"][-1] < 0.5 * entropy
+    rng = np.random.default_rng(1)
+    tokens, labels = rng.integers(0, 11, size=(64, 5)), rng.integers(0, 3, size=64)
+    network = _text_model()
+    model = kp.KFACModel(network, seed=0)
+    model.compile("sgd", LOSS)
+    variables = network.trainable_variables
+    start = [to_numpy(v) for v in variables]
+    direction = [rng.normal(size=v.shape).astype("float32") for v in variables]
+    ((found,),) = to_numpy(
+        model.trainee.estimator.quadratic_form(
+            Batch(tokens, labels), variables, [direction], is_whole=True
+        )
+    )
+    outputs = []
+    for step in (3e-3, -3e-3):
+        for variable, value, way in zip(variables, start, direction, strict=True):
+            variable.assign(value + step * way)
+        outputs.append(to_numpy(network(tokens)).astype("float64"))
+    along = (outputs[0] - outputs[1]) / 6e-3
+    p = np.exp(np.mean(outputs, axis=0))
+    p /= p.sum(axis=1, keepdims=True)
+    expected = np.mean((p * along**2).sum(axis=1) - (p * along).sum(axis=1) ** 2)
+    assert found == pytest.approx(expected, rel=5e-3)
 
 
 def test_subclassed_models_and_layers_of_the_users_own_are_searched():
@@ -263,11 +281,6 @@ def test_a_weight_on_the_loss_changes_no_adaptive_step():
         np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
-def test_larger_inputs_do_not_break_adaptive_steps():
-    _, history = _fit(_network(), kp.KFAC(**SCALE_FREE), x=10 * X, epochs=4)
-    assert history["loss"][-1] < 0.8 * history["loss"][0]
-
-
 @pytest.mark.parametrize(("policy", "digits"), [("mixed_float16", 1e-3), ("mixed_bfloat16", 8e-3)])
 def test_half_precision_takes_the_steps_of_single_precision(policy, digits):
     found = []
@@ -285,15 +298,25 @@ def test_half_precision_takes_the_steps_of_single_precision(policy, digits):
         np.testing.assert_allclose(half, single, rtol=0, atol=20 * digits * np.abs(single).max())
 
 
-@pytest.mark.parametrize("settings", [FIXED, AUTO], ids=["fixed", "auto"])
-@pytest.mark.parametrize("arguments", [{"jit_compile": True}, {"steps_per_execution": 2}], ids=str)
-def test_compiled_variants_equal_the_plain_one(arguments, settings):
-    # The empirical Fisher: XLA draws other labels.
-    settings = {**settings, "labels": "data"}
-    plain, _ = _fit(_network(), kp.KFAC(**settings), jit_compile=False)
-    variant, _ = _fit(_network(), kp.KFAC(**settings), **{"jit_compile": False, **arguments})
-    for ours, theirs in zip(_weights(plain), _weights(variant), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        (AUTO, {"jit_compile": False, "steps_per_execution": 2}),
+        ({**FIXED, "inverse": "ekfac"}, {"jit_compile": True}),
+        pytest.param(AUTO, {"jit_compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=["auto", "ekfac by XLA", "auto by XLA"],
+)
+def test_compiled_steps_equal_eager_ones(settings, arguments):
+    """Eager ones are compared with a reference in float64 in test_kfac_steps.py."""
+    found = []
+    for compiled in ({"eager": False, **arguments}, {}):
+        # The empirical Fisher: XLA draws other labels.
+        optimizer = kp.KFAC(**settings, labels="data")
+        model, _ = _fit(_network(), optimizer, epochs=2, **compiled)
+        found.append(_weights(model))
+    for ours, eager in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, eager, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -303,13 +326,10 @@ def test_compiled_variants_equal_the_plain_one(arguments, settings):
 )
 def test_training_resumed_from_a_file_is_bit_equal(settings, tmp_path):
     whole = kp.KFACModel(_network(), seed=0)
-    whole.compile(kp.KFAC(**settings), LOSS)
-    whole.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
-    half = kp.KFACModel(_network(), seed=0)
-    half.compile(kp.KFAC(**settings), LOSS)
-    half.fit(X, Y, batch_size=BATCH, epochs=1, shuffle=False, verbose=0)
-    half.save(tmp_path / "half.keras")
-    resumed = keras.saving.load_model(tmp_path / "half.keras")
+    whole.compile(kp.KFAC(**settings), LOSS, run_eagerly=True)
+    saving = keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.keras"))
+    whole.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0, callbacks=[saving])
+    resumed = keras.saving.load_model(tmp_path / "1.keras")
     resumed.fit(X, Y, batch_size=BATCH, epochs=2, initial_epoch=1, shuffle=False, verbose=0)
     for ours, theirs in zip(_weights(whole), _weights(resumed), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -332,19 +352,19 @@ def test_one_adaptive_step_minimizes_the_exact_quadratic_model():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((6,))
     network = keras.Model(inputs, L.Dense(2)(inputs))
-    target = X[:BATCH, :2] @ np.array([[1.0, 2.0], [0.5, -1.0]], "float32") + 1.0
+    x = X[:BATCH]
+    target = x[:, :2] @ np.array([[1.0, 2.0], [0.5, -1.0]], "float32") + 1.0
     model = kp.KFACModel(network, seed=0)
     settings = {**AUTO, "damping": 1e-6, "labels": "exact"}
-    model.compile(kp.KFAC(**settings), "mse")
-    model.fit(X[:BATCH], target, batch_size=BATCH, epochs=1, verbose=0)
+    model.compile(kp.KFAC(**settings), "mse", run_eagerly=True)
+    model.train_on_batch(x, target)
     # A (x) G is the exact Gauss-Newton matrix here, so one step is a Newton step.
-    loss = float(model.evaluate(X[:BATCH], target, batch_size=BATCH, verbose=0))
-    assert loss < 1e-4
+    np.testing.assert_allclose(model.predict_on_batch(x), target, atol=1e-2)
 
 
 def test_a_batch_with_nan_changes_nothing():
     model = kp.KFACModel(_network(), max_skipped_steps=2)
-    model.compile(kp.KFAC(**AUTO), LOSS)
+    model.compile(kp.KFAC(**AUTO), LOSS, run_eagerly=True)
     before = _weights(model) + [to_numpy(v) for v in model.optimizer.variables]
     with pytest.raises(NonFiniteError):
         model.fit(np.full_like(X, np.nan), Y, batch_size=BATCH, verbose=0)
@@ -408,7 +428,8 @@ def test_two_losses_are_trained_as_one_that_is_their_sum(settings):
         model = kp.KFACModel(keras.Model(inputs, outputs), seed=0)
         optimizer = kp.KFAC(**settings, labels="exact", damping=0.1)
         weights = [0.5, 0.5] if parts == 2 else None
-        model.compile(optimizer, ["mse", "mse"] if parts == 2 else "mse", loss_weights=weights)
+        losses = ["mse", "mse"] if parts == 2 else "mse"
+        model.compile(optimizer, losses, loss_weights=weights, run_eagerly=True)
         for k in range(0, 64, BATCH):
             of_batch = [t[k : k + BATCH] for t in y] if parts == 2 else y[k : k + BATCH]
             model.train_on_batch(X[k : k + BATCH], of_batch)
@@ -430,8 +451,8 @@ def test_the_quadratic_model_needs_a_model_that_provides_it():
 def test_pruning_works_with_the_adaptive_mode():
     keras.utils.set_random_seed(0)
     pm = kp.PrunableModel(_network(), budget=kp.Budget(macs=0.5), seed=0)
-    pm.compile(kp.KFAC(**AUTO), LOSS)
-    pm.fit(X, Y, batch_size=BATCH, epochs=6, verbose=0)
+    pm.compile(kp.KFAC(**AUTO), LOSS, run_eagerly=True)
+    pm.fit(X, Y, batch_size=BATCH, epochs=4, verbose=0)
     small = kp.compact(pm)
     assert small.get_layer("hidden").units <= 4
 
@@ -458,14 +479,14 @@ def test_labels_that_the_loss_ignores_count_in_nothing(settings):
     settings = {**settings, "labels": "exact", "damping": 0.1}
     model, _ = _fit(_network(), kp.KFAC(**settings), y=np.where(ignored, 255, Y), loss=ignoring)
     expected = kp.KFACModel(_network(), seed=0)
-    expected.compile(kp.KFAC(**settings), LOSS)
+    expected.compile(kp.KFAC(**settings), LOSS, run_eagerly=True)
     rest = tf.data.Dataset.from_tensor_slices((X[~ignored], Y[~ignored])).batch(12)
-    expected.fit(rest, epochs=2, shuffle=False, verbose=0)
+    expected.fit(rest, shuffle=False, verbose=0)
     for ours, wanted in zip(_weights(model), _weights(expected), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=2e-3, atol=2e-4)
 
 
-class _UnusedHead(keras.Model):
+class UnusedHead(keras.Model):
     """A layer that is called but has no part in the output."""
 
     def __init__(self):
@@ -479,18 +500,18 @@ class _UnusedHead(keras.Model):
 
 @pytest.mark.parametrize(
     "settings",
-    [FIXED, AUTO, {**FIXED, "damping": kp.LevenbergMarquardt(0.1)}],
-    ids=["fixed", "auto", "adaptive damping"],
+    [FIXED, {**AUTO, "damping": kp.LevenbergMarquardt(0.1)}],
+    ids=["fixed", "adaptive"],
 )
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_a_layer_without_a_gradient_stays_as_it_is(settings):
     keras.utils.set_random_seed(0)
-    network = _UnusedHead()
+    network = UnusedHead()
     network(X[:1])
     before, head = to_numpy(network.unused.kernel), to_numpy(network.head.kernel)
-    _fit(network, kp.KFAC(**settings), epochs=3)
+    _fit(network, kp.KFAC(**settings), epochs=1)
     np.testing.assert_array_equal(network.unused.kernel, before)
-    assert np.abs(network.head.kernel - head).max() > 0.1
+    assert np.abs(network.head.kernel - head).max() > 0.01
 
 
 @pytest.mark.parametrize("settings", [FIXED, AUTO], ids=["fixed", "auto"])
@@ -511,10 +532,10 @@ def test_a_network_in_double_precision_takes_the_same_steps(settings):
         np.testing.assert_allclose(double, single, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4])
+@pytest.mark.parametrize("steps", [1, 4])
 def test_bad_batches_end_the_training_before_the_epoch_does(steps):
     model = kp.KFACModel(_network(), max_skipped_steps=8)
-    model.compile(kp.KFAC(**FIXED), LOSS, steps_per_execution=steps)
+    model.compile("sgd", LOSS, steps_per_execution=steps)
     seen = []
     count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda n, logs: seen.append(n))
     with pytest.raises(NonFiniteError):

@@ -71,21 +71,21 @@ def _fixed_size(y_true, y_pred):
 
 @pytest.mark.filterwarnings("ignore:.*fall back on the empirical Fisher")
 def test_a_loss_for_one_batch_size_is_told_of_the_remedy_which_works():
-    def model_with(run_eagerly=False, **optimizer):
+    def model_with(**optimizer):
         network = keras.Sequential([keras.Input((6,)), L.Dense(4, "tanh"), L.Dense(2)])
         policy = kp.KFACSaliency(batch_fraction=1)
         model = kp.PrunableModel(network, kp.Budget(macs=0.5), policy=policy, seed=0)
-        model.compile(kp.KFAC(1e-2, **optimizer), _fixed_size, run_eagerly=run_eagerly)
+        model.compile(kp.KFAC(1e-2, **optimizer), _fixed_size, run_eagerly=True)
         return model
 
     y = X[:, 1:3]
     with pytest.raises(InvalidArgumentError, match=r"_fixed_size.*batch_fraction=1"):
-        model_with(run_eagerly=True).fit(X, y, batch_size=16, verbose=0)
-    history = model_with(batch_fraction=1).fit(X, y, batch_size=16, epochs=8, verbose=0).history
+        model_with().fit(X, y, batch_size=16, verbose=0)
+    history = model_with(batch_fraction=1).fit(X, y, batch_size=16, epochs=4, verbose=0).history
     assert history["macs"][-1] <= 0.5
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("loss", ["sparse", "two outputs", "none known"])
 @pytest.mark.filterwarnings("ignore:.*fall back on the empirical Fisher")
 def test_tiny_batches_prune_to_the_budget(size, loss):
@@ -98,7 +98,7 @@ def test_tiny_batches_prune_to_the_budget(size, loss):
     if loss == "none known":
         given, y = "huber", X[:, 1:3]
     model = kp.PrunableModel(keras.Model(inputs, outputs), kp.Budget(macs=0.5), seed=0)
-    model.compile(kp.KFAC(1e-2), given)
+    model.compile(kp.KFAC(1e-2), given, run_eagerly=True)
     model.plan_phases(8)
     for k in range(8):
         part = slice(3 * k, 3 * k + size)
@@ -119,7 +119,7 @@ def test_weights_of_examples_are_in_both_terms_of_a_score(weight):
         policy = kp.KFACSaliency(every=1000, labels="exact", batch_fraction=1)
         phases = kp.Phases(0.0, 0.9)
         model = kp.PrunableModel(network, kp.Budget(macs=0.5), policy=policy, phases=phases, seed=0)
-        model.compile(keras.optimizers.SGD(0.0), SPARSE)
+        model.compile(keras.optimizers.SGD(0.0), SPARSE, run_eagerly=True)
         model.plan_phases(10)
         y = (X[:, 1] > 0).astype("int32")
         for _ in range(2):
@@ -145,7 +145,7 @@ def test_padding_has_no_curvature():
         phases = kp.Phases(0.0, 0.9)
         model = kp.PrunableModel(network, kp.Budget(macs=0.8), policy=policy, phases=phases, seed=0)
         optimizer = kp.KFAC(1e-2, factor_every=1, labels="data", batch_fraction=1)
-        model.compile(optimizer, SPARSE)
+        model.compile(optimizer, SPARSE, run_eagerly=True)
         model.plan_phases(10)
         x = np.zeros((16, length), "int32")
         x[:, :3] = tokens
@@ -179,7 +179,8 @@ def test_metrics_of_several_outputs_are_not_counted_by_further_passes():
         optimizer = keras.optimizers.SGD(0.0)
         if model is not net:
             optimizer = kp.KFAC(1e-12, factor_every=1)
-        model.compile(optimizer, [SPARSE, "mse"], metrics=[["accuracy"], ["mae"]])
+        metrics = [["accuracy"], ["mae"]]
+        model.compile(optimizer, [SPARSE, "mse"], metrics=metrics, run_eagerly=True)
         histories.append(model.fit(X, y, batch_size=8, shuffle=False, verbose=0).history)
     plain, ours = histories
     assert set(ours) == {*plain, "skipped_steps"}

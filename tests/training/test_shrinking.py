@@ -39,9 +39,9 @@ def data():
     return x, (x[..., 0].mean(axis=(1, 2)) > 0).astype("int64") + (x[:, 0, 0, 1] > 0)
 
 
-def compiled(optimizer, **options):
+def compiled(optimizer, eager=False, **options):
     pm = kp.PrunableModel(network(), budget=kp.Budget(macs=0.4), seed=1, **options)
-    pm.compile(optimizer, LOSS, metrics=["accuracy"])
+    pm.compile(optimizer, LOSS, metrics=["accuracy"], run_eagerly=eager)
     return pm
 
 
@@ -110,14 +110,14 @@ def test_a_settled_network_is_trained_through_its_copy():
 
 def test_a_run_resumed_in_the_middle_is_the_same_run(tmp_path):
     x, y = data()
-    options = {"batch_size": 16, "shuffle": False, "verbose": 0}
+    options = {"batch_size": 32, "shuffle": False, "verbose": 0}
     phases = kp.Phases(0.0, 0.4)
-    whole = compiled(kp.KFAC(1e-2), phases=phases)
+    whole = compiled(kp.KFAC(1e-2), eager=True, phases=phases)
     keep = keras.callbacks.ModelCheckpoint(
         str(tmp_path / "{epoch}.weights.h5"), save_weights_only=True
     )
     whole.fit(x, y, epochs=6, callbacks=[keep], **options)
-    again = compiled(kp.KFAC(1e-2), phases=phases)
+    again = compiled(kp.KFAC(1e-2), eager=True, phases=phases)
     again.load_weights(tmp_path / "4.weights.h5")
     again.fit(x, y, epochs=6, initial_epoch=4, **options)
     for weight, expected in zip(again.get_weights(), whole.get_weights(), strict=True):
@@ -131,8 +131,8 @@ def test_weights_that_a_callback_sets_are_trained_on():
             layer.kernel.assign(layer.kernel * 0.0)
 
     x, y = data()
-    pm = compiled(keras.optimizers.SGD(0.0), phases=kp.Phases(0.0, 0.3))
-    pm.fit(x, y, epochs=4, batch_size=16, callbacks=[Zero()], verbose=0)
+    pm = compiled(keras.optimizers.SGD(0.0), eager=True, phases=kp.Phases(0.0, 0.3))
+    pm.fit(x, y, epochs=4, batch_size=32, callbacks=[Zero()], verbose=0)
     assert not np.any(pm.net.get_layer("logits").kernel)
 
 
