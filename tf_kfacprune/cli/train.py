@@ -21,6 +21,7 @@ from tf_kfacprune.cli.kept_run import DENSE, MODEL, RECORD, KeptRun
 from tf_kfacprune.cli.models import fitted_inputs, model_named
 from tf_kfacprune.cli.objectives import kind_asked_for, objective_for
 from tf_kfacprune.cli.shared import load_data
+from tf_kfacprune.cli.step_lines import StepLines
 from tf_kfacprune.cli.stopping import Stopping, stop_signals
 from tf_kfacprune.compaction import compact
 from tf_kfacprune.curvature import SpectralRadius
@@ -30,7 +31,7 @@ from tf_kfacprune.export import Metadata, keras_file, latency_table, load_keras,
 from tf_kfacprune.export.atomic import atomic_directory
 from tf_kfacprune.pruning import Budget
 from tf_kfacprune.reporting import Comparison, record, report, write_json_atomic
-from tf_kfacprune.training import PrunableModel
+from tf_kfacprune.training import TRACING, PrunableModel
 
 __all__ = ["command"]
 
@@ -124,20 +125,21 @@ class _Run:
         if values.learning_rate is not None:
             model.optimizer.learning_rate = values.learning_rate
         batches = EpochBatches(self._x_train, self._dataset.y_train, values.batch_size, values.seed)
+        in_terminal = sys.stdout.isatty()  # where `fit` has a bar, and says that it traces
         done = f" It goes on after {progress(state)}." if progress(state) else ""
         print(
             f"Training the {name} network on {len(self._x_train)} examples, loss "
-            f"{self._objective.loss.name}.{done} The first step is traced before it runs, which "
-            "takes from seconds to minutes.",
+            f"{self._objective.loss.name}.{done}" + ("" if in_terminal else f" {TRACING}"),
             flush=True,
         )
+        lines = [] if in_terminal else [StepLines(batches)]
         try:
             model.fit(
                 batches.dataset,
                 shuffle=False,
                 epochs=values.epochs,
-                verbose=1 if sys.stdout.isatty() else 2,
-                callbacks=[batches, Backup(state, batches, self._stopping)],
+                verbose=1 if in_terminal else 2,
+                callbacks=[batches, *lines, Backup(state, batches, self._stopping)],
             )
         finally:
             self._stopping.deferred = False

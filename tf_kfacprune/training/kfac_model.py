@@ -35,7 +35,9 @@ from tf_kfacprune.training.step_guard import StepGuard
 from tf_kfacprune.training.trainee import Trainee, call_network
 from tf_kfacprune.validation import require, require_count
 
-__all__ = ["KFACModel"]
+__all__ = ["TRACING", "KFACModel"]
+
+TRACING = "The first step is traced before it runs, which takes from seconds to minutes."
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
@@ -190,10 +192,7 @@ class KFACModel(keras.Model):
         given.arguments["callbacks"] = [run, *callbacks]
         arguments = dict(given.arguments)
         if self.train_function is None and arguments.get("verbose", "auto") and _is_terminal():
-            print(
-                "The first step is traced before it runs, which takes from seconds to minutes.",
-                flush=True,
-            )
+            print(TRACING, flush=True)
         if self.distribute_strategy.num_replicas_in_sync == 1:
             arguments = batched(arguments)
         with raise_lost_worker(self.distribute_strategy), explained_losses():
