@@ -56,6 +56,7 @@ class OverwrittenRates:
             f"A callback has set the learning rate to {rate:.4g} ({self._names}). {name!r} lets it "
             "fall to zero along a cosine once its gates have settled, and overwrites what "
             "callbacks set. To let the callback decide, pass phases=kp.Phases(decay=False) to "
-            "PrunableModel; keras.callbacks.LearningRateScheduler and ReduceLROnPlateau decide without that.",
+            "PrunableModel; LearningRateScheduler and ReduceLROnPlateau of Keras decide without "
+            "that.",
             stacklevel=2,
         )
