@@ -6,7 +6,7 @@ from absl import flags
 
 from tf_kfacprune.cli.command import Command, FileError
 from tf_kfacprune.cli.models import model_of
-from tf_kfacprune.cli.shared import add_output_flags
+from tf_kfacprune.cli.shared import add_output_flags, refuse_inputs_as_outputs
 from tf_kfacprune.compaction import compact, compaction_report, missed_budget
 from tf_kfacprune.export import keras_file
 
@@ -32,6 +32,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _execute(values: flags.FlagValues) -> None:
+    refuse_inputs_as_outputs(values, "output", "model")
     pruned = model_of(values.model, "compact")
     if (missed := missed_budget(pruned)) is not None:
         raise FileError(f"--model={values.model}: {missed}")

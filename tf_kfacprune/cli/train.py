@@ -31,7 +31,7 @@ from tf_kfacprune.export import Metadata, keras_file, latency_table, load_keras,
 from tf_kfacprune.export.atomic import atomic_directory
 from tf_kfacprune.pruning import Budget
 from tf_kfacprune.reporting import Comparison, record, report, write_json_atomic
-from tf_kfacprune.training import TRACING, PrunableModel
+from tf_kfacprune.training import TRACING, KFACModel, PrunableModel
 
 __all__ = ["command"]
 
@@ -71,6 +71,12 @@ class _Run:
             with naming("validation"):
                 loaded = validation_split(loaded, values.validation)
         self._network = model_named(values.model, loaded, values.seed)
+        if isinstance(self._network, KFACModel):
+            raise UsageError(
+                f"--model={values.model} is a {type(self._network).__name__}, saved by an earlier "
+                "run. Train the network that it was made from; `kfacprune compact` makes a plain "
+                "network of what was pruned, `kfacprune train --resume` goes on with a run."
+            )
         self._objective, self._dataset = objective_for(values, self._network, loaded)
         self._x_train = fitted_inputs(self._network, loaded.x_train)
         self._x_test = fitted_inputs(self._network, loaded.x_test)
