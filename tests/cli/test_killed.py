@@ -101,6 +101,7 @@ def test_training_killed_at_random_points_ends_as_if_undisturbed(small, tmp_path
         "compact.tflite",
         "model.keras",
         "record.json",
+        "report.html",
         "saved_model",
     ]
 

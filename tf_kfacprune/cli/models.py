@@ -88,6 +88,13 @@ def _loaded(path: str, flag: str) -> keras.Model:
             f"--{flag}={path}: the model is not built, so the shapes of its layers are not known. "
             "Give it a keras.Input, or call it once on data, and save it again."
         )
+    for weight in model.trainable_weights:
+        if not np.isfinite(keras.ops.convert_to_numpy(weight)).all():
+            raise FileError(
+                f"--{flag}={path}: weight {weight.path!r} holds NaN or infinite values, from a "
+                "training that diverged. Train again with a lower learning rate, or take an "
+                "earlier file."
+            )
     return model
 
 

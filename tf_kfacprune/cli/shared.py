@@ -73,12 +73,12 @@ def refuse_inputs_as_outputs(values: flags.FlagValues, output: str, *inputs: str
     target = values[output].value
     for name in inputs:
         source = values[name].value
-        if target and source and os.path.exists(target) and os.path.exists(source):
-            if os.path.samefile(target, source):
-                raise UsageError(
-                    f"--{output}={target} is the file of --{name}, which would be lost. Name "
-                    "another output."
-                )
+        both_exist = target and source and os.path.exists(target) and os.path.exists(source)
+        if both_exist and os.path.samefile(target, source):
+            raise UsageError(
+                f"--{output}={target} is the file of --{name}, which would be lost. Name another "
+                "output."
+            )
 
 
 def add_selection_flags(values: flags.FlagValues) -> None:

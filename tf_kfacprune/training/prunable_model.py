@@ -293,7 +293,8 @@ class PrunableModel(KFACModel):
     def is_settled_at_next_step(self) -> bool:
         if self.controller is None or self.controller.has_settled:
             return True
-        return self.controller.due_phase(int(self.controller.step)) == GatePhase.SETTLED
+        step = int(keras.ops.convert_to_numpy(self.controller.step))
+        return self.controller.due_phase(step) == GatePhase.SETTLED
 
     @property
     def decaying_learning_rate(self) -> float | None:
