@@ -36,6 +36,9 @@ def place(small):
     spoilt.save(small / "nan.keras")
     spoilt.get_layer("out").bias.assign([np.inf, 0.0])
     spoilt.save(small / "inf.keras")
+    frozen = keras.models.load_model(small / "out2.keras")
+    frozen.trainable = False
+    frozen.save(small / "frozen.keras")
     (small / "linked.keras").symlink_to("out2.keras")
     whole = keras.Input((4, 4, 1), dtype="int32")
     scaled = keras.layers.Rescaling(1.0)(keras.layers.Flatten()(whole))
@@ -112,6 +115,8 @@ def here(place, monkeypatch):
         ([*TRAIN, "--model=gated.keras"], 2, "is a PrunableModel, saved by an earlier run"),
         ([*TRAIN, "--data=one_class.npz"], 2, "are of class 1, so that there is nothing"),
         ([*TRAIN, "--model=integers.keras"], 2, "takes examples of dtype int32"),
+        ([*TRAIN, "--model=frozen.keras"], 1, "has no trainable weights"),
+        ([*TRAIN, "--learning_rate=1e38", "--optimizer=sgd", "--epochs=1"], 1, "has diverged"),
         ([*TRAIN, "--flagfile=missing"], 2, "missing"),
         ([*EXPORT, "--output=out2.keras", "--overwrite"], 2, "is the file of --model"),
         ([*EXPORT, "--output=linked.keras", "--overwrite"], 2, "is the file of --model"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 from absl import flags
 
 from tf_kfacprune.cli import train_flags
@@ -26,7 +27,7 @@ from tf_kfacprune.cli.stopping import Stopping, stop_signals
 from tf_kfacprune.compaction import compact
 from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.data import validation_split
-from tf_kfacprune.errors import BudgetError
+from tf_kfacprune.errors import BudgetError, NonFiniteError
 from tf_kfacprune.export import Metadata, keras_file, latency_table, load_keras, saved_model, tflite
 from tf_kfacprune.export.atomic import atomic_directory
 from tf_kfacprune.pruning import Budget
@@ -149,6 +150,14 @@ class _Run:
             )
         finally:
             self._stopping.deferred = False
+        outputs = model.net(self._x_train[: values.batch_size], training=False)
+        if not np.isfinite(keras.ops.convert_to_numpy(outputs)).all():
+            shutil.rmtree(state, ignore_errors=True)  # there is nothing to go on from
+            raise NonFiniteError(
+                f"The {name} network returns NaN or infinite values after its training, which has "
+                "diverged. Lower --learning_rate and --curvature, and scale the inputs of --data "
+                "to about 1."
+            )
         keras_file(model, path)
         shutil.rmtree(state, ignore_errors=True)
         return model

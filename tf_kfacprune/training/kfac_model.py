@@ -180,6 +180,12 @@ class KFACModel(keras.Model):
         return [] if trainee.kfac is None else [trainee.kfac]
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if self._trainee is not None and not self._trainee.variables:
+            raise UnsupportedModelError(
+                f"Model {self.name!r} has no trainable weights, so that there is nothing to train. "
+                "Set `trainable = True` where it is False and compile again, or use a model with "
+                "weights."
+            )
         if y is not None:
             check_labels(y, self.loss, self.net)
         fit = super().fit
