@@ -235,3 +235,13 @@ def test_a_terminal_is_told_why_nothing_happens_at_first(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: False)  # a notebook, a log
     model.fit(X, Y, **options)
     assert "traced" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("policy", "is_shown"), [("magnitude", False), ("kfac", False), ("hard_concrete", True)]
+)
+def test_cost_in_expectation_is_shown_only_where_it_differs(policy, is_shown):
+    net = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8), keras.layers.Dense(2)])
+    figures = kp.PrunableModel(net, kp.Budget(macs=0.5), policy=policy).controller.figures()
+    assert ("expected_macs" in figures) == is_shown
+    assert float(figures["macs"]) == 1.0
