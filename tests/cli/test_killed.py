@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import keras
@@ -27,9 +28,11 @@ KILLS = 10
 SECONDS = 600
 
 
-def start(*arguments, cwd):
+@contextmanager
+def started(*arguments, cwd):
+    """A process of the program, which does not live longer than the block."""
     root = Path(__file__).parents[2]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "kfacprune", *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": os.fspath(root)},
@@ -37,26 +40,31 @@ def start(*arguments, cwd):
         stderr=subprocess.STDOUT,
         text=True,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def timed(*arguments, cwd):
     """Seconds of a run that must succeed."""
     begin = time.monotonic()
-    process = start(*arguments, cwd=cwd)
-    printed = process.communicate()[0]
+    with started(*arguments, cwd=cwd) as process:
+        printed = process.communicate()[0]
     assert process.returncode == 0, printed
     return time.monotonic() - begin
 
 
 def killed(arguments, seconds, cwd):
     """Whether a run was killed after so long; it may have ended before."""
-    process = start(*arguments, cwd=cwd)
-    try:
-        printed = process.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return True
+    with started(*arguments, cwd=cwd) as process:
+        try:
+            printed = process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return True
     assert process.returncode == 0, printed
     return False
 
@@ -101,6 +109,7 @@ def test_training_killed_at_random_points_ends_as_if_undisturbed(small, tmp_path
         "compact.tflite",
         "model.keras",
         "record.json",
+        "report.html",
         "saved_model",
     ]
 

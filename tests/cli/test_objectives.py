@@ -70,7 +70,9 @@ def test_what_does_not_fit_is_refused(small, model, data, more, said):
 
 def test_nan_is_not_measured():
     outputs = np.array([[1.0, 2.0], [np.nan, 0.0]])
-    with pytest.raises(NonFiniteError, match="NaN for 1 of 2 examples, the first at index 1"):
+    with pytest.raises(
+        NonFiniteError, match="NaN or infinite values for 1 of 2 examples, the first at index 1"
+    ):
         measured(outputs, np.array([0, 1]), "accuracy", "classes", 0.0)
 
 

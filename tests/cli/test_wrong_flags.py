@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 
+import tf_kfacprune as kp
 from tf_kfacprune.cli.main import main
 
 TRAIN = ["train", "--model=out2.keras", "--data=bars.npz", "--output_dir=new"]
@@ -33,6 +34,20 @@ def place(small):
     spoilt = keras.models.load_model(small / "out2.keras")
     spoilt.get_layer("out").bias.assign([np.nan, 0.0])
     spoilt.save(small / "nan.keras")
+    spoilt.get_layer("out").bias.assign([np.inf, 0.0])
+    spoilt.save(small / "inf.keras")
+    frozen = keras.models.load_model(small / "out2.keras")
+    frozen.trainable = False
+    frozen.save(small / "frozen.keras")
+    (small / "linked.keras").symlink_to("out2.keras")
+    whole = keras.Input((4, 4, 1), dtype="int32")
+    scaled = keras.layers.Rescaling(1.0)(keras.layers.Flatten()(whole))
+    keras.Model(whole, dense(2)(scaled)).save(small / "integers.keras")
+    to_prune = keras.models.load_model(small / "out2.keras")
+    kp.PrunableModel(to_prune, kp.Budget(macs=0.5)).save(small / "gated.keras")
+    with np.load(small / "bars.npz") as bars:
+        np.savez(small / "one_class.npz", **{**bars, "y_train": np.ones(64, int)})
+    (small / "exits.py").write_text("raise SystemExit(7)\n")
     (small / "deep.json").write_text("[" * 100_000)
     (small / "broken_module.py").write_text("1 / 0\n")
     os.mkfifo(small / "fifo")
@@ -95,7 +110,27 @@ def here(place, monkeypatch):
         ([*TRAIN, "--output_dir=fifo", "--overwrite"], 1, "fifo is a FIFO"),
         ([*TRAIN, "--output_dir="], 1, "not a path that can be written"),
         ([*TRAIN, "--output_dir=bars.npz", "--overwrite"], 1, "is not a folder with record.json"),
+        ([*TRAIN, "--import=exits"], 1, "--import=exits: the module raises SystemExit: 7"),
+        (TRAIN[:3], 2, "--output_dir is required: Folder"),
+        ([*TRAIN, "--model=gated.keras"], 2, "is a PrunableModel, saved by an earlier run"),
+        ([*TRAIN, "--data=one_class.npz"], 2, "are of class 1, so that there is nothing"),
+        ([*TRAIN, "--model=integers.keras"], 2, "takes examples of dtype int32"),
+        ([*TRAIN, "--model=frozen.keras"], 1, "has no trainable weights"),
+        ([*TRAIN, "--learning_rate=1e38", "--optimizer=sgd", "--epochs=1"], 1, "has diverged"),
         ([*TRAIN, "--flagfile=missing"], 2, "missing"),
+        ([*EXPORT, "--output=out2.keras", "--overwrite"], 2, "is the file of --model"),
+        ([*EXPORT, "--output=linked.keras", "--overwrite"], 2, "is the file of --model"),
+        (["compact", "--model=gated.keras", "--output=gated.keras"], 2, "is the file of --model"),
+        (["compact", "--model=gated.keras", "--output=new.keras"], 1, "not on its budget (macs"),
+        ([*BENCHMARK, "--dense=out2.keras", "--json=out2.keras"], 2, "is the file of --model"),
+        ([*EXPORT, "--labels=a,a"], 2, "--labels must be different names"),
+        ([*EXPORT, "--labels=a,"], 2, "none of them empty"),
+        (["evaluate", "--model=inf.keras", "--data=bars.npz"], 1, "'out/bias' holds NaN or inf"),
+        (["evaluate", "--model=out2.keras", "--data=bars.npz", "--threshold=0.5"], 2, "no effect"),
+        ([*EXPORT, "--scale=1e300"], 2, "both in float32. Received: scale=1e+300"),
+        ([*EXPORT, "--scale=1e-300"], 2, "both in float32. Received: scale=1e-300"),
+        ([*BENCHMARK, "--dense=out2.keras", "--plot=a.gif"], 2, "must end in one of .png"),
+        ([*BENCHMARK, "--dense=out2.keras", "--json=bars.npz"], 1, "bars.npz already exists"),
         ([*EXPORT, "--labels=a,b,c"], 2, "--labels must name every class"),
         ([*EXPORT, "--labels=a"], 2, "--labels must name every class"),
         ([*EXPORT, "--data=digits", "--labels=a,b"], 2, "--data"),
@@ -104,12 +139,12 @@ def here(place, monkeypatch):
         ([*EXPORT, "--scale=inf"], 2, "--scale=inf"),
         ([*EXPORT, "--offset=nan"], 2, "--offset=nan"),
         ([*EXPORT, "--model=unbuilt.keras"], 1, "--model=unbuilt.keras: the model is not built"),
-        ([*EXPORT, "--model=nan.keras"], 1, "new.tflite"),
+        ([*EXPORT, "--model=nan.keras"], 1, "--model=nan.keras: weight 'out/bias' holds NaN"),
         ([*EXPORT, "--output=fifo", "--overwrite"], 1, "fifo is a FIFO"),
         ([*EXPORT, f"--output={os.devnull}", "--overwrite"], 1, "is a character device"),
         (["compact", "--model=unbuilt.keras", "--output=new.keras"], 1, "is not built"),
         (["inspect", "--model=unbuilt.keras"], 1, "is not built"),
-        (["evaluate", "--model=nan.keras", "--data=bars.npz"], 1, "NaN for 32 of 32 examples"),
+        (["evaluate", "--model=nan.keras", "--data=bars.npz"], 1, "'out/bias' holds NaN"),
         (["evaluate", "--model=unbuilt.keras", "--data=bars.npz"], 1, "is not built"),
         (["evaluate", "--model=heads.keras", "--data=bars.npz"], 2, "--model: the command line"),
         (["evaluate", "--model=inputs.keras", "--data=bars.npz"], 2, "--model: the command line"),

@@ -8,10 +8,16 @@ from absl import flags
 
 from tf_kfacprune.cli.command import Command, UsageError
 from tf_kfacprune.cli.models import fitted_inputs, model_named, model_of
-from tf_kfacprune.cli.shared import add_data_flags, add_overwrite_flag, load_data
+from tf_kfacprune.cli.shared import (
+    add_data_flags,
+    add_overwrite_flag,
+    load_data,
+    refuse_inputs_as_outputs,
+)
 from tf_kfacprune.export import benchmark
+from tf_kfacprune.export.atomic import check_file
 from tf_kfacprune.export.options import FULL_INTEGER
-from tf_kfacprune.reporting import plot_benchmark, versions, write_json_atomic
+from tf_kfacprune.reporting import check_picture, plot_benchmark, versions, write_json_atomic
 
 __all__ = ["command"]
 
@@ -61,6 +67,12 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _run(values: flags.FlagValues) -> None:
+    for output in ("json", "plot"):
+        refuse_inputs_as_outputs(values, output, "model", "dense", "data")
+        if values[output].value:  # before the measurement, which takes minutes
+            check_file(values[output].value, overwrite=values.overwrite)
+    if values.plot:
+        check_picture(values.plot)
     formats = _formats(values.formats)
     threads = [_positive(text) for text in values.threads]
     dataset = load_data(values) if values.data else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,15 @@ class Command:
         Raises:
             flags.Error: If a flag is unknown, malformed or missing, or an argument is no flag.
         """
-        rest = self.flags([self.name, *arguments])[1:]
+        try:
+            rest = self.flags([self.name, *arguments])[1:]
+        except flags.IllegalFlagValueError as error:
+            missing = re.search(r"--(\w+) must have a value other than None", str(error))
+            if missing is None:
+                raise
+            raise flags.Error(
+                f"--{missing[1]} is required: {self.flags[missing[1]].help}"
+            ) from error
         if rest:
             raise flags.Error(f"Unexpected argument {rest[0]!r}; everything is given by flags.")
 
@@ -182,8 +191,8 @@ def import_modules(values: flags.FlagValues) -> None:
             raise UsageError(
                 f"--import={name}: {error}. Looked in {os.getcwd()} and where Python's modules are."
             ) from error
-        # Code of the user's, which may raise anything.
-        except Exception as error:
+        # Code of the user's, which may raise anything, and must not end the program unseen.
+        except (Exception, SystemExit) as error:
             raise FileError(
                 f"--import={name}: the module raises {type(error).__name__}: {error}"
             ) from error

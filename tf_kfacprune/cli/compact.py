@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from absl import flags
 
-from tf_kfacprune.cli.command import Command
+from tf_kfacprune.cli.command import Command, FileError
 from tf_kfacprune.cli.models import model_of
-from tf_kfacprune.cli.shared import add_output_flags
-from tf_kfacprune.compaction import compact, compaction_report
+from tf_kfacprune.cli.shared import add_output_flags, refuse_inputs_as_outputs
+from tf_kfacprune.compaction import compact, compaction_report, missed_budget
 from tf_kfacprune.export import keras_file
 
 __all__ = ["command"]
@@ -32,7 +32,10 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _execute(values: flags.FlagValues) -> None:
+    refuse_inputs_as_outputs(values, "output", "model")
     pruned = model_of(values.model, "compact")
+    if (missed := missed_budget(pruned)) is not None:
+        raise FileError(f"--model={values.model}: {missed}")
     small = compact(pruned)
     path = keras_file(small, values.output, overwrite=values.overwrite)
     removed = compaction_report(pruned, small)

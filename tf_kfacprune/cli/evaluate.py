@@ -61,10 +61,15 @@ def _execute(values: flags.FlagValues) -> None:
         )
     dataset = load_data(values, kind_asked_for(values))
     outputs, threshold = (_of_keras if suffix == ".keras" else _of_tflite)(values.model, dataset)
-    if values.threshold is not None:
-        threshold = values.threshold
     dataset = fitted_labels(dataset, outputs.shape[1], values.model)
     metric = metric_for(values, dataset.kind)
+    if values.threshold is not None:
+        if dataset.kind != "binary" or metric != "accuracy":
+            raise UsageError(
+                f"--threshold={values.threshold:g} has no effect on the {metric} of labels that "
+                f"are {dataset.kind}: it is for decisions of 0 or 1. Leave it out."
+            )
+        threshold = values.threshold
     reached = measured(outputs, dataset.y_test, metric, dataset.kind, threshold)
     examples = len(dataset.y_test)
     if metric != "accuracy":

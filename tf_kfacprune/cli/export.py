@@ -13,7 +13,12 @@ from absl import flags
 
 from tf_kfacprune.cli.command import Command, FileError, UsageError, define_number
 from tf_kfacprune.cli.models import fitted_inputs, model_of
-from tf_kfacprune.cli.shared import add_data_flags, add_output_flags, load_data
+from tf_kfacprune.cli.shared import (
+    add_data_flags,
+    add_output_flags,
+    load_data,
+    refuse_inputs_as_outputs,
+)
 from tf_kfacprune.data import Dataset
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.export import Metadata, c_array, saved_model, tflite, with_head
@@ -110,6 +115,7 @@ def _define_surroundings(values: flags.FlagValues) -> None:
 
 def _execute(values: flags.FlagValues) -> None:
     _refuse_useless_flags(values)
+    refuse_inputs_as_outputs(values, "output", "model", "data", "record")
     network = model_of(values.model, "export")
     head = None if values.head == "none" else values.head
     model = network
@@ -208,6 +214,12 @@ def _check_labels(labels: Sequence[str], network: keras.Model) -> None:
         raise UsageError(
             f"--labels must name every class of the model once: it has {classes}. Received: "
             f"{len(labels)} names, {', '.join(labels[:10])}"
+        )
+    twice = [name for k, name in enumerate(labels) if not name.strip() or name in labels[:k]]
+    if twice:
+        raise UsageError(
+            "--labels must be different names, none of them empty. Received: "
+            f"--labels={','.join(labels)}, with {twice[0]!r} in it."
         )
 
 

@@ -88,6 +88,13 @@ def _loaded(path: str, flag: str) -> keras.Model:
             f"--{flag}={path}: the model is not built, so the shapes of its layers are not known. "
             "Give it a keras.Input, or call it once on data, and save it again."
         )
+    for weight in model.trainable_weights:
+        if not np.isfinite(keras.ops.convert_to_numpy(weight)).all():
+            raise FileError(
+                f"--{flag}={path}: weight {weight.path!r} holds NaN or infinite values, from a "
+                "training that diverged. Train again with a lower learning rate, or take an "
+                "earlier file."
+            )
     return model
 
 
@@ -135,9 +142,16 @@ def fitted_inputs(model: Any, x: np.ndarray) -> np.ndarray:
         ``x``, or ``x`` reshaped without changing the order of values.
 
     Raises:
-        UsageError: If the shapes do not fit.
+        UsageError: If the shapes do not fit, or the model takes integers and these are none.
     """
-    return reshaped(x, example_shape(model))
+    shape = example_shape(model)
+    dtype = keras.backend.standardize_dtype(getattr(model, "net", model).inputs[0].dtype)
+    if "int" in dtype and not np.array_equal(x, np.round(x)):
+        raise UsageError(
+            f"--data: the model takes examples of dtype {dtype}, and the data have fractions, "
+            "which would be cut off. Choose data that fit the model, or build it for float32."
+        )
+    return reshaped(x, shape)
 
 
 def reshaped(x: np.ndarray, wanted: tuple[int | None, ...]) -> np.ndarray:

@@ -92,19 +92,19 @@ class Objective:
             The mean over all examples and, but for classes, over all outputs.
 
         Raises:
-            NonFiniteError: If an output is NaN.
+            NonFiniteError: If an output is NaN or infinite.
         """
         return measured(outputs, y, self.metric, self.kind, self.threshold)
 
 
 def measured(outputs: np.ndarray, y: np.ndarray, metric: str, kind: str, threshold: float) -> float:
     """`Objective.measure`, for a file whose loss is not known."""
-    bad = np.flatnonzero(np.isnan(outputs).any(axis=1))
+    bad = np.flatnonzero(~np.isfinite(outputs).all(axis=1))
     if len(bad):
         raise NonFiniteError(
-            f"The model returns NaN for {len(bad)} of {len(outputs)} examples, the first at index "
-            f"{bad[0]}: nothing can be measured. Its weights may hold NaN, from a training that "
-            "diverged."
+            f"The model returns NaN or infinite values for {len(bad)} of {len(outputs)} examples, "
+            f"the first at index {bad[0]}: nothing can be measured. Its weights may hold them, "
+            "from a training that diverged."
         )
     if kind == "classes":
         return float(np.mean(outputs.argmax(axis=1) == y))
@@ -133,6 +133,12 @@ def objective_for(
             last activation.
     """
     outputs, last = number_of_outputs(model), last_activation(model)
+    if dataset.kind == "classes" and len(np.unique(dataset.y_train)) == 1:
+        raise UsageError(
+            f"--data: all training examples of {dataset.name!r} are of class "
+            f"{dataset.y_train[0]}, so that there is nothing to learn. Save examples of every "
+            "class; if the labels are numbers to predict, pass --loss=mean_squared_error."
+        )
     dataset = fitted_labels(dataset, outputs, model.name)
     metric = metric_for(values, dataset.kind)
     loss = values.loss or _LOSSES[dataset.kind]

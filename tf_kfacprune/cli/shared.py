@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from absl import flags
 
-from tf_kfacprune.cli.command import naming
+from tf_kfacprune.cli.command import UsageError, naming
 from tf_kfacprune.data import NAMES, Dataset, load
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "add_overwrite_flag",
     "add_selection_flags",
     "load_data",
+    "refuse_inputs_as_outputs",
 ]
 
 
@@ -54,6 +57,28 @@ def add_overwrite_flag(values: flags.FlagValues, more: str = "") -> None:
         f"made. Devices, FIFOs and sockets are never replaced.{more}",
         flag_values=values,
     )
+
+
+def refuse_inputs_as_outputs(values: flags.FlagValues, output: str, *inputs: str) -> None:
+    """Refuses to replace a file that the command reads, even with ``--overwrite``.
+
+    Args:
+        values: The parsed flags.
+        output: Name of the flag of the output.
+        *inputs: Names of the flags of the inputs.
+
+    Raises:
+        UsageError: If one of them names the same file, or a link to it.
+    """
+    target = values[output].value
+    for name in inputs:
+        source = values[name].value
+        both_exist = target and source and os.path.exists(target) and os.path.exists(source)
+        if both_exist and os.path.samefile(target, source):
+            raise UsageError(
+                f"--{output}={target} is the file of --{name}, which would be lost. Name another "
+                "output."
+            )
 
 
 def add_selection_flags(values: flags.FlagValues) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 from absl import flags
 
 from tf_kfacprune.cli import train_flags
@@ -21,16 +22,17 @@ from tf_kfacprune.cli.kept_run import DENSE, MODEL, RECORD, KeptRun
 from tf_kfacprune.cli.models import fitted_inputs, model_named
 from tf_kfacprune.cli.objectives import kind_asked_for, objective_for
 from tf_kfacprune.cli.shared import load_data
+from tf_kfacprune.cli.step_lines import StepLines
 from tf_kfacprune.cli.stopping import Stopping, stop_signals
 from tf_kfacprune.compaction import compact
 from tf_kfacprune.curvature import SpectralRadius
 from tf_kfacprune.data import validation_split
-from tf_kfacprune.errors import BudgetError
+from tf_kfacprune.errors import BudgetError, NonFiniteError
 from tf_kfacprune.export import Metadata, keras_file, latency_table, load_keras, saved_model, tflite
 from tf_kfacprune.export.atomic import atomic_directory
 from tf_kfacprune.pruning import Budget
 from tf_kfacprune.reporting import Comparison, record, report, write_json_atomic
-from tf_kfacprune.training import PrunableModel
+from tf_kfacprune.training import TRACING, KFACModel, PrunableModel
 
 __all__ = ["command"]
 
@@ -70,6 +72,12 @@ class _Run:
             with naming("validation"):
                 loaded = validation_split(loaded, values.validation)
         self._network = model_named(values.model, loaded, values.seed)
+        if isinstance(self._network, KFACModel):
+            raise UsageError(
+                f"--model={values.model} is a {type(self._network).__name__}, saved by an earlier "
+                "run. Train the network that it was made from; `kfacprune compact` makes a plain "
+                "network of what was pruned, `kfacprune train --resume` goes on with a run."
+            )
         self._objective, self._dataset = objective_for(values, self._network, loaded)
         self._x_train = fitted_inputs(self._network, loaded.x_train)
         self._x_test = fitted_inputs(self._network, loaded.x_test)
@@ -124,23 +132,32 @@ class _Run:
         if values.learning_rate is not None:
             model.optimizer.learning_rate = values.learning_rate
         batches = EpochBatches(self._x_train, self._dataset.y_train, values.batch_size, values.seed)
+        in_terminal = sys.stdout.isatty()  # where `fit` has a bar, and says that it traces
         done = f" It goes on after {progress(state)}." if progress(state) else ""
         print(
             f"Training the {name} network on {len(self._x_train)} examples, loss "
-            f"{self._objective.loss.name}.{done} The first step is traced before it runs, which "
-            "takes from seconds to minutes.",
+            f"{self._objective.loss.name}.{done}" + ("" if in_terminal else f" {TRACING}"),
             flush=True,
         )
+        lines = [] if in_terminal else [StepLines(batches)]
         try:
             model.fit(
                 batches.dataset,
                 shuffle=False,
                 epochs=values.epochs,
-                verbose=1 if sys.stdout.isatty() else 2,
-                callbacks=[batches, Backup(state, batches, self._stopping)],
+                verbose=1 if in_terminal else 2,
+                callbacks=[batches, *lines, Backup(state, batches, self._stopping)],
             )
         finally:
             self._stopping.deferred = False
+        outputs = model.net(self._x_train[: values.batch_size], training=False)
+        if not np.isfinite(keras.ops.convert_to_numpy(outputs)).all():
+            shutil.rmtree(state, ignore_errors=True)  # there is nothing to go on from
+            raise NonFiniteError(
+                f"The {name} network returns NaN or infinite values after its training, which has "
+                "diverged. Lower --learning_rate and --curvature, and scale the inputs of --data "
+                "to about 1."
+            )
         keras_file(model, path)
         shutil.rmtree(state, ignore_errors=True)
         return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -15,7 +16,7 @@ from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.gates import GatedNetwork
 from tf_kfacprune.graph import CostModel
 
-__all__ = ["compact", "compaction_report"]
+__all__ = ["compact", "compaction_report", "missed_budget"]
 
 
 def compact(
@@ -32,6 +33,8 @@ def compact(
     The result is a plain Functional Keras model: layers have their original names and classes,
     gates that are neither open nor closed are folded into the weights that read them, and if input
     features were pruned, the model still takes all of them and picks what it needs.
+
+    A `PrunableModel` that is over its budget, because its gates have not settled, is warned of.
 
     Args:
         model: A `PrunableModel`, or a Keras model that contains gates.
@@ -70,12 +73,36 @@ def compact(
             "compact compensates from data: pass `compensate=True` and `data`, or neither. "
             f"Received: compensate={compensate!r}, data of type {type(data).__name__}"
         )
+    if (missed := missed_budget(model)) is not None:
+        warnings.warn(missed, stacklevel=2)
     small, _ = rebuild_compact(_plan(model, net))
     if verify:
         verify_parity(net, small, tolerance, verify_data)
     if compensate:
         warn_of_skipped(absorb_removed(model, small, data))
     return small
+
+
+def missed_budget(model: Any) -> str | None:
+    """What a network costs that was not pruned to the end, if that is more than it was to cost.
+
+    Args:
+        model: A `PrunableModel`, or any other model, of which nothing was asked.
+
+    Returns:
+        A sentence for people, or None if there is nothing to say.
+    """
+    if getattr(model, "has_settled", True):
+        return None
+    missed = {m: o for m, o in model.budget_outcomes().items() if o.ratio > 1}
+    if not missed:
+        return None
+    costs = "; ".join(f"{measure}: {outcome}" for measure, outcome in missed.items())
+    return (
+        f"Model {model.name!r} is not on its budget ({costs}). Train it to the end of its run. If "
+        "it has been: a callback may have put back, or a file may hold, weights of an epoch before "
+        "the gates had settled; `model.has_settled` tells."
+    )
 
 
 def compaction_report(model: Any, compact_model: keras.Model) -> dict[str, Any]:

@@ -31,7 +31,14 @@ from pathlib import Path
 
 from tf_kfacprune.errors import ExportError
 
-__all__ = ["atomic_directory", "atomic_file", "check_directory", "followed", "write_bytes"]
+__all__ = [
+    "atomic_directory",
+    "atomic_file",
+    "check_directory",
+    "check_file",
+    "followed",
+    "write_bytes",
+]
 
 _SPECIAL = {
     stat.S_IFBLK: "a block device",
@@ -60,9 +67,7 @@ def atomic_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Ite
     """
     target, suffix = followed(path), Path(path).suffix
     _clear_up_after_killed_processes(target, suffix)
-    _refuse_existing(target, overwrite)
-    if target.is_dir():
-        raise ExportError(f"{target} is a folder, expected the name of a file.")
+    check_file(target, overwrite=overwrite)
     with _beside(target, suffix) as partial:
         yield partial
         _flush(partial)
@@ -100,6 +105,22 @@ def atomic_directory(
         _refuse_existing(target, overwrite)
         _swap(partial, target)
         _flush(target.parent)
+
+
+def check_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Refuses at once what `atomic_file` would refuse to write.
+
+    Args:
+        path: the file that is going to be written.
+        overwrite: as for `atomic_file`.
+
+    Raises:
+        ExportError: if something is there that may not be replaced.
+    """
+    target = followed(path)
+    _refuse_existing(target, overwrite)
+    if target.is_dir():
+        raise ExportError(f"{target} is a folder, expected the name of a file.")
 
 
 def check_directory(path: str | os.PathLike[str], *, marker: str, overwrite: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import keras
+import numpy as np
 
 from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.export.serving import check_exportable
@@ -55,10 +56,11 @@ def with_head(
         )
     if head not in HEADS:
         raise InvalidArgumentError(f"head must be one of {HEADS}. Received: head={head!r}.")
-    if not math.isfinite(scale) or scale == 0 or not math.isfinite(offset):
+    # What is finite and not 0 here may be something else in float32.
+    if not (0 < abs(_in_float32(scale)) < math.inf and abs(_in_float32(offset)) < math.inf):
         raise InvalidArgumentError(
-            "scale must be a finite number other than 0 and offset a finite number. Received: "
-            f"scale={scale!r}, offset={offset!r}."
+            "scale must be a finite number other than 0 and offset a finite number, both in "
+            f"float32. Received: scale={scale!r}, offset={offset!r}."
         )
     (source,) = model.inputs
     if source.dtype == TEXT and (scale, offset) != (1.0, 0.0):
@@ -77,3 +79,8 @@ def with_head(
         # keras.ops.argmax compares bit patterns on this backend, which no TFLite operation does.
         y = keras.ops.squeeze(keras.ops.top_k(y, k=1)[1], axis=-1)
     return keras.Model(raw, y, name=model.name)
+
+
+def _in_float32(number: float) -> float:
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.float32(number))

@@ -122,6 +122,26 @@ class PruningController(keras.layers.Layer):
             decays = self._task.phases.decay and learning_rate is not None
             self.base_learning_rate.assign(learning_rate if decays else 0.0)
 
+    def leave_learning_rate(self) -> None:
+        """Leaves the learning rate to others, such as callbacks, from now on."""
+        self.base_learning_rate.assign(0.0)
+
+    @property
+    def decays_sooner_or_later(self) -> bool:
+        """Whether the learning rate is decayed, now or once the gates have settled."""
+        return float(ops.convert_to_numpy(self.base_learning_rate)) > 0.0
+
+    def has_pruned_within(self, steps: int | None) -> bool:
+        """Whether a whole run was so short, and nobody had said that it would be.
+
+        Args:
+            steps: Steps of an epoch, or None if unknown.
+        """
+        if steps is None or self._task.budget.is_open or not self.has_settled:
+            return False
+        planned, is_whole = (ops.convert_to_numpy(v) for v in (self.total_steps, self.is_whole))
+        return not is_whole and 0 < planned <= steps
+
     # ---- between steps, or inside of one
 
     def due_phase(self, step: int) -> GatePhase:

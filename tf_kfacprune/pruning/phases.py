@@ -26,8 +26,9 @@ class Phases:
         prune: Share of the steps during which gates close, in (0, 1). These are the expensive ones:
             the network is still whole. On LeNet-300-100, 0.1 to 0.35 led to the same errors.
         decay: Whether the learning rate falls to zero along a cosine while the network settles.
-            Only a constant learning rate is decayed; a schedule is left alone. What callbacks
-            such as `ReduceLROnPlateau` set meanwhile is overwritten: use `decay=False` with them.
+            Only a constant learning rate is decayed; a schedule is left alone. With a
+            `LearningRateScheduler` or `ReduceLROnPlateau` among the callbacks of `fit` these
+            decide; what others set is overwritten, with a warning: use `decay=False` with them.
 
     Raises:
         InvalidArgumentError: If the shares are out of range or leave nothing to settle.

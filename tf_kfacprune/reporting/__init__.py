@@ -1,6 +1,6 @@
 """Tables and records: what can be pruned, what was pruned, and how to make it again."""
 
-from tf_kfacprune.reporting.benchmark_plot import plot_benchmark
+from tf_kfacprune.reporting.benchmark_plot import check_picture, plot_benchmark
 from tf_kfacprune.reporting.comparison import Comparison, before_after_table
 from tf_kfacprune.reporting.figures import Flatness, ModelFigures, accuracy, tflite_size
 from tf_kfacprune.reporting.inspection import FrozenChannels, GroupSummary, Inspection, inspect
@@ -16,6 +16,7 @@ __all__ = [
     "ModelFigures",
     "accuracy",
     "before_after_table",
+    "check_picture",
     "inspect",
     "plot_benchmark",
     "record",

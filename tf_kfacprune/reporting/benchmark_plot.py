@@ -10,7 +10,7 @@ from tf_kfacprune.errors import ExportError, InvalidArgumentError
 from tf_kfacprune.export import Benchmark
 from tf_kfacprune.export.atomic import write_bytes
 
-__all__ = ["plot_benchmark"]
+__all__ = ["check_picture", "plot_benchmark"]
 
 _FORMATS = (".png", ".svg", ".pdf")
 
@@ -37,12 +37,8 @@ def plot_benchmark(
         >>> kp.reporting.plot_benchmark(result, "benchmark.png")  # doctest: +SKIP
         PosixPath('benchmark.png')
     """
+    check_picture(path)
     suffix = Path(path).suffix
-    if suffix not in _FORMATS:
-        raise InvalidArgumentError(
-            f"The name of a picture must end in one of {', '.join(_FORMATS)}. Received: "
-            f"{os.fspath(path)}."
-        )
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -73,3 +69,16 @@ def plot_benchmark(
     picture = io.BytesIO()
     figure.savefig(picture, format=suffix[1:], dpi=150)
     return write_bytes(path, picture.getvalue(), overwrite=overwrite)
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Refuses names of pictures that cannot be drawn.
+
+    Raises:
+        InvalidArgumentError: if the name does not end as one of a picture.
+    """
+    if Path(path).suffix not in _FORMATS:
+        raise InvalidArgumentError(
+            f"The name of a picture must end in one of {', '.join(_FORMATS)}. Received: "
+            f"{os.fspath(path)}."
+        )

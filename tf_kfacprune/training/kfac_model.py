@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import keras
@@ -28,13 +29,15 @@ from tf_kfacprune.training.distributed import (
 )
 from tf_kfacprune.training.fit_arguments import batched
 from tf_kfacprune.training.labels import check_labels
-from tf_kfacprune.training.run_callback import RunCallback
+from tf_kfacprune.training.run_callback import FitCall, RunCallback
 from tf_kfacprune.training.step import TrainingStep
 from tf_kfacprune.training.step_guard import StepGuard
 from tf_kfacprune.training.trainee import Trainee, call_network
 from tf_kfacprune.validation import require, require_count
 
-__all__ = ["KFACModel"]
+__all__ = ["TRACING", "KFACModel"]
+
+TRACING = "The first step is traced before it runs, which takes from seconds to minutes."
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
@@ -177,6 +180,12 @@ class KFACModel(keras.Model):
         return [] if trainee.kfac is None else [trainee.kfac]
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if self._trainee is not None and not self._trainee.variables:
+            raise UnsupportedModelError(
+                f"Model {self.name!r} has no trainable weights, so that there is nothing to train. "
+                "Set `trainable = True` where it is False and compile again, or use a model with "
+                "weights."
+            )
         if y is not None:
             check_labels(y, self.loss, self.net)
         fit = super().fit
@@ -184,18 +193,37 @@ class KFACModel(keras.Model):
         callbacks = given.arguments.get("callbacks") or []
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks = callbacks.callbacks
-        given.arguments["callbacks"] = [RunCallback(), *keras.tree.flatten(callbacks)]
+        callbacks = keras.tree.flatten(callbacks)
+        run = RunCallback(callbacks, given.arguments.get("initial_epoch") or 0)
+        given.arguments["callbacks"] = [run, *callbacks]
         arguments = dict(given.arguments)
+        if self.train_function is None and arguments.get("verbose", "auto") and _is_terminal():
+            print(TRACING, flush=True)
         if self.distribute_strategy.num_replicas_in_sync == 1:
             arguments = batched(arguments)
         with raise_lost_worker(self.distribute_strategy), explained_losses():
             return fit(**arguments)
 
-    def begin_run(self, total_steps: int | None) -> None:
+    @property
+    def has_settled(self) -> bool:
+        """Whether the network is what it will be, so that its epochs may be compared."""
+        return True
+
+    @property
+    def is_settled_at_next_step(self) -> bool:
+        """Whether `has_settled` will be true while the next step is taken."""
+        return True
+
+    @property
+    def decaying_learning_rate(self) -> float | None:
+        """The learning rate, if it is a constant that the model will let fall; else None."""
+        return None
+
+    def begin_run(self, call: FitCall) -> None:
         """Called when a `fit` begins.
 
         Args:
-            total_steps: Steps of the run, those done before a resume included; None if unknown.
+            call: What `fit` was asked for.
         """
 
     def begin_epoch(self, steps_left: int | None) -> None:
@@ -308,3 +336,8 @@ class KFACModel(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
+
+
+def _is_terminal() -> bool:
+    """Whether somebody is waiting there; a notebook shows that a cell runs."""
+    return sys.stdout is not None and sys.stdout.isatty()

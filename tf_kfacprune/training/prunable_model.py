@@ -33,6 +33,7 @@ from tf_kfacprune.pruning import (
 )
 from tf_kfacprune.training.curvature_penalty import CurvaturePenalty
 from tf_kfacprune.training.kfac_model import KFACModel
+from tf_kfacprune.training.run_callback import FitCall
 from tf_kfacprune.training.shrinking import Shrunk, can_shrink
 from tf_kfacprune.training.step import TrainingStep
 from tf_kfacprune.training.trainee import Trainee
@@ -43,6 +44,10 @@ __all__ = ["PrunableModel"]
 # Of the default optimizer.
 _LEARNING_RATE = 3e-2
 _WEIGHT_DECAY = 0.03
+_SEVERAL_CALLS = (
+    "Where one run is made of several calls of `fit`, say its length before the first: "
+    "`model.plan_phases(total_steps)`."
+)
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
@@ -279,24 +284,52 @@ class PrunableModel(KFACModel):
             rate = self.constant_learning_rate
             self.controller.schedule(total_steps, rate, is_whole=True)
 
-    def begin_run(self, total_steps: int | None) -> None:
+    @property
+    def has_settled(self) -> bool:
+        """Whether the network is on its budget for good; also true if it has none."""
+        return self.controller is None or self.controller.has_settled
+
+    @property
+    def is_settled_at_next_step(self) -> bool:
+        if self.controller is None or self.controller.has_settled:
+            return True
+        step = int(keras.ops.convert_to_numpy(self.controller.step))
+        return self.controller.due_phase(step) == GatePhase.SETTLED
+
+    @property
+    def decaying_learning_rate(self) -> float | None:
+        if self.controller is None or not self.controller.decays_sooner_or_later:
+            return None
+        return self.constant_learning_rate
+
+    def begin_run(self, call: FitCall) -> None:
         controller = self.controller
         if controller is None:
             return
-        if total_steps is None:
+        if call.total_steps is None:
             raise InvalidArgumentError(
                 "PrunableModel.fit must know the number of steps to lay out its phases, and the "
                 "data do not tell. Received: steps_per_epoch=None. Pass `steps_per_epoch=...`."
             )
         rate = self.constant_learning_rate
-        first_rate = controller.schedule(total_steps, rate)
+        if call.sets_rate:
+            rate = None
+            controller.leave_learning_rate()
+        is_loop = call.is_one_epoch and controller.has_pruned_within(call.epoch_steps)
+        first_rate = controller.schedule(call.total_steps, rate)
         if first_rate is not None:
             warnings.warn(
                 f"{self.name!r} has finished a run, which left a learning rate of {rate:.2g} of "
                 f"{first_rate:.2g}: hardly anything will be trained. Set "
                 "`model.optimizer.learning_rate`, compile again, or go on with the same run by "
-                "`fit(epochs=more, initial_epoch=done)`. Where one run is made of several calls "
-                "of `fit`, say its length before the first: `model.plan_phases(total_steps)`.",
+                f"`fit(epochs=more, initial_epoch=done)`. {_SEVERAL_CALLS}",
+                stacklevel=2,
+            )
+        elif is_loop and not self._run.is_told_of_loop:
+            self._run.is_told_of_loop = True
+            warnings.warn(
+                f"{self.name!r} was pruned and has settled within the one epoch of an earlier call "
+                f"of `fit`; this one trains what is left. {_SEVERAL_CALLS}",
                 stacklevel=2,
             )
 
@@ -322,15 +355,28 @@ class PrunableModel(KFACModel):
     def end_run(self) -> None:
         self.end_epoch()
         self.stop_shrunk()
+        self._run.had_settled = self.has_settled
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        history = super().fit(*args, **kwargs)
         controller = self.controller
+        # Callbacks may have put back weights when the training ended.
         if controller is None or controller.has_settled:
-            return
-        if not bool(keras.ops.convert_to_numpy(controller.is_whole)):
+            return history
+        if self._run.had_settled:
+            warnings.warn(
+                f"Gates of {self.name!r} had settled, but a callback has put back weights of an "
+                "epoch before that: the network is not on its budget. Restore only weights of "
+                "epochs after which `model.has_settled` is true.",
+                stacklevel=2,
+            )
+        elif not bool(keras.ops.convert_to_numpy(controller.is_whole)):
             warnings.warn(
                 f"Training of {self.name!r} ended before its gates settled: the network is "
                 "not on its budget. Go on with `fit(..., initial_epoch=...)`.",
                 stacklevel=2,
             )
+        return history
 
     @property
     def trainee(self) -> Trainee:
@@ -488,6 +534,8 @@ class _Run:
         is_in_epoch: Whether steps are those of an epoch of `fit`.
         shrunk: The compact copy that is trained at the moment, or None.
         shrunk_state: What a copy was trained with before, or None.
+        is_told_of_loop: Whether it was said what calls of one epoch each need.
+        had_settled: Whether gates had settled when the last `fit` ended, before callbacks saw that.
     """
 
     def __init__(self, gated: GatedNetwork | None, groups: GateGroups | None) -> None:
@@ -499,6 +547,8 @@ class _Run:
         self.is_in_epoch = False
         self.shrunk: Shrunk | None = None
         self.shrunk_state: list[np.ndarray] | None = None
+        self.is_told_of_loop = False
+        self.had_settled = False
 
 
 def _require_type(name: str, value: Any, kind: type, optional: bool = False) -> None:

@@ -2,26 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 
-__all__ = ["RunCallback"]
+from tf_kfacprune.training.best_epochs import BestEpochs
+from tf_kfacprune.training.learning_rates import OverwrittenRates, sets_learning_rate
+
+__all__ = ["FitCall", "RunCallback"]
+
+
+@dataclass(frozen=True)
+class FitCall:
+    """What a call of `fit` says of itself.
+
+    Attributes:
+        epoch_steps: Steps of one epoch, or None if the data do not tell.
+        epochs: Epochs of the run, those before a resume included.
+        initial_epoch: Epochs that were done before.
+        sets_rate: Whether a callback is there to set the learning rate.
+    """
+
+    epoch_steps: int | None
+    epochs: int = 1
+    initial_epoch: int = 0
+    sets_rate: bool = False
+
+    @property
+    def is_one_epoch(self) -> bool:
+        """Whether it trains for one epoch only."""
+        return self.epochs - self.initial_epoch == 1
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the run, those done before a resume included; None if unknown."""
+        return self.epoch_steps * self.epochs if self.epoch_steps else None
 
 
 class RunCallback(keras.callbacks.Callback):
-    """Calls the model at the beginning and end of runs and epochs, and its guard in between."""
+    """Calls the model at the beginning and end of runs and epochs, and its guard in between.
+
+    It comes before all other callbacks, so that they find everything as it should be.
+
+    Args:
+        callbacks: The other callbacks.
+        initial_epoch: As `fit` was given it.
+    """
+
+    def __init__(
+        self, callbacks: Sequence[keras.callbacks.Callback] = (), initial_epoch: int = 0
+    ) -> None:
+        super().__init__()
+        self._initial_epoch = initial_epoch
+        self._sets_rate = sets_learning_rate(callbacks)
+        self._best = BestEpochs(callbacks)
+        self._rates = OverwrittenRates(callbacks)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        epochs, steps = self.params.get("epochs"), self.params.get("steps")
-        self.model.begin_run(int(epochs) * int(steps) if steps else None)
+        steps = self.params.get("steps")
+        self.model.begin_run(
+            FitCall(
+                int(steps) if steps else None,
+                int(self.params["epochs"]),
+                self._initial_epoch,
+                self._sets_rate,
+            )
+        )
+        self._rates.note(self.model.decaying_learning_rate)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._checked = -1
+        self._checked, self._is_first_batch = -1, True
         steps = self.params.get("steps")
         self.model.begin_epoch((self.params["epochs"] - epoch) * steps if steps else None)
+        self._best.begin_epoch(self.model.has_settled, self.model.is_settled_at_next_step)
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if self._is_first_batch:  # what was set when the epoch began, or the one before ended
+            self._rates.compare(self.model.decaying_learning_rate, self.model.name)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self._is_first_batch and not self.model.has_settled:  # else the step has set it
+            self._rates.compare(self.model.decaying_learning_rate, self.model.name)
+        self._is_first_batch = False
+        if self._best.judge_batches:
+            self._best.before_judging(self.model.has_settled)
         # Reading a counter waits for the device: once per `limit` steps is often enough.
         if batch - self._checked >= self.model.guard.limit:
             self.model.guard.check()
@@ -30,9 +96,12 @@ class RunCallback(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.model.guard.check()
         self.model.end_epoch()
+        self._best.before_judging(self.model.has_settled)
+        self._rates.note(self.model.decaying_learning_rate)
 
     def on_test_begin(self, logs: Any = None) -> None:
         self.model.end_epoch()
 
     def on_train_end(self, logs: Any = None) -> None:
         self.model.end_run()
+        self._best.end(self.model.has_settled)
