@@ -83,7 +83,7 @@ def _inner(path):
     return getattr(importlib.import_module(f"keras_hub.src.models.{module}"), name)
 
 
-def _resnet(filters=(16, 16, 16), block="basic_block", **kwargs):
+def _resnet(filters=(64, 64, 64), block="basic_block", **kwargs):
     return HUB.ResNetBackbone(
         input_conv_filters=[16],
         input_conv_kernel_sizes=[7],
@@ -179,7 +179,7 @@ def _dfine():
 
 def _depth_anything():
     encoder = HUB.DINOV2Backbone(
-        14, 4, 16, 2, 32, 1.0, 0, image_shape=(56, 56, 3), apply_layernorm=True, name="encoder"
+        14, 4, 16, 2, 32, 1.0, 0, image_shape=(126, 126, 3), apply_layernorm=True, name="encoder"
     )
     return HUB.DepthAnythingBackbone(
         image_encoder=encoder,
@@ -446,7 +446,7 @@ BACKBONES = {
     "Albert": lambda: HUB.AlbertBackbone(**_LIMITED, num_groups=1, embedding_dim=12),
     "Bart": lambda: HUB.BartBackbone(**_LIMITED),
     "BASNet": lambda: HUB.BASNetBackbone(
-        image_encoder=_resnet((8, 8, 16, 16), image_shape=(64, 64, 3)), num_classes=1
+        image_encoder=_resnet((64, 64, 64, 64), image_shape=(64, 64, 3)), num_classes=1
     ),
     "Bert": lambda: HUB.BertBackbone(**_LIMITED),
     "BLIP2": _blip2,
@@ -543,7 +543,7 @@ BACKBONES = {
     ),
     "ResNet": lambda: _resnet(block="bottleneck_block", image_shape=(32, 32, 3)),
     "RetinaNet": lambda: HUB.RetinaNetBackbone(
-        image_encoder=_resnet((16, 16, 24, 32), image_shape=(128, 128, 3)),
+        image_encoder=_resnet((64, 64, 64, 64), "bottleneck_block", image_shape=(128, 128, 3)),
         min_level=3,
         max_level=7,
         use_p5=True,
@@ -598,7 +598,7 @@ BACKBONES = {
 }
 
 _TOKENS, _LENGTH, _IMAGE = 20, 8, 32
-_SIZES = {"encoder_input_values": (1000, 1), "masks": (0, 16, 16, 1), "boxes": (1, 2, 2)}
+_SIZES = {"encoder_input_values": (1000, 1), "masks": (0, 16, 16, 1)}
 
 
 def example(model, batch_size=2, seed=0):
@@ -627,6 +627,8 @@ def example(model, batch_size=2, seed=0):
         if "mask" in name and ("int" in tensor.dtype or tensor.dtype == "bool"):
             array = np.ones(shape)
             array[-1, ..., -1:] = 0
+        elif name == "num_steps":
+            array = np.full(shape, 3)
         elif "token_ids" in name:
             array = rng.integers(1, _TOKENS, shape)
         elif "int" in tensor.dtype or tensor.dtype == "bool":
