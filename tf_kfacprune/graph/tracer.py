@@ -316,7 +316,11 @@ def calls_without_trailing_none() -> Iterator[None]:
     original = Node.__init__
 
     def initialize(
-        self: Any, operation: Any, call_args: Any = None, call_kwargs: Any = None, outputs: Any = None
+        self: Any,
+        operation: Any,
+        call_args: Any = None,
+        call_kwargs: Any = None,
+        outputs: Any = None,
     ) -> None:
         flat = tree.flatten(outputs)
         while len(flat) > 1 and flat[-1] is None:
