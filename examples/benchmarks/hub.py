@@ -8,9 +8,9 @@ random gates, hard and soft ones. Recorded per backbone: how many layers were op
 opaque, the share of channels (without those of the outputs) that can be pruned, what freezes the
 rest, the least share of parameters, the relative error between gated and compact model, how much
 closing the gates changes the output at all, next to which the error is to be judged, how much open
-gates change, and seconds. A backbone that fails is recorded with the error. What is recorded already
-is skipped. One line per backbone is appended to results/hub.jsonl; `python docs/generate.py` makes a
-table of it. Needs the extra `[hub]`.
+gates change, and seconds. A backbone that fails is recorded with the error. Those recorded already
+are skipped. One line per backbone is appended to results/hub.jsonl; `python docs/generate.py` makes
+a table of it. Needs the extra `[hub]`.
 """
 
 import gc
