@@ -90,6 +90,27 @@ class WindowsByHand(layers.Layer):
         return x + self.out(ops.reshape(y, (batch, length, self.heads * self.dim)))
 
 
+class GroupedAttention(layers.Layer):
+    """`dot_product_attention` of four query heads with two key heads."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.query = layers.EinsumDense("btc,chd->bthd", (None, 4, 3), name="query")
+        self.key = layers.EinsumDense("btc,chd->bthd", (None, 2, 3), name="key")
+        self.value = layers.EinsumDense("btc,chd->bthd", (None, 2, 3), name="value")
+
+    def build(self, shape):
+        self.out = layers.EinsumDense("bthd,hdc->btc", (None, shape[-1]), name="out")
+        for layer in (self.query, self.key, self.value):
+            layer.build(shape)
+        self.out.build(self.query.compute_output_shape(shape))
+        self.built = True
+
+    def call(self, x):
+        y = ops.dot_product_attention(self.query(x), self.key(x), self.value(x), is_causal=True)
+        return x + self.out(y)
+
+
 class MergesPatches(layers.Layer):
     """Every second position, side by side, with a new axis on the way."""
 
@@ -185,6 +206,10 @@ def windows_by_hand():
     return sequence_model(WindowsByHand(3, 2, name="attention"))
 
 
+def grouped_attention():
+    return sequence_model(GroupedAttention(name="attention"))
+
+
 def merges_patches():
     return sequence_model(custom.FeedForward(5, name="ffn"), MergesPatches(name="merge"))
 
@@ -223,6 +248,7 @@ def sizes():
         ),
         (learned_tokens, {"stem": 6, "ffn/dense": 5}),
         (windows_by_hand, {"stem": 6, "attention/qkv": 3}),
+        (grouped_attention, {"stem": 6, "attention/query": 2}),
         (merges_patches, {"stem": 6, "ffn/dense": 5, "merge/reduce": 4}),
         (picks_and_normalizes, {"stem": 6, "ffn/dense": 5}),
         (reads_anothers_weight, {"stem": 6}),

@@ -63,6 +63,11 @@ def modes():
     return randomized(keras.Model(inputs, [layers.Dense(3, name="head")(x), empty]))
 
 
+def tokens():
+    inputs = keras.Input((3, 6))
+    return randomized(keras.Model(inputs, custom.Tokens(name="tokens")(inputs)))
+
+
 def example(model):
     rng = np.random.default_rng(1)
     shape = (4, *(5 if n is None else n for n in model.inputs[0].shape[1:]))
@@ -71,7 +76,7 @@ def example(model):
     return rng.normal(size=shape).astype("float32")
 
 
-@pytest.mark.parametrize("build", [blocks, sizes, masks, half, modes])
+@pytest.mark.parametrize("build", [blocks, sizes, masks, half, modes, tokens])
 @pytest.mark.parametrize("training", [False, True])
 def test_opened_graph_equals_the_model_to_the_bit_in_both_modes(build, training):
     model = build()
