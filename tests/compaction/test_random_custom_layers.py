@@ -19,7 +19,7 @@ KINDS = st.sampled_from(["ffn", "scale", "gate", "dropout", "shared"])
 REST = (st.integers(2, 5), st.integers(1, 2), st.sampled_from([None, 0.5]), st.integers(0, 9))
 PART = st.tuples(KINDS, *REST)
 NESTED = st.tuples(st.lists(PART, min_size=1, max_size=2), *REST)
-BLOCK = st.lists(st.one_of(PART, NESTED), min_size=1, max_size=3)
+BLOCK = st.lists(st.one_of(PART, NESTED), min_size=1, max_size=2)
 
 
 class Gate(layers.Layer):
@@ -90,7 +90,7 @@ def to_numpy(x):
 
 
 @settings(
-    max_examples=6,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
