@@ -23,6 +23,8 @@ TABLES = {
     "layers": lambda: channels.rules_table(layers=True),
     "operations": lambda: channels.rules_table(layers=False),
     "applications": channels.applications_table,
+    "hub": channels.hub_table,
+    "hub_summary": channels.hub_summary,
     "deploy_sizes": deploy.sizes_table,
     "deploy_times": deploy.times_table,
     "deploy_accuracy": deploy.accuracy_table,

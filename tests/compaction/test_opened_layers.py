@@ -67,6 +67,91 @@ class AttentionByHand(layers.Layer):
         return x + self.out(ops.einsum("bhts,bshd->bthd", self.softmax(scores), v))
 
 
+class WindowsByHand(layers.Layer):
+    """Queries, keys and values of all heads by one Dense layer, taken apart afterwards."""
+
+    def __init__(self, heads, dim, **kwargs):
+        super().__init__(**kwargs)
+        self.heads, self.dim = heads, dim
+        self.qkv = layers.Dense(3 * heads * dim, name="qkv")
+
+    def build(self, shape):
+        self.out = layers.Dense(shape[-1], name="out")
+        self.qkv.build(shape)
+        self.out.build((*shape[:-1], self.heads * self.dim))
+        self.built = True
+
+    def call(self, x):
+        batch, length = ops.shape(x)[0], x.shape[1]
+        qkv = ops.reshape(self.qkv(x), (batch, length, 3, self.heads, self.dim))
+        q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)), axis=0)
+        scores = ops.softmax(ops.matmul(q, ops.transpose(k, (0, 1, 3, 2))), axis=-1)
+        y = ops.transpose(ops.matmul(scores, v), (0, 2, 1, 3))
+        return x + self.out(ops.reshape(y, (batch, length, self.heads * self.dim)))
+
+
+class GroupedAttention(layers.Layer):
+    """`dot_product_attention` of four query heads with two key heads."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.query = layers.EinsumDense("btc,chd->bthd", (None, 4, 3), name="query")
+        self.key = layers.EinsumDense("btc,chd->bthd", (None, 2, 3), name="key")
+        self.value = layers.EinsumDense("btc,chd->bthd", (None, 2, 3), name="value")
+
+    def build(self, shape):
+        self.out = layers.EinsumDense("bthd,hdc->btc", (None, shape[-1]), name="out")
+        for layer in (self.query, self.key, self.value):
+            layer.build(shape)
+        self.out.build(self.query.compute_output_shape(shape))
+        self.built = True
+
+    def call(self, x):
+        y = ops.dot_product_attention(self.query(x), self.key(x), self.value(x), is_causal=True)
+        return x + self.out(y)
+
+
+class MergesPatches(layers.Layer):
+    """Every second position, side by side, with a new axis on the way."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.reduce = layers.Dense(4, name="reduce")
+
+    def build(self, shape):
+        self.reduce.build((*shape[:-1], 2 * shape[-1]))
+        self.built = True
+
+    def call(self, x):
+        pairs = ops.concatenate([x[:, :-1:2], x[:, 1::2]], axis=-1)
+        return self.reduce(pairs[:, None])[:, 0]
+
+
+class PicksAndNormalizes(layers.Layer):
+    """The position with the largest sum, in unit length, beside the last one by its norm."""
+
+    def call(self, x):
+        where = ops.argmax(ops.sum(ops.stop_gradient(x), axis=-1), axis=-1)
+        picked = ops.take_along_axis(x, where[:, None, None], axis=1)[:, 0]
+        last = x[:, -1] / (0.1 + ops.norm(x[:, -1], axis=-1, keepdims=True))
+        return ops.normalize(picked, axis=-1) + last
+
+
+class ReadsAnothersWeight(layers.Layer):
+    """An operation reads a weight of a layer inside."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = custom.Scale(name="inner")
+
+    def build(self, shape):
+        self.inner.build(shape)
+        self.built = True
+
+    def call(self, x):
+        return ops.multiply(self.inner(x), self.inner.gamma)
+
+
 class LearnedTokens(layers.Layer):
     """A class token and an embedding of positions, called on constants."""
 
@@ -117,6 +202,33 @@ def learned_tokens():
     return sequence_model(LearnedTokens(5, name="tokens"), custom.FeedForward(5, name="ffn"))
 
 
+def windows_by_hand():
+    return sequence_model(WindowsByHand(3, 2, name="attention"))
+
+
+def grouped_attention():
+    return sequence_model(GroupedAttention(name="attention"))
+
+
+def merges_patches():
+    return sequence_model(custom.FeedForward(5, name="ffn"), MergesPatches(name="merge"))
+
+
+def picks_and_normalizes():
+    return sequence_model(custom.FeedForward(5, name="ffn"), PicksAndNormalizes(name="pick"))
+
+
+def reads_anothers_weight():
+    return sequence_model(ReadsAnothersWeight(name="reader"))
+
+
+def units_as_image():
+    inputs = keras.Input((3,))
+    x = layers.Reshape((2, 2, 4))(layers.Dense(16, activation="relu", name="units")(inputs))
+    x = layers.Conv2DTranspose(3, 3, strides=2, padding="same", name="up")(x)
+    return keras.Model(inputs, layers.Dense(2, name="head")(x))
+
+
 def sizes():
     inputs = keras.Input((None, 3))
     x = custom.SizeOfData(name="sized")(layers.Dense(8, name="stem")(inputs))
@@ -135,6 +247,12 @@ def sizes():
             {"stem": 6, "attention/query": 4, "attention/query:2": 3, "attention/value": 4},
         ),
         (learned_tokens, {"stem": 6, "ffn/dense": 5}),
+        (windows_by_hand, {"stem": 6, "attention/qkv": 3}),
+        (grouped_attention, {"stem": 6, "attention/query": 2}),
+        (merges_patches, {"stem": 6, "ffn/dense": 5, "merge/reduce": 4}),
+        (picks_and_normalizes, {"stem": 6, "ffn/dense": 5}),
+        (reads_anothers_weight, {"stem": 6}),
+        (units_as_image, {"units": 4, "up": 3}),
         (sizes, {"stem": 8, "sized/table": 2}),
     ],
 )

@@ -59,6 +59,49 @@ class Block(layers.Layer):
         return ops.relu(x + y)
 
 
+class SilentMode(layers.Layer):
+    """Its `call` has no `training`, a layer inside has; it returns None, for it keeps no cache."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.drop = layers.Dropout(0.5, seed=3, name="drop")
+        self.dense = layers.Dense(4, name="dense")
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.built = True
+
+    def call(self, x, cache=None):
+        return self.drop(self.dense(x)), cache
+
+
+class AroundSilentMode(layers.Layer):
+    """Calls a layer that returns None; puts out a constant besides."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = SilentMode(name="inner")
+
+    def build(self, shape):
+        self.inner.build(shape)
+        self.built = True
+
+    def call(self, x):
+        y, _ = self.inner(x)
+        return y, ops.zeros((0,))
+
+
+class Tokens(layers.Layer):
+    """As many learned tokens as the tests have examples, in front of a sequence."""
+
+    def build(self, shape):
+        self.tokens = self.add_weight(shape=(1, 4, shape[-1]), name="tokens")
+        self.built = True
+
+    def call(self, x):
+        return ops.concatenate([ops.tile(self.tokens, (ops.shape(x)[0], 1, 1)), x], axis=1)
+
+
 class SizeOfData(layers.Layer):
     """Sizes known only at run time, and positions."""
 

@@ -57,6 +57,17 @@ def half():
     return randomized(keras.Model(inputs, custom.Scale(dtype="mixed_float16")(x)))
 
 
+def modes():
+    inputs = keras.Input((6,))
+    x, empty = custom.AroundSilentMode(name="around")(layers.Dense(5, name="stem")(inputs))
+    return randomized(keras.Model(inputs, [layers.Dense(3, name="head")(x), empty]))
+
+
+def tokens():
+    inputs = keras.Input((3, 6))
+    return randomized(keras.Model(inputs, custom.Tokens(name="tokens")(inputs)))
+
+
 def example(model):
     rng = np.random.default_rng(1)
     shape = (4, *(5 if n is None else n for n in model.inputs[0].shape[1:]))
@@ -65,7 +76,7 @@ def example(model):
     return rng.normal(size=shape).astype("float32")
 
 
-@pytest.mark.parametrize("build", [blocks, sizes, masks, half])
+@pytest.mark.parametrize("build", [blocks, sizes, masks, half, modes, tokens])
 @pytest.mark.parametrize("training", [False, True])
 def test_opened_graph_equals_the_model_to_the_bit_in_both_modes(build, training):
     model = build()
@@ -74,11 +85,14 @@ def test_opened_graph_equals_the_model_to_the_bit_in_both_modes(build, training)
     assert not graph.closed
     assert all(has_rule(call.operation) for call in graph.calls if call.is_layer)
     x, before = example(model), [to_numpy(v) for v in model.variables]
-    expected = to_numpy(model(x, training=training))
+    expected = [to_numpy(y) for y in keras.tree.flatten(model(x, training=training))]
     after = [to_numpy(v) for v in model.variables]
     for variable, value in zip(model.variables, before, strict=True):
         variable.assign(value)
-    np.testing.assert_array_equal(to_numpy(graph.run(x, training=training)), expected)
+    for y, wanted in zip(
+        keras.tree.flatten(graph.run(x, training=training)), expected, strict=True
+    ):
+        np.testing.assert_array_equal(to_numpy(y), wanted)
     for variable, value in zip(model.variables, after, strict=True):
         np.testing.assert_array_equal(to_numpy(variable), value)
 

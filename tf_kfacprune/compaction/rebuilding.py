@@ -18,6 +18,7 @@ from tf_kfacprune.gates import GateBank
 from tf_kfacprune.gates.rules import GateRule
 from tf_kfacprune.graph import Call, Value, Weight, fresh_operation, rule_for
 from tf_kfacprune.graph.rules.activations import activation_reason
+from tf_kfacprune.graph.rules.registry import has_rule
 
 __all__ = ["rebuild_compact"]
 
@@ -87,6 +88,9 @@ class _Replay:
         compact = self._compact[operation] = self._copy(call)
         outputs = compact(*args, **kwargs)
         if call.is_layer and compact is not operation:
+            if not has_rule(operation) and _anatomy(operation) != _anatomy(compact):
+                self._compact[operation] = operation  # as it is: its config makes other weights
+                return operation(*args, **kwargs)
             transfer_weights(operation, compact, self._plan)
         return outputs
 
@@ -200,3 +204,8 @@ def _config(layer: keras.Layer) -> dict[str, Any]:
         return layer.get_config()
     except NotImplementedError:
         return {}
+
+
+def _anatomy(layer: keras.Layer) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a layer's weights, in order."""
+    return [(weight.name, tuple(weight.shape)) for weight in layer.weights]

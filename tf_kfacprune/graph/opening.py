@@ -172,7 +172,7 @@ def _open(
     recording = Recording(layer, args, kwargs, masks)
     try:
         opened = recording.record(training=False)
-        if opened is not None and recording.takes_training:
+        if opened is not None and recording.depends_on_mode(opened):
             in_training = recording.record(training=True)
             handed_down = None if in_training is None else _differences(opened, in_training)
             if handed_down is None:

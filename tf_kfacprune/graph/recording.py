@@ -12,7 +12,17 @@ from keras import ops, tree
 
 from tf_kfacprune.graph.rules.substitution import substituted
 from tf_kfacprune.graph.symbolic_sizes import symbolic_sizes
-from tf_kfacprune.graph.tracer import Opened, converted_dtype, is_made_by_layer, mask_of, set_mask
+from tf_kfacprune.graph.tracer import (
+    Opened,
+    calls_of,
+    calls_without_trailing_none,
+    converted_dtype,
+    in_mode,
+    is_made_by_layer,
+    make_dense,
+    mask_of,
+    set_mask,
+)
 from tf_kfacprune.graph.weight_layer import Weight
 
 __all__ = ["Recording"]
@@ -67,7 +77,7 @@ class Recording:
         """What the call does.
 
         Args:
-            training: The mode, for a call that takes it.
+            training: The mode.
 
         Returns:
             Its inside, or None if not all that it returns is computed from its inputs.
@@ -77,8 +87,17 @@ class Recording:
         if self.takes_training:
             kwargs["training"] = training
         place = self.inputs[0]
-        with _symbolic_weights(self.layer, place), symbolic_sizes(), _recorded_layers(place):
+        with (
+            _symbolic_weights(self.layer, place),
+            symbolic_sizes(),
+            _recorded_layers(self.layer, place),
+            calls_without_trailing_none(),
+            in_mode(self.layer, training),
+        ):
             outputs = tree.flatten(self.layer.call(*args, **kwargs))
+        while len(outputs) > 1 and outputs[-1] is None:
+            outputs.pop()
+        outputs = [_symbolic_constant(tensor, place) for tensor in outputs]
         if not outputs or not all(map(is_symbolic, outputs)):
             return None
         masked = tuple(
@@ -89,6 +108,11 @@ class Recording:
         set_inside = [mask_of(outputs[number]) for number in masked]
         function = keras.Function([*self.inputs, *self.masks], [*outputs, *set_inside])
         return Opened(function, masked)
+
+    def depends_on_mode(self, opened: Opened) -> bool:
+        """Whether what was recorded may be something else in the other mode."""
+        _, calls, _ = calls_of(opened.function)
+        return self.takes_training or any(c.kwargs.get("training") is not None for c in calls)
 
     def _missing_masks(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments for masks that are left out, filled as `Layer.__call__` does."""
@@ -142,19 +166,26 @@ def _symbolic_weights(layer: Any, place: keras.KerasTensor) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded_layers(place: keras.KerasTensor) -> Iterator[None]:
-    """Records calls of layers that Keras would not.
+def _recorded_layers(layer: keras.Layer, place: keras.KerasTensor) -> Iterator[None]:
+    """Records what Keras would not.
 
     Layers with weights that are called on constants (an embedding of positions) would be run at
     once: the constants are made symbolic. Layers whose own inference of shapes does not know an
-    argument of their `call` infer them from `call`.
+    argument of their `call` infer them from `call`. A weight of another layer that an operation
+    reads is put into a `Weight` layer, as the layer's own are.
     """
+    policy = layer.dtype_policy
     call, symbolic_call = keras.Layer.__call__, keras.Layer.symbolic_call
+    operate = keras.Operation.symbolic_call
+    owners: dict[int, Any] = {}
     depth = 0
 
     def recorded_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal depth
         leaves = tree.flatten((args, kwargs))
+        if depth == 0 and not place.sparse:
+            for leaf in filter(is_symbolic, leaves):
+                make_dense(leaf)
         if depth == 0 and layer.weights and not any(map(is_symbolic, leaves)):
             args, kwargs = tree.map_structure(
                 lambda leaf: _symbolic_constant(leaf, place), (args, kwargs)
@@ -171,16 +202,30 @@ def _recorded_layers(place: keras.KerasTensor) -> Iterator[None]:
         except TypeError:
             return keras.Operation.compute_output_spec(layer, *args, **kwargs)
 
+    def owned(leaf: Any) -> Any:
+        if not isinstance(leaf, keras.Variable):
+            return leaf
+        if id(leaf) not in owners:
+            owners[id(leaf)] = Weight.around(leaf, leaf.name, policy)(place)
+        return owners[id(leaf)]
+
+    def recorded_operation(operation: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree.map_structure(owned, (args, kwargs))
+        return operate(operation, *args, **kwargs)
+
     keras.Layer.__call__, keras.Layer.symbolic_call = recorded_call, inferred_call
+    keras.Operation.symbolic_call = recorded_operation
     try:
         yield
     finally:
         keras.Layer.__call__, keras.Layer.symbolic_call = call, symbolic_call
+        keras.Operation.symbolic_call = operate
 
 
 def _symbolic_constant(leaf: Any, place: keras.KerasTensor) -> Any:
     """A constant tensor as a symbolic one: zero, cut out of an input, plus the constant."""
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+    is_tensor = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    if is_symbolic(leaf) or isinstance(leaf, keras.Variable) or not is_tensor:
         return leaf
     dtype = keras.backend.standardize_dtype(leaf.dtype)
     zero = ops.zeros_like(place, dtype=dtype)[(0,) * len(place.shape)]

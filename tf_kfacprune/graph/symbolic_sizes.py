@@ -8,8 +8,10 @@ entries, cut out of `zeros_like(x)`,
 
     n = sum(z + 1),    arange(n) = cumsum(z + 1) - 1,    zeros((n, 4)) = z[:, None] + zeros((1, 4)),
 
-    broadcast_to(x, shape) = x + zeros(shape),    x[:n] = take(x, arange(n)).
+    broadcast_to(x, shape) = x - zeros(shape),    x[:n] = take(x, arange(n)).
 
+Zeros are subtracted, not added: Keras takes a summand with one axis longer than 1 for a bias, and
+adds it along another axis where the sizes happen to agree.
 So nothing but operations of Keras is left in the graph. Other uses of such a size fail, and the
 layer stays closed.
 """
@@ -111,7 +113,7 @@ class _Sizes:
         own = [1] * (len(shape) - len(x.shape)) + list(x.shape)
         missing = [1 if n == size else size for n, size in zip(own, shape, strict=True)]
         zeros = self._zeros_of(missing, "int32" if _dtype(x) == "bool" else _dtype(x))
-        return ops.logical_or(x, ops.cast(zeros, "bool")) if _dtype(x) == "bool" else x + zeros
+        return ops.logical_or(x, ops.cast(zeros, "bool")) if _dtype(x) == "bool" else x - zeros
 
     def tile(self, original: Any, x: Any, repeats: Any) -> Any:
         if not any(map(_is_symbolic, _as_tuple(repeats))):
@@ -196,7 +198,7 @@ class _Sizes:
         for axis, size in enumerate(shape):
             if _is_symbolic(size):
                 others = [k for k in range(len(shape)) if k != axis]
-                total = ops.expand_dims(self._along(size), others) + total
+                total = ops.expand_dims(self._along(size), others) - total
         return ops.cast(total, dtype)
 
     def _take(self, x: Any, axis: int, start: Any, size: Any) -> Any:

@@ -23,6 +23,7 @@ import keras
 from keras import tree
 from keras.src import backend
 from keras.src.models.functional import Functional
+from keras.src.ops.node import Node
 
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph.calls import Call, Value
@@ -32,10 +33,13 @@ __all__ = [
     "Opened",
     "Opener",
     "calls_of",
+    "calls_without_trailing_none",
     "converted_dtype",
     "fresh_operation",
+    "in_mode",
     "inherit_training",
     "is_made_by_layer",
+    "make_dense",
     "mask_of",
     "set_mask",
     "settings_of",
@@ -289,6 +293,46 @@ def set_mask(tensor: Any, mask: Any) -> None:
 def is_made_by_layer(tensor: Any) -> bool:
     """Whether a symbolic tensor is the output of a layer (or an input), not of an operation."""
     return isinstance(tensor._keras_history.operation, keras.Layer)
+
+
+def make_dense(tensor: Any) -> None:
+    """Marks a symbolic tensor as dense: Keras takes a product with a plain number for sparse."""
+    tensor._sparse = False
+
+
+@contextmanager
+def in_mode(layer: keras.Layer, training: bool) -> Iterator[None]:
+    """Runs the body as if inside a call of the layer with this `training`."""
+    with _call_context(layer, training):
+        yield
+
+
+@contextmanager
+def calls_without_trailing_none() -> Iterator[None]:
+    """Lets Keras record calls of layers that return None behind their tensors, as for no cache.
+
+    Replayed, such a layer returns as many tensors as were recorded, and what follows is left out.
+    """
+    original = Node.__init__
+
+    def initialize(
+        self: Any,
+        operation: Any,
+        call_args: Any = None,
+        call_kwargs: Any = None,
+        outputs: Any = None,
+    ) -> None:
+        flat = tree.flatten(outputs)
+        while len(flat) > 1 and flat[-1] is None:
+            flat.pop()
+        cut = len(flat) < len(tree.flatten(outputs))
+        original(self, operation, call_args, call_kwargs, flat if cut else outputs)
+
+    Node.__init__ = initialize
+    try:
+        yield
+    finally:
+        Node.__init__ = original
 
 
 def inherit_training(function: keras.Function, positions: Iterable[int]) -> None:
@@ -587,7 +631,7 @@ class _CallContext:
 
 
 @contextmanager
-def _call_context(entry: Functional, training: bool | None) -> Iterator[_CallContext]:
+def _call_context(entry: keras.Layer, training: bool | None) -> Iterator[_CallContext]:
     """Runs the body as if inside `entry.__call__`."""
     try:
         yield _CallContext(entry._get_call_context(), training)

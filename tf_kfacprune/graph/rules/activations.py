@@ -206,7 +206,12 @@ _ELEMENTWISE_RULES = (ElementwiseRule, HomogeneousRule, ReLURule)
 
 @register_internal_rule("Softmax", "LogSoftmax", "Sparsemax", "Glu")
 class CrossChannelOperatorRule(ChannelRule):
-    """Operators that mix the entries of an axis: all channels are frozen."""
+    """Operators that mix the entries of an axis: its channels are frozen, other axes pass."""
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
-        return self.freeze_all(call, flow, reasons.CROSS_CHANNEL_ACTIVATION)
+        axes, axis = flow.of(call.inputs[0]), call.operation.axis
+        mixed = range(len(axes)) if axis is None else (axis,) if isinstance(axis, int) else axis
+        for k in mixed:
+            flow.freeze(axes[k], reasons.CROSS_CHANNEL_ACTIVATION, call.path)
+            axes[k] = None
+        return [axes]

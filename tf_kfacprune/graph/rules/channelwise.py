@@ -126,7 +126,7 @@ class NoiseRule(ChannelRule):
     layers.CenterCrop,
     layers.Resizing,
 )
-@register_internal_rule("AveragePool", "MaxPool")
+@register_internal_rule("AveragePool", "MaxPool", "Resize")
 class SpatialRule(ChannelRule):
     """Pooling, padding, cropping and upsampling: channels pass, positions do not."""
 

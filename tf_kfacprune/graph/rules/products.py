@@ -12,10 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from keras import ops, tree
+
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import Extent, extents
+from tf_kfacprune.graph.rules.base import ChannelRule, Extent, Removal, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
 from tf_kfacprune.graph.rules.registry import register_internal_rule
 
@@ -141,3 +144,50 @@ class MatmulRule(ProductRule):
         batch = "abcdefgh"[: ranks[0] - 2]
         shared = batch if ranks[1] == ranks[0] else ""
         return f"{batch}mk", f"{shared}kn", f"{batch}mn"
+
+
+@register_internal_rule("DotProductAttention")
+class DotProductAttentionRule(ChannelRule):
+    """`keras.ops.dot_product_attention`: each head of its own; a key head with all its queries.
+
+    The dimensions of the heads stay, for the operation scales by their number.
+    """
+
+    def tensors(self, call: Call) -> list[Value]:
+        """Query, key and value of a call."""
+        named = [call.kwargs[name] for name in ("query", "key", "value") if name in call.kwargs]
+        return [leaf for leaf in (*call.args[:3], *named) if isinstance(leaf, Value)]
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        tensors = self.tensors(call)
+        heads = [value.shape[2] or 0 for value in tensors if len(value.shape) == 4]
+        if len(heads) != 3 or not all(heads) or heads[0] % heads[1] or heads[1] != heads[2]:
+            return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
+        for value in tensors:
+            for k in (0, 1, 3):
+                flow.freeze(flow.of(value)[k], reasons.NOT_A_CHANNEL_AXIS, call.path)
+        query, key, values = (flow.of(value)[2] for value in tensors)
+        shared = flow.unite(key, values, call.path)
+        if shared is not None:
+            shared = np.repeat(shared, heads[0] // heads[1])
+        queries = flow.unite(query, shared, call.path)
+        given = [x for x in tree.flatten((call.args, call.kwargs)) if hasattr(x, "shape")]
+        for extra in given:  # a mask or a bias, which may have one entry per head
+            if any(extra is tensor for tensor in tensors):
+                continue
+            if isinstance(extra, Value):
+                flow.freeze_value(extra, reasons.UNTRACKED_OPERAND, call.path)
+            if len(extra.shape) > 2 and extra.shape[-3] != 1:
+                flow.freeze(queries, reasons.UNTRACKED_OPERAND, call.path)
+        return [[None, None, queries, None]]
+
+    def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
+        names = ("query", "key", "value", "bias", "mask", "scale")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        heads = given["query"].shape[2]
+        if given["key"].shape[2] == 1 < heads:  # Keras repeats several heads, not a single one
+            repeated = {name: ops.repeat(given[name], heads, axis=2) for name in ("key", "value")}
+            given |= repeated
+        options = ("is_causal", "flash_attention", "attn_logits_soft_cap")
+        settings = {name: getattr(call.operation, name) for name in options}
+        return ops.dot_product_attention(**given, **settings)

@@ -54,7 +54,7 @@ class IndexRule(ChannelRule):
         """Where the labels of one axis end up: (axis, labels), or None if they are mixed up.
 
         If they spread over several axes (channels become heads x dimensions), labels are tied
-        within the first of these axes, so that whole heads go.
+        within one of these axes, so that whole heads go; see `_leading`.
         """
         value, target = call.inputs[0], call.outputs[0].shape
         moved = _moved(call, axis, labels, [size or _STAND_IN for size in value.shape])
@@ -64,16 +64,28 @@ class IndexRule(ChannelRule):
         if moved is None or moved.ndim != len(target):
             return None
         varying = [k for k in range(moved.ndim) if (np.diff(moved, axis=k) != 0).any()]
-        if not varying or varying[0] == 0 or target[varying[0]] != moved.shape[varying[0]]:
+        if not varying or any(target[k] != moved.shape[k] for k in varying):
             return None
-        rows = np.moveaxis(moved, varying[0], 0).reshape(moved.shape[varying[0]], -1)
+        leading = _leading(varying, moved.shape, len(value.shape))
+        rows = np.moveaxis(moved, leading, 0).reshape(moved.shape[leading], -1)
         if len(varying) > 1:
             for column in rows.T[1:]:
                 flow.unite(rows[:, 0], column, call.path)
-        return varying[0], rows[:, 0]
+        return leading, rows[:, 0]
 
     def is_homogeneous(self, call: Call) -> bool:
         return True
+
+
+def _leading(varying: Sequence[int], shape: Sequence[int], rank: int) -> int:
+    """Of the axes over which channels spread, the one whose entries can go; the others are tied.
+
+    Usually the first (heads, then dimensions), but not of two or three tensors in one (queries,
+    keys and values, each of several heads), and the last if the units of a layer become an image.
+    """
+    if rank == 2 and len(varying) > 2:
+        return varying[-1]
+    return varying[1] if len(varying) > 2 and shape[varying[0]] <= 3 else varying[0]
 
 
 def _moved(call: Call, axis: int, labels: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
@@ -127,14 +139,17 @@ class RepeatRule(IndexRule):
         return [axes]
 
 
-_STATISTICS = {"Mean": "mean", "Sum": "sum", "Var": "variance", "Std": "variance"}
+_STATISTICS = {
+    **{"Mean": "mean", "Sum": "sum", "Var": "variance", "Std": "variance"},
+    **{"Norm": "sum"},  # of absolute values, or of squares
+}
 
 
-@register_internal_rule("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Prod", "Std", "Var")
+@register_internal_rule("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Prod", "Std", "Var", "Norm")
 class ReductionRule(ChannelRule):
     """Reductions over positions pass channels; sums, means and variances over channels read them.
 
-    A product, a largest or a smallest over channels freezes them.
+    So do norms of order 1 or 2. A product, a largest or a smallest over channels freezes them.
     """
 
     def reduced(self, call: Call) -> set[int]:
@@ -153,6 +168,8 @@ class ReductionRule(ChannelRule):
         axes = flow.of(value)
         labelled = [k for k in reduced if axes[k] is not None]
         statistic = _STATISTICS.get(type(operation).__name__)
+        if getattr(operation, "ord", None) not in (None, 1, 2, "euclidean", "fro"):
+            statistic = None
         is_over_channels = len(labelled) == 1 and labelled[0] != 0
         if statistic == "variance":
             is_over_channels = is_over_channels and len(reduced) == 1
@@ -165,3 +182,24 @@ class ReductionRule(ChannelRule):
             axes[k] = None
         kept = [labels for k, labels in enumerate(axes) if k not in reduced]
         return [axes if operation.keepdims else kept]
+
+
+@register_internal_rule("Normalize")
+class NormalizeRule(ChannelRule):
+    """`keras.ops.normalize`, by a norm of order 1 or 2: over channels, closed ones add nothing."""
+
+    def read_axes(self, call: Call) -> Mapping[Value, set[int]]:
+        value = call.inputs[0]
+        return {value: {call.operation.axis % len(value.shape)}}
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        value, operation = call.inputs[0], call.operation
+        axes = flow.of(value)
+        axis = operation.axis % len(axes)
+        if operation.order in (1, 2) and axis != 0:
+            flow.read_statistic(call, value, axis, "sum")
+        else:
+            flow.freeze(axes[axis], reasons.REDUCED, call.path)
+        if axes[axis] is not None:
+            axes[axis] = flow.base(axes[axis])
+        return [axes]

@@ -49,22 +49,33 @@ class SplitRule(ChannelRule):
 
 @register_internal_rule("GetItem")
 class GetItemRule(ChannelRule):
-    """`x[..., a:b]` and its like: a range of channels forms a group, single ones are frozen."""
+    """`x[..., a:b]` and its like: a range of channels forms a group, single ones are frozen.
+
+    `None` in the key makes a new axis. Steps are for axes of positions.
+    """
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         value = call.inputs[0]
-        keys = _key_per_axis(call, len(value.shape))
+        keys = _keys(call, len(value.shape))
         if keys is None:
             return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
         is_uniform = value in flow.uniform
         if is_uniform:
             flow.uniform.update(call.outputs)
         axes: Axes = []
-        for key, labels in zip(keys, flow.of(value), strict=True):
+        given = iter(flow.of(value))
+        for key in keys:
+            labels = None if key is None else next(given)
+            if key is None:
+                axes.append(None)
+                continue
             if isinstance(key, int):  # a single channel, which must stay where it is
                 if not (is_uniform and key == 0):  # else any channel will do
                     flow.freeze(labels, reasons.PICKED, call.path)
                 continue
+            if not _is_contiguous(key):
+                flow.freeze(labels, reasons.PICKED, call.path)
+                labels = None
             part = None if labels is None else labels[key]
             if labels is not None and part is not None and len(part) < len(labels):
                 flow.separate(part)
@@ -76,12 +87,14 @@ class GetItemRule(ChannelRule):
 
     def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
         value = call.inputs[0]
-        keys = _key_per_axis(call, len(value.shape))
+        keys = _keys(call, len(value.shape))
         if keys is None:
             return NotImplemented
-        moved: list[int | slice] = []
-        for axis, key in enumerate(keys):
-            kept = removal.kept(value, axis)
+        moved: list[int | slice | None] = []
+        axis = -1
+        for key in keys:
+            axis += key is not None
+            kept = None if key is None else removal.kept(value, axis)
             if kept is not None and isinstance(key, slice):
                 picked = np.intersect1d(np.arange(value.shape[axis] or 0)[key], kept)
                 first, last = np.searchsorted(kept, picked[[0, -1]])
@@ -91,21 +104,25 @@ class GetItemRule(ChannelRule):
         return args[0][tuple(moved)]
 
 
-def _key_per_axis(call: Call, rank: int) -> list[int | slice] | None:
-    """The key of each axis, or None if it is of another kind or steps along an axis."""
+def _keys(call: Call, rank: int) -> list[int | slice | None] | None:
+    """The key of each axis and None for each new one; None if it is a key of another kind."""
     key = call.args[1] if len(call.args) > 1 else call.kwargs.get("key")
     keys: list[Any] = list(key) if isinstance(key, (tuple, list)) else [key]
-    if keys.count(Ellipsis) == 1:
-        where = keys.index(Ellipsis)
-        keys[where : where + 1] = [slice(None)] * (rank - len(keys) + 1)
-    keys += [slice(None)] * (rank - len(keys))
-    plain = all(isinstance(k, int) or (isinstance(k, slice) and _is_contiguous(k)) for k in keys)
-    return keys if plain and len(keys) == rank else None
+    if not all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in keys):
+        return None
+    missing = rank - sum(isinstance(k, (int, slice)) for k in keys)
+    where = keys.index(Ellipsis) if Ellipsis in keys else len(keys)
+    keys[where : where + 1] = [slice(None)] * missing
+    plain = all(_is_plain(k) for k in keys if isinstance(k, slice))
+    return keys if plain and missing >= 0 else None
+
+
+def _is_plain(key: slice) -> bool:
+    return all(isinstance(end, (int, type(None))) for end in (key.start, key.stop, key.step))
 
 
 def _is_contiguous(key: slice) -> bool:
-    numbers = all(isinstance(end, (int, type(None))) for end in (key.start, key.stop))
-    return numbers and key.step in (None, 1)
+    return key.step in (None, 1)
 
 
 @register_internal_rule("Take")
@@ -124,6 +141,29 @@ class TakeRule(ChannelRule):
         axis %= len(axes)
         flow.freeze(axes[axis], reasons.PICKED, call.path)
         axes[axis : axis + 1] = [None] * rank
+        return [axes]
+
+    def is_homogeneous(self, call: Call) -> bool:
+        return True
+
+
+@register_internal_rule("TakeAlongAxis")
+class TakeAlongAxisRule(ChannelRule):
+    """`keras.ops.take_along_axis`: as `take`; axes along which the numbers are the same pass."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        axis, data = call.operation.axis, call.args[0]
+        indices = call.args[1] if len(call.args) > 1 else call.kwargs["indices"]
+        if axis is None or not isinstance(data, Value):
+            return self.freeze_all(call, flow, reasons.PICKED)
+        if isinstance(indices, Value):
+            flow.freeze_value(indices, reasons.NOT_A_CHANNEL_AXIS, call.path)
+        axes = flow.of(data)
+        axis %= len(axes)
+        for k, size in enumerate(indices.shape):
+            if k == axis or size != 1:
+                flow.freeze(axes[k], reasons.PICKED, call.path)
+                axes[k] = None
         return [axes]
 
     def is_homogeneous(self, call: Call) -> bool:
