@@ -65,6 +65,12 @@ class PruningController(keras.layers.Layer):
         """Whether the length of the run is known, so that its phases are."""
         return int(ops.convert_to_numpy(self.total_steps)) > 0
 
+    @property
+    def is_within_plan(self) -> bool:
+        """Whether the whole run was laid out beforehand and is not over yet."""
+        step, planned = (int(ops.convert_to_numpy(v)) for v in (self.step, self.total_steps))
+        return bool(ops.convert_to_numpy(self.is_whole)) and step < planned
+
     def schedule(
         self, total_steps: int, learning_rate: float | None, *, is_whole: bool = False
     ) -> float | None:
@@ -82,9 +88,9 @@ class PruningController(keras.layers.Layer):
             The learning rate that an earlier run began its decay with if that run is over and its
             decay is what the optimizer would go on with; otherwise None.
         """
-        step, planned = (int(ops.convert_to_numpy(v)) for v in (self.step, self.total_steps))
-        if not is_whole and bool(ops.convert_to_numpy(self.is_whole)) and step < planned:
+        if not is_whole and self.is_within_plan:
             return None
+        step = int(ops.convert_to_numpy(self.step))
         self.is_whole.assign(is_whole)
         if self.has_settled:
             return self._schedule_further(total_steps, learning_rate)

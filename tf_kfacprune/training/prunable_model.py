@@ -304,12 +304,13 @@ class PrunableModel(KFACModel):
 
     def begin_run(self, call: FitCall) -> None:
         controller = self.controller
-        if controller is None:
+        if controller is None or controller.is_within_plan:
             return
         if call.total_steps is None:
             raise InvalidArgumentError(
                 "PrunableModel.fit must know the number of steps to lay out its phases, and the "
-                "data do not tell. Received: steps_per_epoch=None. Pass `steps_per_epoch=...`."
+                "data do not tell. Received: steps_per_epoch=None. Pass `steps_per_epoch=...`, or "
+                "say the length of the run beforehand: `model.plan_phases(total_steps)`."
             )
         rate = self.constant_learning_rate
         if call.sets_rate:
