@@ -74,8 +74,11 @@ def plot_benchmark(
 def check_picture(path: str | os.PathLike[str]) -> None:
     """Refuses names of pictures that cannot be drawn.
 
+    Args:
+        path: Where the picture is to be written.
+
     Raises:
-        InvalidArgumentError: if the name does not end as one of a picture.
+        InvalidArgumentError: If the name does not end as one of a picture.
     """
     if Path(path).suffix not in _FORMATS:
         raise InvalidArgumentError(
