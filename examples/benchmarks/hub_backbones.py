@@ -85,7 +85,7 @@ def _inner(path):
 
 def _resnet(filters=(64, 64, 64), block="basic_block", **kwargs):
     return HUB.ResNetBackbone(
-        input_conv_filters=[16],
+        input_conv_filters=[64],
         input_conv_kernel_sizes=[7],
         stackwise_num_filters=list(filters),
         stackwise_num_blocks=[2] * len(filters),
@@ -446,7 +446,7 @@ BACKBONES = {
     "Albert": lambda: HUB.AlbertBackbone(**_LIMITED, num_groups=1, embedding_dim=12),
     "Bart": lambda: HUB.BartBackbone(**_LIMITED),
     "BASNet": lambda: HUB.BASNetBackbone(
-        image_encoder=_resnet((64, 64, 64, 64), image_shape=(64, 64, 3)), num_classes=1
+        image_encoder=_resnet((64, 64, 64, 64)), num_classes=1, image_shape=(64, 64, 3)
     ),
     "Bert": lambda: HUB.BertBackbone(**_LIMITED),
     "BLIP2": _blip2,
