@@ -240,6 +240,17 @@ def test_nothing_is_flattened_below_the_reduction_that_was_asked_for():
     assert float(penalty.figures()["radius_reduction"]) < 1e-3
 
 
+def test_the_part_of_a_batch_has_at_least_sixteen_examples():
+    model = _network()
+    x, y = _data()
+    x, y = np.concatenate([x, 2 * x, 3 * x, 4 * x]), np.tile(y, 4)  # 48, of which 5 are a tenth
+    expected = _evaluated(_penalty(model), model, x[:16], y[:16])
+    penalty = _penalty(model, batch_fraction=0.1)
+    added = _added(penalty, model, x, y, of_loss=1.0)
+    for a, q in zip(added, expected, strict=True):
+        np.testing.assert_allclose(a, np.array(q), rtol=1e-2, atol=1e-6)
+
+
 class _Shared:
     """Logits of a Dense layer W that is used twice: `tanh(tanh(x W) W) V`, in float64 NumPy.
 

@@ -35,16 +35,17 @@ class Batch:
         """Number of examples, a scalar int32 tensor."""
         return tf.shape(keras.tree.flatten(self.x)[0])[0]
 
-    def head(self, fraction: float) -> Batch:
+    def head(self, fraction: float, at_least: int = 1) -> Batch:
         """The first `ceil(fraction * size)` examples: of inputs, labels and weights alike.
 
         Args:
             fraction: Share of the batch, in (0, 1].
+            at_least: Take so many examples, as far as the batch has them.
         """
         if fraction == 1.0:
             return self
         count = tf.math.ceil(fraction * tf.cast(self.size, "float32"))
-        count = tf.cast(count, "int32")
+        count = tf.maximum(tf.cast(count, "int32"), at_least)
 
         def first(tensor: Any) -> Any:
             return None if tensor is None else tensor[:count]

@@ -121,7 +121,8 @@ class SpectralRadius:
             the Fisher, blocks off the diagonal included), `"max"` (the spectral radius of the
             block-diagonal Fisher) or `"smooth_max"` (their 8-norm).
         every: The penalty is evaluated at every `every`-th step, with weight `every`.
-        batch_fraction: Share of the batch it is evaluated on, in (0, 1].
+        batch_fraction: Share of the batch it is evaluated on, in (0, 1]; at least 16 examples, as
+            far as there are so many.
         labels: `"sampled"` from the model (true Fisher) or `"data"` (empirical Fisher).
 
     Raises:

@@ -39,6 +39,8 @@ _TINY = 1e-12
 _DECAY = 0.95
 # s, chosen on digits and MNIST: 0.3 flattened less, 1 harmed training on pixels from 0 to 16.
 _LARGEST_SHARE = 0.6
+# BatchNormalization makes another function of a smaller part of a batch.
+_LEAST_EXAMPLES = 16
 # So many radii make up what a reduction is relative to; there is no penalty before.
 _EVALUATIONS_OF_REFERENCE = 20.0
 
@@ -110,9 +112,10 @@ class CurvaturePenalty(keras.layers.Layer):
         """
         settings = self.settings
         due = tf.equal(step % settings.every, 0)
+        part = batch.head(settings.batch_fraction, _LEAST_EXAMPLES)
         of_penalty = tf.cond(
             due,
-            lambda: self.gradients(batch.head(settings.batch_fraction), estimator, variables),
+            lambda: self.gradients(part, estimator, variables),
             lambda: [tf.zeros(v.shape, v.dtype) for v in variables],
         )
         return [
