@@ -71,7 +71,7 @@ class PenalizedGates(keras.Model):
         self.prices = np.asarray(prices, "float32")
         rate = keras.optimizers.schedules.CosineDecay(2.0 * travel / steps, steps)
         self.gate_optimizer = keras.optimizers.Adam(rate, name="gate_optimizer")
-        self.gate_optimizer.build([self.bank.logits])
+        self.gate_optimizer.build([self.bank.parameters])
 
     def call(self, inputs, training=None):
         return self.net(inputs, training=training)
@@ -82,8 +82,8 @@ class PenalizedGates(keras.Model):
 
     def train_step(self, data):
         x, y = data
-        gates = [self.bank.logits]
-        weights = [v for v in self.net.trainable_variables if v is not self.bank.logits]
+        gates = [self.bank.parameters]
+        weights = [v for v in self.net.trainable_variables if v is not self.bank.parameters]
         with tf.GradientTape() as tape:
             loss = self.compute_loss(x, y, self(x, training=True))
         values = [[v.value for v in variables] for variables in (weights, gates)]
@@ -157,13 +157,13 @@ def slimming(run, penalty):
     gated = GatedNetwork(net)
     prices = np.full(gated.num_gates, penalty / gated.num_gates)
     penalized = PenalizedGates(net, prices, SCALE_TRAVEL, run.steps(first))
-    penalized.bank.logits.assign(np.full(gated.num_gates, 0.5))
+    penalized.bank.parameters.assign(np.full(gated.num_gates, 0.5))
     penalized.compile(adam(run, first), loss=case.loss)
     run.starts.train("slimming", penalized, lambda: run.fit(penalized, first))
     keras.utils.set_random_seed(run.seed)
     bank, groups = penalized.bank, GateGroups(gated)
     keep = land_on_budget(
-        ranks_in_groups(ops.convert_to_numpy(bank.logits), groups.of_gate),
+        ranks_in_groups(ops.convert_to_numpy(bank.parameters), groups.of_gate),
         groups.of_gate,
         groups.counts,
         lambda measure, gates: gated.cost.fraction(measure, gated.openness(gates)),

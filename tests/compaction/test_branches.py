@@ -299,7 +299,7 @@ def test_landing_may_remove_branches_unless_a_minimum_is_given(share, seed, min_
     target = min(least + share**2 * (1 - least) + 1e-4, 0.999)
     pm = PrunableModel(model, Budget(params=target), min_channels=min_channels)
     rng = np.random.default_rng(seed)
-    pm.controller.logits[0].assign(rng.normal(size=pm.gated.num_gates))
+    pm.controller.gate_parameters[0].assign(rng.normal(size=pm.gated.num_gates))
     pm.controller.land()
     small = compact(pm)
     assert small.count_params() <= target * model.count_params()

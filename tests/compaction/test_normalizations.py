@@ -120,4 +120,4 @@ def test_no_gradient_reaches_the_gates_through_the_statistics():
     with tf.GradientTape() as tape:
         z, present = bank(np.zeros((1, 4, 4, 3)))
         y = wrapper(tf.ones((2, 4, 4, 12)), gates=[z, present])
-    assert tape.gradient(y, bank.logits.value) is None
+    assert tape.gradient(y, bank.parameters.value) is None

@@ -31,7 +31,7 @@ def _switched(gated, gates):
     first = 0
     for source in gated.sources:
         source.kind = "deterministic"
-        source.logits.assign(np.asarray(gates)[first : first + source.size])
+        source.parameters.assign(np.asarray(gates)[first : first + source.size])
         source.phase.assign(int(GatePhase.PRUNING))
         first += source.size
     return gated
@@ -128,7 +128,7 @@ def test_with_slope_it_is_the_loss_without_the_neuron_where_the_loss_is_quadrati
 
     with tf.GradientTape() as tape:
         here = loss(z)
-    slope = to_numpy(tape.gradient(here, gated.sources[0].logits.value))
+    slope = to_numpy(tape.gradient(here, gated.sources[0].parameters.value))
     worth = -slope + (z - 0.5) * curvature
     for k in range(6):
         closed, opened = (np.where(np.arange(6) == k, value, z) for value in (0.0, 1.0))
@@ -144,7 +144,7 @@ def test_neurons_that_are_gated_inside_a_layer_are_seen_by_their_gates():
     x = _inputs(4, 6)[:1]  # one example has no others to be told from
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(_squares(None, gated.net(x, training=False)))
-    slope = to_numpy(tape.gradient(loss, gated.sources[0].logits.value))
+    slope = to_numpy(tape.gradient(loss, gated.sources[0].parameters.value))
     inside = np.array([":" in g.name or "attention" in g.name for g in gated.channels.groups])
     found = _curvature(gated, x, _squares)
     checked = 0

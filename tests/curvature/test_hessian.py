@@ -241,7 +241,7 @@ def test_gates_are_constants_and_what_they_close_is_flat():
     gate = NeuronGate(dtype="float64")
     hidden = gate(layers.Dense(3, activation="tanh", dtype="float64")(inputs))
     model = keras.Model(inputs, layers.Dense(2, dtype="float64")(hidden))
-    gate.logits.assign([9.0, -9.0, 9.0])
+    gate.parameters.assign([9.0, -9.0, 9.0])
     gate.phase.assign(GatePhase.PRUNING)
     data = data_for(model)
     operator = CurvatureOperator(model, data, CROSS_ENTROPY)

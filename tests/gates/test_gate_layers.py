@@ -40,7 +40,7 @@ def test_held_open_gates_are_the_identity_to_the_bit(kind):
 @pytest.mark.parametrize("logit", [-2.0, 0.0, 1.5])
 def test_sampled_gates_follow_the_hard_concrete_distribution(logit):
     gate = _gate(size=20_000)
-    gate.logits.assign(np.full(20_000, logit, "float32"))
+    gate.parameters.assign(np.full(20_000, logit, "float32"))
     gate.phase.assign(int(GatePhase.PRUNING))
     z = np.array(gate.values(training=True))
     three_sigma = 3 * 0.5 / np.sqrt(20_000)
@@ -54,7 +54,7 @@ def test_sampled_gates_follow_the_hard_concrete_distribution(logit):
 def test_a_sampled_gate_changes_from_call_to_call_but_inference_does_not():
     gate = _gate()
     gate.phase.assign(int(GatePhase.PRUNING))
-    gate.logits.assign(np.zeros(6, "float32"))
+    gate.parameters.assign(np.zeros(6, "float32"))
     assert not np.array_equal(gate.values(training=True), gate.values(training=True))
     np.testing.assert_array_equal(gate.values(training=False), gate.values(training=False))
 
@@ -64,7 +64,7 @@ def test_settling_keeps_exactly_what_it_was_told_to_keep(kind):
     gate = _gate(kind)
     closed = -5.0 if kind == "hard_concrete" else 0.0
     gate.phase.assign(int(GatePhase.PRUNING))
-    gate.logits.assign(np.array([closed, closed, 0.6, 0.6, 1.0, 1.0], "float32"))
+    gate.parameters.assign(np.array([closed, closed, 0.6, 0.6, 1.0, 1.0], "float32"))
     gate.settle(np.array([1, 0, 1, 0, 1, 0], "float32"))
     z = np.array(gate.deterministic_values())
     np.testing.assert_array_equal(z > 0, [True, False, True, False, True, False])
@@ -87,15 +87,15 @@ def test_a_closed_proximal_gate_still_feels_the_loss_and_can_reopen():
 
     gate = _gate("deterministic")
     gate.phase.assign(int(GatePhase.PRUNING))
-    gate.logits.assign(np.zeros(6, "float32"))
+    gate.parameters.assign(np.zeros(6, "float32"))
     optimizer = keras.optimizers.SGD(0.1)
     with tf.GradientTape() as tape:
         loss = -tf.reduce_sum(gate(np.ones((1, 6), "float32"), training=True))
-    optimizer.apply([tape.gradient(loss, gate.logits.value)], [gate.logits])
+    optimizer.apply([tape.gradient(loss, gate.parameters.value)], [gate.parameters])
     np.testing.assert_allclose(np.array(gate.deterministic_values()), 0.1, atol=1e-6)
     with tf.GradientTape() as tape:
         loss = 100 * tf.reduce_sum(gate(np.ones((1, 6), "float32"), training=True))
-    optimizer.apply([tape.gradient(loss, gate.logits.value)], [gate.logits])
+    optimizer.apply([tape.gradient(loss, gate.parameters.value)], [gate.parameters])
     np.testing.assert_array_equal(np.array(gate.deterministic_values()), 0.0)
 
 
@@ -132,7 +132,7 @@ def test_models_with_gates_save_load_and_clone(tmp_path):
 def test_gates_stay_float32_under_mixed_precision():
     gate = NeuronGate(dtype="mixed_float16")
     gate.build((None, 3))
-    assert gate.logits.dtype == "float32"
+    assert gate.parameters.dtype == "float32"
 
 
 def test_unknown_kind_names_the_layer_and_the_choices():

@@ -40,7 +40,7 @@ def landed(model, budget, seed=0, **kwargs):
     """A prunable model with random logits, landed as at the end of its pruning phase."""
     pm = PrunableModel(model, budget, **kwargs)
     rng = np.random.default_rng(seed)
-    for logits in pm.controller.logits:
+    for logits in pm.controller.gate_parameters:
         logits.assign(rng.normal(size=logits.shape))
     pm.controller.land()
     return pm
@@ -139,7 +139,7 @@ def test_both_survive_saving(tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert (loaded.round_to, loaded.min_channels) == (4, 8)
     rng = np.random.default_rng(0)
-    loaded.controller.logits[0].assign(rng.normal(size=30))
+    loaded.controller.gate_parameters[0].assign(rng.normal(size=30))
     loaded.controller.land()
     assert loaded.gated.kept_neurons().sum() in (8, 12)
 
@@ -151,7 +151,7 @@ def test_gates_that_can_remove_nothing_are_not_closed():
     net = keras.Model(inputs, layers.Dense(2)(x))
     pm = PrunableModel(net, Budget(params=0.8))
     rng = np.random.default_rng(0)
-    for logits in pm.controller.logits:
+    for logits in pm.controller.gate_parameters:
         logits.assign(rng.normal(size=logits.shape))
     pm.controller.land()
     idle, useful = (np.array(source.keep) for source in pm.gated.sources)

@@ -22,7 +22,7 @@ def chain():
 def landed(budget, **kwargs):
     pm = PrunableModel(chain(), budget, **kwargs)
     rng = np.random.default_rng(0)
-    pm.controller.logits[0].assign(rng.normal(size=10))
+    pm.controller.gate_parameters[0].assign(rng.normal(size=10))
     pm.controller.land()
     return pm
 

@@ -33,7 +33,7 @@ def models():
     gated = insert_gates(dense)
     (bank,) = [layer for layer in gated.layers if isinstance(layer, GateSource)]
     closed = np.where(np.arange(20) < 15, -20.0, 20.0)
-    bank.logits.assign(closed)
+    bank.parameters.assign(closed)
     bank.phase.assign(2)
     bank.keep.assign((closed > 0).astype("float32"))
     return dense, gated, compact(gated)

@@ -106,7 +106,7 @@ def gate_curvature(
     Returns:
         Tensor of shape `(num_gates,)`, float32.
     """
-    parameters = [source.logits.value for source in gated.sources]
+    parameters = [source.parameters.value for source in gated.sources]
     look = estimator.look(batch, layers, labels, training=training, points=parameters)
     by_layer = {id(entry.layer): entry for entry in layers}
     places = [

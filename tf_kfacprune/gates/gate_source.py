@@ -3,7 +3,7 @@
 A gate goes through three phases within one training run:
 
 * `HELD_OPEN` (warm-up): every gate is exactly 1, nothing is learned about it.
-* `PRUNING`: the value follows the trainable logits; stochastic gates are sampled in training.
+* `PRUNING`: the value follows the trainable parameters; stochastic gates are sampled in training.
 * `SETTLED`: what is closed stays closed, what is open keeps its deterministic value, a constant.
 """
 
@@ -43,7 +43,7 @@ class GateSource(keras.layers.Layer):
     Attributes:
         size: Number of gates, n.
         group_sizes: Sizes of the groups that the n gates consist of, in order.
-        logits: Trainable parameter of the gates, shape `(n,)`.
+        parameters: Trainable parameters of the gates, shape `(n,)`.
         keep: Non-trainable, shape `(n,)`: 1 where a gate may be open, 0 where it is closed for
             good.
         phase: Non-trainable scalar, a `GatePhase`.
@@ -72,7 +72,7 @@ class GateSource(keras.layers.Layer):
 
     @property
     def distribution(self) -> type[HardConcrete] | type[Proximal]:
-        """The functions that turn logits into gate values."""
+        """The functions that turn parameters into gate values."""
         return GATE_KINDS[self.kind]
 
     @property
@@ -86,12 +86,12 @@ class GateSource(keras.layers.Layer):
         raise NotImplementedError
 
     def add_gate_weights(self) -> None:
-        """Creates `logits`, `keep` and `phase`; called by `build` once the size is known."""
-        self.logits = self.add_weight(
+        """Creates `parameters`, `keep` and `phase`; called by `build` once the size is known."""
+        self.parameters = self.add_weight(
             shape=(self.size,),
-            initializer=keras.initializers.Constant(self.distribution.initial_logit),
+            initializer=keras.initializers.Constant(self.distribution.initial_parameter),
             constraint=self.distribution.constraint,
-            name="logits",
+            name="parameters",
         )
         self.keep = self.add_weight(
             shape=(self.size,), initializer="ones", trainable=False, name="keep"
@@ -102,12 +102,12 @@ class GateSource(keras.layers.Layer):
 
     def values(self, training: bool | None) -> Any:
         """Gate values of one forward pass, shape `(n,)`; noise is drawn once per call."""
-        logits, keep = ops.convert_to_tensor(self.logits), ops.convert_to_tensor(self.keep)
-        deterministic = self.distribution.deterministic(logits)
+        parameters, keep = ops.convert_to_tensor(self.parameters), ops.convert_to_tensor(self.keep)
+        deterministic = self.distribution.deterministic(parameters)
         pruning = deterministic
         if training and self.distribution.stochastic:
             noise = keras.random.uniform((self.size,), seed=self.seed_generator)
-            pruning = self.distribution.sample(logits, noise)
+            pruning = self.distribution.sample(parameters, noise)
         return self._by_phase(ops.ones_like(keep), pruning, ops.stop_gradient(deterministic), keep)
 
     def deterministic_values(self) -> Any:
@@ -116,15 +116,15 @@ class GateSource(keras.layers.Layer):
 
     def open_probability(self) -> Any:
         """Differentiable probability that each gate is open, shape `(n,)`, for expected costs."""
-        logits, keep = ops.convert_to_tensor(self.logits), ops.convert_to_tensor(self.keep)
-        is_open = ops.cast(self.distribution.deterministic(logits) > 0, keep.dtype)
-        probability = self.distribution.open_probability(logits)
+        parameters, keep = ops.convert_to_tensor(self.parameters), ops.convert_to_tensor(self.keep)
+        is_open = ops.cast(self.distribution.deterministic(parameters) > 0, keep.dtype)
+        probability = self.distribution.open_probability(parameters)
         return self._by_phase(ops.ones_like(keep), probability, is_open, keep)
 
     def _by_phase(self, held_open: Any, pruning: Any, settled: Any, keep: Any) -> Any:
         phase = ops.convert_to_tensor(self.phase)
-        by_logits = keep * ops.where(phase == int(GatePhase.PRUNING), pruning, settled)
-        return ops.where(phase == int(GatePhase.HELD_OPEN), held_open, by_logits)
+        by_parameters = keep * ops.where(phase == int(GatePhase.PRUNING), pruning, settled)
+        return ops.where(phase == int(GatePhase.HELD_OPEN), held_open, by_parameters)
 
     def settle(self, keep: Any) -> None:
         """Enters `SETTLED`: closes every gate outside `keep` for good.
@@ -135,12 +135,12 @@ class GateSource(keras.layers.Layer):
         Args:
             keep: Array or tensor of shape `(n,)`, 1 to keep, 0 to close.
         """
-        logits = ops.convert_to_tensor(self.logits)
-        closed = self.distribution.deterministic(logits) <= 0
-        reopened_as = self.distribution.logit_of_value(self.distribution.reopened_value)
+        parameters = ops.convert_to_tensor(self.parameters)
+        closed = self.distribution.deterministic(parameters) <= 0
+        reopened_as = self.distribution.parameter_of_value(self.distribution.reopened_value)
         keep = ops.cast(keep, self.keep.dtype)
         reopened = ops.logical_and(closed, keep > 0)
-        self.logits.assign(ops.where(reopened, reopened_as, logits))
+        self.parameters.assign(ops.where(reopened, reopened_as, parameters))
         self.keep.assign(keep)
         self.phase.assign(int(GatePhase.SETTLED))
 
@@ -160,9 +160,13 @@ class GateSource(keras.layers.Layer):
                 f"Received: shape {values.shape}, range [{values.min()}, {values.max()}]"
             )
         inner = np.clip(values, 1e-6, 1 - 1e-6)
-        logits = np.array([self.distribution.logit_of_value(float(v)) for v in inner], "float32")
-        wide_open = self.distribution.initial_logit + 10.0 if self.distribution.stochastic else 1.0
-        self.logits.assign(np.where(values == 1.0, wide_open, logits))
+        parameters = np.array(
+            [self.distribution.parameter_of_value(float(v)) for v in inner], "float32"
+        )
+        wide_open = (
+            self.distribution.initial_parameter + 10.0 if self.distribution.stochastic else 1.0
+        )
+        self.parameters.assign(np.where(values == 1.0, wide_open, parameters))
         self.keep.assign(values > 0)
         self.phase.assign(int(GatePhase.SETTLED))
 

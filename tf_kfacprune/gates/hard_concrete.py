@@ -34,44 +34,44 @@ _NOISE_MARGIN = 1e-6
 
 
 class HardConcrete:
-    """Values and probabilities of hard-concrete gates, as functions of their logits."""
+    """Values and probabilities of hard-concrete gates, as functions of their parameters."""
 
     beta = 2.0 / 3.0
     gamma = -0.1
     zeta = 1.1
     stochastic = True
-    initial_logit = 2.0
+    initial_parameter = 2.0
     reopened_value = 0.5
     constraint = None
 
     @classmethod
-    def sample(cls, logits: Any, noise: Any) -> Any:
+    def sample(cls, parameters: Any, noise: Any) -> Any:
         """One stochastic value per gate.
 
         Args:
-            logits: Tensor of shape `(n,)`.
+            parameters: Tensor of shape `(n,)`.
             noise: Uniform noise in [0, 1), shape `(n,)`.
 
         Returns:
             Tensor of shape `(n,)` in [0, 1].
         """
         u = ops.clip(noise, _NOISE_MARGIN, 1.0 - _NOISE_MARGIN)
-        s = ops.sigmoid((ops.log(u) - ops.log(1.0 - u) + logits) / cls.beta)
+        s = ops.sigmoid((ops.log(u) - ops.log(1.0 - u) + parameters) / cls.beta)
         return ops.clip(s * (cls.zeta - cls.gamma) + cls.gamma, 0.0, 1.0)
 
     @classmethod
-    def deterministic(cls, logits: Any) -> Any:
+    def deterministic(cls, parameters: Any) -> Any:
         """Inference-mode value of each gate, shape `(n,)`: exactly 0 closed, exactly 1 open."""
-        s = ops.sigmoid(logits)
+        s = ops.sigmoid(parameters)
         return ops.clip(s * (cls.zeta - cls.gamma) + cls.gamma, 0.0, 1.0)
 
     @classmethod
-    def open_probability(cls, logits: Any) -> Any:
+    def open_probability(cls, parameters: Any) -> Any:
         """P(z > 0) of each gate, shape `(n,)` (Louizos et al. 2018, eq. 12)."""
-        return ops.sigmoid(logits - cls.beta * math.log(-cls.gamma / cls.zeta))
+        return ops.sigmoid(parameters - cls.beta * math.log(-cls.gamma / cls.zeta))
 
     @classmethod
-    def logit_of_value(cls, value: float) -> float:
+    def parameter_of_value(cls, value: float) -> float:
         """The logit whose deterministic value is `value`, for `0 < value < 1`."""
         s = (value - cls.gamma) / (cls.zeta - cls.gamma)
         return math.log(s / (1.0 - s))

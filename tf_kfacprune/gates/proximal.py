@@ -37,27 +37,27 @@ class Proximal:
     """
 
     stochastic = False
-    initial_logit = 1.0
+    initial_parameter = 1.0
     reopened_value = 1.0
     constraint = UnitInterval()
 
     @classmethod
-    def sample(cls, logits: Any, noise: Any) -> Any:
+    def sample(cls, parameters: Any, noise: Any) -> Any:
         """The value itself: nothing is stochastic. `noise` is ignored. Shape `(n,)`."""
         del noise
-        return cls.deterministic(logits)
+        return cls.deterministic(parameters)
 
     @classmethod
-    def deterministic(cls, logits: Any) -> Any:
+    def deterministic(cls, parameters: Any) -> Any:
         """Value of each gate, shape `(n,)` in [0, 1]."""
-        return ops.clip(logits, 0.0, 1.0)
+        return ops.clip(parameters, 0.0, 1.0)
 
     @classmethod
-    def open_probability(cls, logits: Any) -> Any:
+    def open_probability(cls, parameters: Any) -> Any:
         """The convex surrogate of `z > 0` on [0, 1]: z itself. Shape `(n,)`."""
-        return ops.clip(logits, 0.0, 1.0)
+        return ops.clip(parameters, 0.0, 1.0)
 
     @classmethod
-    def logit_of_value(cls, value: float) -> float:
+    def parameter_of_value(cls, value: float) -> float:
         """The parameter whose deterministic value is `value`."""
         return value

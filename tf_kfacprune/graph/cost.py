@@ -212,24 +212,6 @@ class CostModel:
                 table[path] = {name: _evaluate(terms, sizes) for name, terms in by_measure.items()}
         return table
 
-    def layer_sizes(self, openness: Any) -> dict[str, dict[str, float]]:
-        """How many channels every layer reads and creates.
-
-        Args:
-            openness: Array of shape `(num_neurons,)`.
-
-        Returns:
-            `{layer path: {role: size}}`, e.g. `{"conv2": {"in": 20, "out": 50}}`.
-        """
-        extended = np.append(np.asarray(openness, float), 1.0)
-        return {
-            path: {role: float(extended[n].sum()) for role, n in self.channels.roles(layer).items()}
-            for path, layer in self._layers.values()
-            if self.channels.roles(layer)
-        }
-
-    # ---- construction
-
     def _collect(self) -> None:
         flow = self.channels.flow
         for call in self.channels.graph.calls:

@@ -43,9 +43,9 @@ class PruningController(keras.layers.Layer):
         self.built = True
 
     @property
-    def logits(self) -> list[keras.Variable]:
+    def gate_parameters(self) -> list[keras.Variable]:
         """The trainable parameters of all gates."""
-        return self._task.logits
+        return self._task.gate_parameters
 
     def phase(self) -> Any:
         """The current `GatePhase`, a scalar tensor."""
@@ -211,7 +211,7 @@ class PruningController(keras.layers.Layer):
         """One step of the gates, as the policy has it.
 
         Args:
-            loss_gradients: Gradients of the loss with respect to each of `logits`; under
+            loss_gradients: Gradients of the loss with respect to each of `gate_parameters`; under
                 `tf.distribute`, this replica's part of them.
         """
         passed = tf.cast(tf.convert_to_tensor(self.step - self.prune_start), "float32")

@@ -37,13 +37,13 @@ class PruningTask:
         self.groups = groups
 
     @property
-    def logits(self) -> list[keras.Variable]:
+    def gate_parameters(self) -> list[keras.Variable]:
         """The trainable parameters of all gates, one variable per source."""
-        return [source.logits for source in self.gated.sources]
+        return [source.parameters for source in self.gated.sources]
 
     def parameters(self) -> Any:
-        """`logits` as one tensor of shape `(num_gates,)`."""
-        return ops.concatenate([tf.convert_to_tensor(logits) for logits in self.logits])
+        """`gate_parameters` as one tensor of shape `(num_gates,)`."""
+        return ops.concatenate([tf.convert_to_tensor(values) for values in self.gate_parameters])
 
     def split(self, per_gate: Any) -> list[Any]:
         """A tensor of shape `(num_gates,)` as one tensor per source."""

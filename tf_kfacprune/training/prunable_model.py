@@ -186,7 +186,7 @@ class PrunableModel(KFACModel):
     @property
     def network_variables(self) -> list[keras.Variable]:
         """What the compiled optimizer trains: all trainable variables but the gates."""
-        gates = {id(source.logits) for source in self._gate_sources()}
+        gates = {id(source.parameters) for source in self._gate_sources()}
         return [v for v in self.net.trainable_variables if id(v) not in gates]
 
     @property

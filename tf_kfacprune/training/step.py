@@ -95,7 +95,7 @@ class TrainingStep:
         """
         trainee = self.trainee
         controller = self.controller if trainee.is_gated else None
-        gates = [] if controller is None else controller.logits
+        gates = [] if controller is None else controller.gate_parameters
         variables = [*trainee.variables, *gates]
         with tf.GradientTape() as tape, self._momentum_of_statistics():
             outputs = call_network(trainee.net, batch.x, training=True)

@@ -12,7 +12,7 @@ from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.zoo.mlperf_tiny import ds_cnn, fc_autoencoder, mobilenet_v1_025, resnet8
 from tf_kfacprune.zoo.networks import digits_cnn, lenet5, lenet300, mobilenetv2, resnet20
 
-__all__ = ["NAMES", "build", "default_input_shape"]
+__all__ = ["NAMES", "build"]
 
 _BUILDERS: dict[str, tuple[Callable[..., keras.Model], tuple[int, ...]]] = {
     "digits_cnn": (digits_cnn, (8, 8, 1)),
@@ -26,21 +26,6 @@ _BUILDERS: dict[str, tuple[Callable[..., keras.Model], tuple[int, ...]]] = {
     "resnet8": (resnet8, (32, 32, 3)),
 }
 NAMES = tuple(_BUILDERS)
-
-
-def default_input_shape(name: str) -> tuple[int, ...]:
-    """Shape of the examples that a built-in network was designed for.
-
-    Args:
-        name: One of ``NAMES``.
-
-    Returns:
-        Shape without the batch axis.
-
-    Raises:
-        InvalidArgumentError: If there is no such network.
-    """
-    return _entry(name)[1]
 
 
 def build(

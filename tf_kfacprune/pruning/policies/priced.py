@@ -89,7 +89,7 @@ class PricedGates(PolicyState):
     def __init__(self, task: PruningTask, **kwargs: Any) -> None:
         super().__init__(task, **kwargs)
         self.gate_optimizer = keras.optimizers.Adam(_GATE_RATE_RANGE[0], name="gate_optimizer")
-        self.gate_optimizer.build(task.logits)
+        self.gate_optimizer.build(task.gate_parameters)
 
         def state(name: str, value: float) -> keras.Variable:
             initializer = keras.initializers.Constant(value)
@@ -112,12 +112,12 @@ class PricedGates(PolicyState):
             priced = tf.add_n(
                 [self._price(m, cost, passed, prune_steps) * cost for m, cost in costs.items()]
             )
-        cost_gradients = tape.gradient(priced, [v.value for v in task.logits])
+        cost_gradients = tape.gradient(priced, [v.value for v in task.gate_parameters])
         summed = sum_over_replicas(loss_gradients)
         # The optimizer of Keras sums over the replicas once more.
         share = 1.0 / num_replicas()
         gradients = [share * (g + c) for g, c in zip(summed, cost_gradients, strict=True)]
-        self.gate_optimizer.apply(gradients, task.logits)
+        self.gate_optimizer.apply(gradients, task.gate_parameters)
 
     def _price(self, measure: str, expected: Any, passed: Any, prune_steps: Any) -> Any:
         """Updates lambda of one measure and returns the price of its cost, a constant."""

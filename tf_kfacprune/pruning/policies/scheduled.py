@@ -113,7 +113,7 @@ class ScheduledGates(PolicyState):
         task = self._task
         wanted = {m: target_fraction(t, progress) for m, t in task.budget.targets.items()}
         keep = task.keep_within(wanted, self.scores(), fill=False)
-        for parameters, part in zip(task.logits, task.split(keep), strict=True):
+        for parameters, part in zip(task.gate_parameters, task.split(keep), strict=True):
             parameters.assign(part)
 
     def scores(self) -> Any:
