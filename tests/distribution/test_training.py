@@ -56,6 +56,7 @@ def _end(process):
         output, _ = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
+        process.wait()
     return process.returncode, output
 
 
@@ -98,7 +99,12 @@ def _run_workers(cases_of_workers, folder, tag=""):
         task = {"cluster": {"worker": hosts}, "task": {"type": "worker", "index": index}}
         job = {"strategy": "workers", "results": str(paths[-1]), "cases": cases}
         processes.append(_start(job, TF_CONFIG=json.dumps(task)))
-    ended = [_end(process) for process in processes]
+    try:
+        ended = [_end(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     return [code for code, _ in ended], [output for _, output in ended], paths
 
 
