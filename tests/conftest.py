@@ -28,9 +28,7 @@ def random_state(request):
 
 
 # Not run to the end since the core was redesigned: slow until they have been.
-NOT_RUN_YET = (
-    "distribution/test_training.py",
-)
+NOT_RUN_YET = ("distribution/test_training.py",)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -326,6 +326,22 @@ def test_gated_model_is_refused(tmp_path):
         tflite(gated, tmp_path / "net.tflite")
 
 
+def test_a_network_that_overflows_is_refused_before_the_converter_crashes(tmp_path):
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(4, kernel_initializer=keras.initializers.Constant(1e30))(inputs)
+    x = keras.layers.Dense(2, kernel_initializer=keras.initializers.Constant(1e30))(x)
+    path = tmp_path / "net.tflite"
+    with pytest.raises(ExportError, match=r"infinite values.*representative_data"):
+        tflite(
+            keras.Model(inputs, x),
+            path,
+            quantization="int8",
+            representative_data=np.ones((3, 4), "float32"),
+            verify=False,
+        )
+    assert not path.exists()
+
+
 def test_rolled_recurrence_is_refused_in_full_integer_before_the_converter_crashes(tmp_path):
     x = keras.Input((4, 3))
     model = keras.Model(x, keras.layers.Bidirectional(keras.layers.GRU(2, name="gru"))(x))

@@ -45,7 +45,8 @@ def different_weights(model):
     """The converter stores equal weights once: after training none are equal."""
     rng = np.random.default_rng(0)
     for weight in model.weights:
-        weight.assign(rng.uniform(0.1, 1.0, weight.shape))
+        low = -1.0 if len(weight.shape) > 1 else 0.1  # a deep network of positive ones overflows
+        weight.assign(rng.uniform(low, 1.0, weight.shape))
 
 
 def landed(budget):
@@ -161,6 +162,6 @@ def test_predictions_hold_for_every_network_of_the_zoo(name, tmp_path):
     model = kp.zoo.build(name, seed=0)
     found = kp.inspect(model)
     path = file_of(model, tmp_path / "net.tflite")
-    assert path.stat().st_size == pytest.approx(found.flash, rel=0.01)
+    assert 0.97 * found.flash <= path.stat().st_size <= 1.001 * found.flash
     if HAS_MICRO:
         assert check_micro(path).arena_bytes == pytest.approx(found.ram, rel=0.02)

@@ -133,6 +133,7 @@ def tflite(
     representative = None
     if representative_data is not None:
         representative = named_examples(representative_data, signature, "representative_data")
+        finite_reference(twin, signature, representative)  # the converter would crash the process
     examples = None
     if verify:
         if verify_data is not None:

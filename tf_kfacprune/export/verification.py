@@ -95,8 +95,8 @@ def finite_reference(model: keras.Model, signature: Signature, inputs: Named) ->
         if not _is_finite(values):
             raise ExportError(
                 f"Model {model.name!r} returns NaN or infinite values at {name!r}: nothing can be "
-                "verified against it. Check its weights, or pass inputs it can handle as "
-                "verify_data."
+                "verified against it, nor scales of integers be found. Check its weights, or pass "
+                "inputs that it can handle as verify_data and representative_data."
                 + " float16 overflows beyond 65504."
                 * ("float16" in half_dtypes(model))
             )
