@@ -44,7 +44,7 @@ def flat(tensors):
 
 def weights_of(model):
     """All trainable variables but those of gates."""
-    return [v for v in model.trainable_variables if not v.path.endswith("logits")]
+    return [v for v in model.trainable_variables if not v.path.endswith("parameters")]
 
 
 def gradient(model, x, training):
@@ -321,7 +321,7 @@ def gated():
         model = insert_gates(transformer())
     finally:
         keras.config.set_dtype_policy(before)
-    (logits,) = [v for v in model.trainable_variables if v.path.endswith("logits")]
+    (logits,) = [v for v in model.trainable_variables if v.path.endswith("parameters")]
     logits.assign(np.random.default_rng(2).uniform(-4, 4, logits.shape))  # some of them closed
     return model
 
