@@ -30,9 +30,6 @@ def random_state(request):
 # Not run to the end since the core was redesigned: slow until they have been.
 NOT_RUN_YET = (
     "distribution/test_training.py",
-    "training/test_gate_aware_training.py",
-    "training/test_planned_phases.py",
-    "training/test_prunable_model.py",
 )
 
 
