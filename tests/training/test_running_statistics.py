@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tf_kfacprune as kp
+from tf_kfacprune.training import shrinking
 from tf_kfacprune.training.running_statistics import forgetting_momentum
 
 
@@ -19,27 +20,27 @@ def network(momentum, trainable=True):
     return keras.Model(inputs, keras.layers.Dense(3)(x))
 
 
-def pruned(net, examples=640, epochs=5, **options):
+def pruned(net, **options):
     """A model pruned on random data, and the data."""
     keras.utils.set_random_seed(0)
-    x = np.random.default_rng(0).normal(1.0, 2.0, (examples, 12)).astype("float32")
+    x = np.random.default_rng(0).normal(1.0, 2.0, (640, 12)).astype("float32")
     y = np.argmax(x[:, :3], axis=1)
     pm = kp.PrunableModel(
         net, budget=kp.Budget(macs=0.4), policy="magnitude", phases=kp.Phases(0.1, 0.3), **options
     )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     pm.compile(keras.optimizers.Adam(1e-3), loss=loss)
-    pm.fit(x, y, batch_size=16, epochs=epochs, verbose=0)
+    pm.fit(x, y, batch_size=16, epochs=5, verbose=0)
     return pm, x
 
 
-@pytest.mark.parametrize(
-    ("examples", "epochs", "options"),
-    [(640, 5, {"shrink": False}), pytest.param(8000, 5, {}, id="through a compact copy")],
-)
-def test_moving_statistics_are_those_of_the_pruned_network(examples, epochs, options):
+@pytest.mark.parametrize("shrink", [False, True], ids=["at full size", "through a compact copy"])
+def test_moving_statistics_are_those_of_the_pruned_network(shrink, monkeypatch):
+    monkeypatch.setattr(shrinking, "_LEAST_STEPS", 1)
+    monkeypatch.setattr(shrinking, "_LARGEST_FRACTION", 1.0)
     net = network(momentum=0.9999)
-    pm, x = pruned(net, examples, epochs, **options)
+    pm, x = pruned(net, shrink=shrink)
+    assert pm.was_shrunk == shrink
     small = kp.compact(pm)
     layer = small.get_layer("bn2")
     before = keras.Model(small.inputs, layer.input).predict(x, verbose=0)

@@ -87,11 +87,12 @@ def test_the_working_copy_takes_weights_and_puts_them_back_to_the_bit():
         np.testing.assert_array_equal(weight, expected)
 
 
-def test_a_settled_network_is_trained_through_its_copy():
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_settled_network_is_trained_through_its_copy(eager):
     x, y = data()
-    pm, sizes = compiled(kp.KFAC(1e-2), phases=kp.Phases(0.0, 0.5)), Sizes(x)
+    pm, sizes = compiled(kp.KFAC(1e-2), eager, phases=kp.Phases(0.0, 0.5)), Sizes(x)
     history = pm.fit(
-        x, y, epochs=6, batch_size=16, validation_data=(x, y), callbacks=[sizes], verbose=0
+        x, y, epochs=6, batch_size=32, validation_data=(x, y), callbacks=[sizes], verbose=0
     ).history
     small = kp.compact(pm)
     of_small = sum(v.shape.num_elements() for v in small.trainable_variables)
@@ -101,23 +102,23 @@ def test_a_settled_network_is_trained_through_its_copy():
     assert max(sizes.same) < 1e-5
     assert pm.shrunk is None
     assert len(history["macs"]) == len(history["loss"]) == len(history["accuracy"]) == 6
-    measured = pm.evaluate(x, y, batch_size=16, verbose=0, return_dict=True)
+    measured = pm.evaluate(x, y, batch_size=32, verbose=0, return_dict=True)
     assert measured["loss"] == pytest.approx(history["val_loss"][-1], rel=1e-4)
     # The rate of the compiled optimizer has fallen with that of the copy's.
     assert float(pm.optimizer.learning_rate) < 1e-2
-    assert int(pm.optimizer.iterations) == 24
+    assert int(pm.optimizer.iterations) == 12
 
 
 def test_a_run_resumed_in_the_middle_is_the_same_run(tmp_path):
     x, y = data()
     options = {"batch_size": 32, "shuffle": False, "verbose": 0}
     phases = kp.Phases(0.0, 0.4)
-    whole = compiled(kp.KFAC(1e-2), eager=True, phases=phases)
+    whole = compiled(keras.optimizers.Adam(1e-2), eager=True, phases=phases)
     keep = keras.callbacks.ModelCheckpoint(
         str(tmp_path / "{epoch}.weights.h5"), save_weights_only=True
     )
     whole.fit(x, y, epochs=6, callbacks=[keep], **options)
-    again = compiled(kp.KFAC(1e-2), eager=True, phases=phases)
+    again = compiled(keras.optimizers.Adam(1e-2), eager=True, phases=phases)
     again.load_weights(tmp_path / "4.weights.h5")
     again.fit(x, y, epochs=6, initial_epoch=4, **options)
     for weight, expected in zip(again.get_weights(), whole.get_weights(), strict=True):
