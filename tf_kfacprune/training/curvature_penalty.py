@@ -111,16 +111,22 @@ class CurvaturePenalty(keras.layers.Layer):
             One tensor per variable; None stays None.
         """
         settings = self.settings
-        due = tf.equal(step % settings.every, 0)
-        part = batch.head(settings.batch_fraction, _LEAST_EXAMPLES)
-        of_penalty = tf.cond(
-            due,
-            lambda: self.gradients(part, estimator, variables),
+
+        def of_penalty() -> list[Any]:
+            part = batch.head(settings.batch_fraction, _LEAST_EXAMPLES)
+            found = self.gradients(part, estimator, variables)
+            return [
+                settings.every * _bounded(q * tf.cast(scale, q.dtype), g)
+                for q, g in zip(found, gradients, strict=True)
+            ]
+
+        to_add = tf.cond(
+            tf.equal(step % settings.every, 0),
+            of_penalty,
             lambda: [tf.zeros(v.shape, v.dtype) for v in variables],
         )
         return [
-            None if g is None else g + settings.every * _bounded(q * tf.cast(scale, q.dtype), g)
-            for g, q in zip(gradients, of_penalty, strict=True)
+            None if g is None else g + added for g, added in zip(gradients, to_add, strict=True)
         ]
 
     def radius(self) -> Any:
@@ -223,7 +229,9 @@ class CurvaturePenalty(keras.layers.Layer):
 
 
 def _bounded(q: Any, g: Any) -> Any:
-    """`min(1, s |g| / |q|) q`, nothing if q is not finite."""
+    """`min(1, s |g| / |q|) q`, nothing if there is no g or q is not finite."""
+    if g is None:
+        return tf.zeros_like(q)
     size = tf.norm(tf.cast(q, "float32"))
     largest = _LARGEST_SHARE * tf.norm(tf.cast(g, "float32"))
     share = tf.minimum(1.0, tf.math.divide_no_nan(largest, size))
