@@ -14,16 +14,16 @@ is appended to results/applications.jsonl; `python docs/generate.py` makes a tab
 import gc
 import inspect
 import tempfile
-import time
 from pathlib import Path
 
 import keras
 import numpy as np
 from absl import app, flags
+from proving import compared, disturb_statistics, timed
 from records import Records
 
 import tf_kfacprune as kp
-from tf_kfacprune.compaction import compact, parity_error, random_inputs
+from tf_kfacprune.compaction import parity_error, random_inputs
 from tf_kfacprune.errors import ExportError
 from tf_kfacprune.gates import GatedNetwork, insert_gates
 from tf_kfacprune.graph import CostModel, analyze
@@ -40,11 +40,7 @@ def constructors():
 
 
 def randomize(model, rng):
-    """Random biases, scales and statistics, so that closed channels do not hide behind zeros.
-
-    Statistics are taken from random images first and then disturbed: made up from nothing, they
-    blow up rounding errors from layer to layer until no two computations agree.
-    """
+    """Random biases, scales and statistics, so that closed channels do not hide behind zeros."""
     norms = [layer for layer in model.layers if hasattr(layer, "moving_variance")]
     for layer in model.layers:
         if getattr(layer, "bias", None) is not None:
@@ -53,17 +49,7 @@ def randomize(model, rng):
             layer.gamma.assign(rng.uniform(0.5, 1.5, layer.gamma.shape))
         if getattr(layer, "beta", None) is not None:
             layer.beta.assign(rng.uniform(-0.5, 0.5, layer.beta.shape))
-    momenta = [layer.momentum for layer in norms]
-    for layer in norms:
-        layer.momentum = 0.0
-    model(random_inputs(model, batch_size=4), training=True)
-    for layer, momentum in zip(norms, momenta, strict=True):
-        layer.momentum = momentum
-        spread = np.sqrt(layer.moving_variance.numpy())
-        shift = rng.uniform(-0.2, 0.2, spread.shape) * spread
-        layer.moving_mean.assign(layer.moving_mean.numpy() + shift)
-        factor = rng.uniform(0.7, 1.4, spread.shape)
-        layer.moving_variance.assign(layer.moving_variance.numpy() * factor)
+    disturb_statistics(norms, model, random_inputs(model, batch_size=4), rng)
 
 
 def channel_share(channels, classifier):
@@ -74,13 +60,6 @@ def channel_share(channels, classifier):
     for record in frozen:
         causes[record.reason] = causes.get(record.reason, 0) + record.channels
     return 1 - sum(f.channels for f in frozen) / total, causes
-
-
-def timed(function, *args, **kwargs):
-    """The result of a call and its wall time in seconds."""
-    start = time.perf_counter()
-    result = function(*args, **kwargs)
-    return result, round(time.perf_counter() - start, 3)
 
 
 def convert(model):
@@ -126,14 +105,9 @@ def examine(name, constructor, size):
         for group in branches if kind == "branches" else ():
             values[group.neurons] = 0.0
         bank.set_values((values > 0).astype("float32") if kind == "hard" else values)
-        small, record["seconds"][f"compact_{kind}"] = timed(compact, gated, verify=False)
-        expected = gated(x, training=False)
-        effect = parity_error(dense, expected)
-        record[kind] = {
-            "error": parity_error(expected, small(x, training=False)),
-            "effect": effect,
-            "params": small.count_params() / model.count_params(),
-        }
+        small, record["seconds"][f"compact_{kind}"], record[kind] = compared(
+            gated, dense, x, model.count_params()
+        )
     if TFLITE.value:
         record["tflite"], record["seconds"]["tflite"] = timed(convert, small)
     return record

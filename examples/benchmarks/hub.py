@@ -14,16 +14,16 @@ a table of it. Needs the extra `[hub]`.
 """
 
 import gc
-import time
 
 import keras
 import keras_hub
 import numpy as np
 from absl import app, flags
 from hub_backbones import BACKBONES, example
+from proving import compared, disturb_statistics, timed
 from records import Records
 
-from tf_kfacprune.compaction import compact, parity_error
+from tf_kfacprune.compaction import parity_error
 from tf_kfacprune.gates import GatedNetwork, insert_gates
 from tf_kfacprune.graph import CostModel, analyze, opaque_layers, reasons
 
@@ -52,18 +52,7 @@ def randomize(model, x, rng):
         weight.assign(value * factor + rng.uniform(-0.1, 0.1, value.shape))
     layers = list(model._flatten_layers())
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
-    momenta = [layer.momentum for layer in norms]
-    for layer in norms:
-        layer.momentum = 0.0
-    if norms:
-        model(x, training=True)
-    for layer, momentum in zip(norms, momenta, strict=True):
-        layer.momentum = momentum
-        spread = np.sqrt(layer.moving_variance.numpy())
-        shift = rng.uniform(-0.2, 0.2, spread.shape) * spread
-        layer.moving_mean.assign(layer.moving_mean.numpy() + shift)
-        factor = rng.uniform(0.7, 1.4, spread.shape)
-        layer.moving_variance.assign(layer.moving_variance.numpy() * factor + 1e-3)
+    disturb_statistics(norms, model, x, rng, least=1e-3)
 
 
 def channel_share(channels):
@@ -80,13 +69,6 @@ def channel_share(channels):
         causes[cause] = causes.get(cause, 0) + record.channels
     others = total - outputs
     return (1 - frozen / others if others else 0.0), causes
-
-
-def timed(function, *args, **kwargs):
-    """The result of a call and its wall time in seconds."""
-    start = time.perf_counter()
-    result = function(*args, **kwargs)
-    return result, round(time.perf_counter() - start, 3)
 
 
 def examine(name):
@@ -125,13 +107,7 @@ def examine(name):
     for kind in ("soft", "hard"):
         values = rng.uniform(0.3, 1.0, bank.size) * (rng.uniform(size=bank.size) < 0.7)
         bank.set_values((values > 0).astype("float32") if kind == "hard" else values)
-        small, record["seconds"][f"compact_{kind}"] = timed(compact, gated, verify=False)
-        expected = gated(x, training=False)
-        record[kind] = {
-            "error": parity_error(expected, small(x, training=False)),
-            "effect": parity_error(dense, expected),
-            "params": small.count_params() / params,
-        }
+        _, record["seconds"][f"compact_{kind}"], record[kind] = compared(gated, dense, x, params)
     return record
 
 
