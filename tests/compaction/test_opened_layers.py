@@ -43,7 +43,18 @@ class LinearByHand(layers.Layer):
         return ops.matmul(x, self.w) + self.b
 
 
-class AttentionByHand(layers.Layer):
+class Attention(layers.Layer):
+    """Builds the projections of its subclasses, and the one that merges the heads."""
+
+    def build(self, shape):
+        self.out = layers.EinsumDense("bthd,hdc->btc", (None, shape[-1]), name="out")
+        for layer in (self.query, self.key, self.value):
+            layer.build(shape)
+        self.out.build(self.query.compute_output_shape(shape))
+        self.built = True
+
+
+class AttentionByHand(Attention):
     """Projections by EinsumDense, rotation of nothing, products by einsum, heads merged at last."""
 
     def __init__(self, heads, dim, **kwargs):
@@ -53,13 +64,6 @@ class AttentionByHand(layers.Layer):
         self.key = layers.EinsumDense("btc,chd->bthd", shape, name="key")
         self.value = layers.EinsumDense("btc,chd->bthd", shape, bias_axes="hd", name="value")
         self.softmax = layers.Softmax()
-
-    def build(self, shape):
-        self.out = layers.EinsumDense("bthd,hdc->btc", (None, shape[-1]), name="out")
-        for layer in (self.query, self.key, self.value):
-            layer.build(shape)
-        self.out.build(self.query.compute_output_shape(shape))
-        self.built = True
 
     def call(self, x):
         q, k, v = self.query(x), self.key(x), self.value(x)
@@ -90,7 +94,7 @@ class WindowsByHand(layers.Layer):
         return x + self.out(ops.reshape(y, (batch, length, self.heads * self.dim)))
 
 
-class GroupedAttention(layers.Layer):
+class GroupedAttention(Attention):
     """`dot_product_attention` of four query heads with two key heads."""
 
     def __init__(self, **kwargs):
@@ -98,13 +102,6 @@ class GroupedAttention(layers.Layer):
         self.query = layers.EinsumDense("btc,chd->bthd", (None, 4, 3), name="query")
         self.key = layers.EinsumDense("btc,chd->bthd", (None, 2, 3), name="key")
         self.value = layers.EinsumDense("btc,chd->bthd", (None, 2, 3), name="value")
-
-    def build(self, shape):
-        self.out = layers.EinsumDense("bthd,hdc->btc", (None, shape[-1]), name="out")
-        for layer in (self.query, self.key, self.value):
-            layer.build(shape)
-        self.out.build(self.query.compute_output_shape(shape))
-        self.built = True
 
     def call(self, x):
         y = ops.dot_product_attention(self.query(x), self.key(x), self.value(x), is_causal=True)

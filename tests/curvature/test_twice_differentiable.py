@@ -321,8 +321,9 @@ def gated():
         model = insert_gates(transformer())
     finally:
         keras.config.set_dtype_policy(before)
-    (logits,) = [v for v in model.trainable_variables if v.path.endswith("parameters")]
-    logits.assign(np.random.default_rng(2).uniform(-4, 4, logits.shape))  # some of them closed
+    (parameters,) = [v for v in model.trainable_variables if v.path.endswith("parameters")]
+    # Some of them are closed.
+    parameters.assign(np.random.default_rng(2).uniform(-4, 4, parameters.shape))
     return model
 
 

@@ -53,8 +53,8 @@ def landed(budget):
     """A network that has landed on a budget by scores at random, and its compact model."""
     model = kp.PrunableModel(residual(), budget)
     rng = np.random.default_rng(0)
-    for logits in model.controller.gate_parameters:
-        logits.assign(rng.normal(size=logits.shape))
+    for parameters in model.controller.gate_parameters:
+        parameters.assign(rng.normal(size=parameters.shape))
     model.controller.land()
     return model, kp.compact(model)
 

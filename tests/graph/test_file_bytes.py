@@ -60,8 +60,8 @@ def test_the_file_is_as_large_as_predicted(build, prune_inputs, target):
     pm = PrunableModel(build(), Budget(bytes=target), prune_inputs=prune_inputs)
     if target < 1.0:
         rng = np.random.default_rng(0)
-        for logits in pm.controller.gate_parameters:
-            logits.assign(rng.normal(size=logits.shape))
+        for parameters in pm.controller.gate_parameters:
+            parameters.assign(rng.normal(size=parameters.shape))
         pm.controller.land()
     small = compact(pm)
     different_weights(small)

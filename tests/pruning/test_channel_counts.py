@@ -40,8 +40,8 @@ def landed(model, budget, seed=0, **kwargs):
     """A prunable model with random logits, landed as at the end of its pruning phase."""
     pm = PrunableModel(model, budget, **kwargs)
     rng = np.random.default_rng(seed)
-    for logits in pm.controller.gate_parameters:
-        logits.assign(rng.normal(size=logits.shape))
+    for parameters in pm.controller.gate_parameters:
+        parameters.assign(rng.normal(size=parameters.shape))
     pm.controller.land()
     return pm
 
@@ -151,8 +151,8 @@ def test_gates_that_can_remove_nothing_are_not_closed():
     net = keras.Model(inputs, layers.Dense(2)(x))
     pm = PrunableModel(net, Budget(params=0.8))
     rng = np.random.default_rng(0)
-    for logits in pm.controller.gate_parameters:
-        logits.assign(rng.normal(size=logits.shape))
+    for parameters in pm.controller.gate_parameters:
+        parameters.assign(rng.normal(size=parameters.shape))
     pm.controller.land()
     idle, useful = (np.array(source.keep) for source in pm.gated.sources)
     assert idle.all()

@@ -70,8 +70,8 @@ def test_b_is_minus_g_plus_half_the_curvature_from_both_sides():
     policy.criterion.curvature.total.assign(curvature)
     policy.criterion.curvature.weight.assign(1.0)
     z = np.array([0.0, 1.0] * 5 + [0.0], "float32")
-    (logits,) = model.controller.gate_parameters
-    logits.assign(z)
+    (parameters,) = model.controller.gate_parameters
+    parameters.assign(z)
     g = np.linspace(-1, 1, 11).astype("float32")
     policy.move([tf.constant(g)], tf.constant(0.0), tf.constant(10.0))
     np.testing.assert_allclose(

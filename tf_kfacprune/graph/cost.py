@@ -212,6 +212,8 @@ class CostModel:
                 table[path] = {name: _evaluate(terms, sizes) for name, terms in by_measure.items()}
         return table
 
+    # ---- construction
+
     def _collect(self) -> None:
         flow = self.channels.flow
         for call in self.channels.graph.calls:

@@ -22,6 +22,7 @@ from tf_kfacprune.graph.tracer import (
     make_dense,
     mask_of,
     set_mask,
+    without_trailing_none,
 )
 from tf_kfacprune.graph.weight_layer import Weight
 
@@ -95,9 +96,7 @@ class Recording:
             in_mode(self.layer, training),
         ):
             outputs = tree.flatten(self.layer.call(*args, **kwargs))
-        while len(outputs) > 1 and outputs[-1] is None:
-            outputs.pop()
-        outputs = [_symbolic_constant(tensor, place) for tensor in outputs]
+        outputs = [_symbolic_constant(tensor, place) for tensor in without_trailing_none(outputs)]
         if not outputs or not all(map(is_symbolic, outputs)):
             return None
         masked = tuple(

@@ -44,6 +44,7 @@ __all__ = [
     "set_mask",
     "settings_of",
     "trace",
+    "without_trailing_none",
 ]
 
 CallOperation = Callable[[Call, tuple[Any, ...], dict[str, Any]], Any]
@@ -307,6 +308,14 @@ def in_mode(layer: keras.Layer, training: bool) -> Iterator[None]:
         yield
 
 
+def without_trailing_none(outputs: Sequence[Any]) -> list[Any]:
+    """What a call returns, without the None behind its tensors; the first entry stays."""
+    kept = list(outputs)
+    while len(kept) > 1 and kept[-1] is None:
+        kept.pop()
+    return kept
+
+
 @contextmanager
 def calls_without_trailing_none() -> Iterator[None]:
     """Lets Keras record calls of layers that return None behind their tensors, as for no cache.
@@ -323,10 +332,9 @@ def calls_without_trailing_none() -> Iterator[None]:
         outputs: Any = None,
     ) -> None:
         flat = tree.flatten(outputs)
-        while len(flat) > 1 and flat[-1] is None:
-            flat.pop()
-        cut = len(flat) < len(tree.flatten(outputs))
-        original(self, operation, call_args, call_kwargs, flat if cut else outputs)
+        kept = without_trailing_none(flat)
+        cut = len(kept) < len(flat)
+        original(self, operation, call_args, call_kwargs, kept if cut else outputs)
 
     Node.__init__ = initialize
     try:

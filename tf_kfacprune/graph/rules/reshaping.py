@@ -140,8 +140,11 @@ class RepeatRule(IndexRule):
 
 
 _STATISTICS = {
-    **{"Mean": "mean", "Sum": "sum", "Var": "variance", "Std": "variance"},
-    **{"Norm": "sum"},  # of absolute values, or of squares
+    "Mean": "mean",
+    "Norm": "sum",  # of absolute values, or of squares
+    "Std": "variance",
+    "Sum": "sum",
+    "Var": "variance",
 }
 
 
