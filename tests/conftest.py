@@ -25,14 +25,3 @@ def pytest_runtest_setup(item):
 def random_state(request):
     """Again after those fixtures, so that it does not matter which test came first."""
     keras.utils.set_random_seed(request.config.getoption("seed"))
-
-
-# Not run to the end since the core was redesigned: slow until they have been.
-NOT_RUN_YET = ("distribution/test_training.py",)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.as_posix().endswith(NOT_RUN_YET):
-            item.add_marker(pytest.mark.slow)

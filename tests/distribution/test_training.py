@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -31,6 +32,8 @@ CASES = {
 }
 # Replicas sample labels of their own, so that one device cannot take the same steps.
 SAMPLED = {"curvature": {"macs": 0.5, "epochs": 4, "policy": "kfac", "every": 3}}
+# What the quick job finds; each other case takes ten seconds of tracing more.
+QUICK = ("poisoned", "pruned", "refused", "seeds")
 TIMEOUT = 400
 pytestmark = pytest.mark.timeout(900)  # the first test waits for both jobs
 
@@ -69,10 +72,18 @@ def _results(path):
     return found
 
 
-def _run(strategy, cases, folder):
-    path = folder / f"{strategy}.npz"
+def _run(strategy, is_quick, folder):
+    """Exit code and output of a job, and where its results are."""
+    path = folder / f"{strategy}{is_quick}.npz"
+    cases = CASES if strategy == "none" else {**CASES, **SAMPLED}
+    cases = {name: case for name, case in cases.items() if (name in QUICK) == is_quick}
     job = {"strategy": strategy, "results": str(path), "cases": cases}
-    code, output = _end(_start({**job, "refusals": strategy == "mirrored"}))
+    ended = _end(_start({**job, "refusals": strategy == "mirrored" and is_quick}))
+    return *ended, path
+
+
+def _found(ended):
+    code, output, path = ended
     assert code == 0, output
     return _results(path)
 
@@ -115,12 +126,23 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_device(folder):
-    return _run("none", CASES, folder)
+    """case -> what one device has found."""
+    job = functools.cache(lambda is_quick: _run("none", is_quick, folder))
+    return lambda case: _found(job(case in QUICK))[case]
 
 
 @pytest.fixture(scope="module")
 def mirrored(folder):
-    return _run("mirrored", {**CASES, **SAMPLED}, folder)
+    """case -> what two replicas have found."""
+    job = functools.cache(lambda is_quick: _run("mirrored", is_quick, folder))
+    return lambda case: _found(job(case in QUICK))[case]
+
+
+def _each(*cases):
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize(
+        "case", [case if case in QUICK else pytest.param(case, marks=slow) for case in cases]
+    )
 
 
 def _assert_same(found, expected):
@@ -133,31 +155,31 @@ def _assert_same(found, expected):
         np.testing.assert_allclose(*pair, rtol=1e-4, atol=3e-5 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("case", list(CASES))
+@_each(*CASES)
 def test_two_replicas_train_as_one_device_does(case, one_device, mirrored):
-    _assert_same(mirrored[case], one_device[case])
+    _assert_same(mirrored(case), one_device(case))
 
 
-@pytest.mark.parametrize("case", [*CASES, *SAMPLED])
+@_each(*CASES, *SAMPLED)
 def test_replicas_stay_equal_to_the_bit(case, mirrored):
-    for name, (first, *others) in mirrored[case].items():
+    for name, (first, *others) in mirrored(case).items():
         for other in others:
             np.testing.assert_array_equal(first, other, err_msg=name)
 
 
 def test_a_step_is_skipped_everywhere_if_one_replica_meets_a_nan(mirrored):
-    assert mirrored["poisoned"]["skipped"][0] == 2  # one batch in each of two epochs
+    assert mirrored("poisoned")["skipped"][0] == 2  # one batch in each of two epochs
 
 
 def test_replicas_draw_different_labels(mirrored):
-    first, second = mirrored["seeds"]["seeds"]
+    first, second = mirrored("seeds")["seeds"]
     assert not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("case", ["pruned", "switched", "curvature"])
+@_each("pruned", "switched", "curvature")
 def test_a_pruned_network_lands_on_its_budget_on_several_replicas(case, mirrored):
-    assert mirrored[case]["settled"][0]
-    assert mirrored[case]["cost"][0] <= 0.5
+    assert mirrored(case)["settled"][0]
+    assert mirrored(case)["cost"][0] <= 0.5
 
 
 @pytest.mark.parametrize(
@@ -174,7 +196,7 @@ def test_a_pruned_network_lands_on_its_budget_on_several_replicas(case, mirrored
     ],
 )
 def test_what_cannot_work_is_refused_with_a_remedy(attempt, message, mirrored):
-    (said,) = mirrored["refused"][attempt]
+    (said,) = mirrored("refused")[attempt]
     assert message in str(said)
     assert "on one device" in str(said)
 
@@ -186,7 +208,7 @@ def test_two_processes_train_as_one_device_does(one_device, folder):
     assert codes == [0, 0], outputs
     workers = [_results(path) for path in paths]
     for case in cases:
-        _assert_same(workers[0][case], one_device[case])
+        _assert_same(workers[0][case], one_device(case))
         for name, (value,) in workers[0][case].items():
             np.testing.assert_array_equal(workers[1][case][name][0], value, err_msg=name)
 
@@ -202,4 +224,4 @@ def test_a_lost_worker_ends_the_job_and_nothing_is_lost_when_it_resumes(one_devi
     assert "WorkerLostError: Another worker of the training has died" in outputs[0]
     codes, outputs, paths = _run_workers([{"case": each} for each in backups], folder, "resumed")
     assert codes == [0, 0], outputs
-    _assert_same(_results(paths[0])["case"], one_device["clipped"])
+    _assert_same(_results(paths[0])["case"], one_device("clipped"))
