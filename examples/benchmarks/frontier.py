@@ -153,6 +153,11 @@ def dense_kfac(run):
     return run.model
 
 
+def narrow(run, train):
+    """A network with fewer units in every layer from the start, trained as the dense one is."""
+    return train(dataclasses.replace(run, model=peers.narrowed(run)))
+
+
 # A method with one thing changed.
 VARIATIONS = {
     "ours_adam": lambda run: ours(
@@ -170,6 +175,8 @@ METHODS = {
     "dense_kfac": dense_kfac,
     "ours": ours,
     "ours_penalty": lambda run: ours(run, curvature=kp.SpectralRadius()),
+    "narrow": lambda run: narrow(run, dense),
+    "narrow_kfac": lambda run: narrow(run, dense_kfac),
     "magnitude": lambda run: peers.one_shot(run, "magnitude"),
     "taylor": lambda run: peers.one_shot(run, "taylor"),
     "hard_concrete": peers.hard_concrete,
