@@ -41,7 +41,7 @@ from tf_kfacprune.curvature.blocks import KroneckerBlock, total_weight
 from tf_kfacprune.curvature.estimator import Uses
 from tf_kfacprune.validation import require, require_count
 
-__all__ = ["SpectralRadius", "energy_of_gradients", "energy_of_inputs", "layer_spectral_radius"]
+__all__ = ["SpectralRadius", "energy_of_gradients", "energy_of_inputs"]
 
 _REDUCTIONS = ("max", "sum", "smooth_max")
 _SMOOTH_MAX_POWER = 8
@@ -85,21 +85,6 @@ def energy_of_gradients(block: KroneckerBlock, uses: Uses, v: Any) -> Any:
             count = ops.cast(ops.shape(squares)[-1], "float32") if mask is None else ops.sum(mask)
             total += ops.sum(squares, axis=-1) / ops.maximum(count, 1.0)
     return total / len(uses.records)
-
-
-def layer_spectral_radius(block: KroneckerBlock, uses: Uses, u: Any, v: Any) -> Any:
-    """Rayleigh quotient of one block along `u (x) v`, a scalar.
-
-    Args:
-        block: The Kronecker block of a contraction.
-        uses: The uses of its layer in one pass.
-        u: Unit vectors, shape `(*k, n_a)`.
-        v: Unit vectors, shape `(*k, n_out)`.
-
-    Returns:
-        `u^T A u * v^T G v`; the largest one over the groups of a layer with groups.
-    """
-    return ops.max(energy_of_inputs(block, uses, u) * energy_of_gradients(block, uses, v))
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")

@@ -220,13 +220,6 @@ class PrunableModel(KFACModel):
         MNIST.
         """
         is_same = getattr(self, "optimizer", None) is optimizer
-        replicas = self.distribute_strategy.num_replicas_in_sync
-        if replicas > 1 and self.curvature is not None:
-            raise InvalidArgumentError(
-                f"PrunableModel {self.name!r} on {replicas} replicas of tf.distribute does not "
-                f"support curvature={self.curvature!r}: every replica would flatten along "
-                "directions of its own. Leave the penalty out, or train on one device."
-            )
         super().compile(optimizer, loss, *args, **kwargs)
         self._run.shrunk = self._run.shrunk_state = None
         if self.controller is not None and not is_same:

@@ -63,11 +63,11 @@ class TrainingStep:
             controller.enter_due_phase()
         before = trainee.forward_state()
         outputs, loss, gradients, of_gates = self._loss_and_gradients(batch)
-        of_loss, gradients = gradients, self._penalized(gradients, batch)
         finite = self._is_finite(loss, [*gradients, *of_gates])
         if num_replicas() > 1:
             together, finite = agreed([*gradients, *of_gates], finite, batch.size, before)
             gradients, of_gates = together[: len(gradients)], together[len(gradients) :]
+        of_loss, gradients = gradients, self._penalized(gradients, batch)
         rejected = self._is_last_step_rejected(before, loss, finite, batch)
 
         def take() -> None:
