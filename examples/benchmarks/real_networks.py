@@ -3,10 +3,11 @@
     python examples/benchmarks/real_networks.py            # finished runs are skipped
     python examples/benchmarks/real_networks.py --networks=ds_cnn,resnet8
 
-Each run is a process of its own, with one thread, that takes a few steps on random data. *Start-up* is the processor
-time from the finished network to the end of the first step, tracing included; *step* that of the
-steps after the first period, over a whole period of factors and inverses, the least of two; *memory*
-the peak resident set of the process, TensorFlow included. Appends to `results/real_networks.jsonl`.
+Each run is a process of its own, with one thread, that takes a few steps on random data. *Start-up*
+is the processor time from the finished network to the end of the first step, tracing included;
+*step* that of the steps after the first period, over a whole period of factors and inverses, the
+least of two; *memory* the peak resident set of the process, TensorFlow included. Appends to
+`results/real_networks.jsonl`.
 """
 
 import json
