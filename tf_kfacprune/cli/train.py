@@ -81,6 +81,16 @@ class _Run:
         self._objective, self._dataset = objective_for(values, self._network, loaded)
         self._x_train = fitted_inputs(self._network, loaded.x_train)
         self._x_test = fitted_inputs(self._network, loaded.x_test)
+        if (
+            self._budget is not None
+            and values.epochs == 1
+            and values.batch_size >= len(loaded.x_train)
+        ):
+            raise UsageError(
+                f"--epochs=1 --batch_size={values.batch_size}: that is one step, and pruning takes "
+                f"one, the network that is left another. Data set {loaded.name!r} has "
+                f"{len(loaded.x_train)} examples: choose smaller batches, or more epochs."
+            )
 
     def execute(self) -> None:
         """Everything from the untrained network to the written folder."""
