@@ -260,8 +260,9 @@ class PrunableModel(KFACModel):
         """Says how long the training will be, all calls together.
 
         `fit` takes its own length for the whole run. Where that is not so (`fit(epochs=1)` in a
-        loop, `train_on_batch`, a training loop of one's own) this says it beforehand; without it,
-        steps outside of `fit` leave all gates open.
+        loop, `train_on_batch`, a training loop of one's own), or the data do not tell how many
+        batches they have, this says it beforehand; without it, steps outside of `fit` leave all
+        gates open.
 
         Args:
             total_steps: Number of training steps of the whole run.
@@ -309,8 +310,10 @@ class PrunableModel(KFACModel):
         if call.total_steps is None:
             raise InvalidArgumentError(
                 "PrunableModel.fit must know the number of steps to lay out its phases, and the "
-                "data do not tell. Received: steps_per_epoch=None. Pass `steps_per_epoch=...`, or "
-                "say the length of the run beforehand: `model.plan_phases(total_steps)`."
+                "data do not tell how many batches they have. Received: steps_per_epoch=None. Say "
+                "the length of the run beforehand: `model.plan_phases(epochs * batches)`. With "
+                "data that go on without end, such as `dataset.repeat()`, pass "
+                "`steps_per_epoch=...` instead."
             )
         rate = self.constant_learning_rate
         if call.sets_rate:
