@@ -67,7 +67,8 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px
 .wide { overflow-x: auto; }
 footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
 @media (max-width: 560px) { td.share { width: 30%; } h1 { font-size: 22px; }
-  th { white-space: normal; } .wide td:first-child { overflow-wrap: anywhere; }
+  th { white-space: normal; } .wide table { font-size: 13px; }
+  .wide td:first-child { overflow-wrap: anywhere; min-width: 7.5em; }
   svg text { font-size: 19px; } }
 @media print { main { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
 """
