@@ -88,6 +88,7 @@ def pruned():
     return {
         "pm": pm,
         "small": kp.compact(pm),
+        "build": lambda unroll: keras.models.clone_model(kp.compact(pm)),  # nothing is recurrent
         "loss": tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         **{"x_train": x, "y_train": y, "x_test": x, "y_test": y},
     }

@@ -453,7 +453,7 @@ class PrunableModel(KFACModel):
         """
         run = self._run
         if run.steps_left <= 0:
-            phase = controller.due_phase(int(controller.step))
+            phase = controller.due_phase(int(keras.ops.convert_to_numpy(controller.step)))
             if controller.phase_now() != phase:
                 controller.enter_due_phase()
             run.is_pruning = phase == GatePhase.PRUNING
