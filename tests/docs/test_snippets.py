@@ -86,6 +86,7 @@ def pruned():
     pm = kp.PrunableModel(network(), kp.Budget(macs=0.5))
     pm.controller.land()
     return {
+        "network": network(),
         "pm": pm,
         "small": kp.compact(pm),
         "build": lambda unroll: keras.models.clone_model(kp.compact(pm)),  # nothing is recurrent
@@ -123,8 +124,8 @@ def test_every_page_is_run():
 def test_snippets_of_a_page_run_as_printed(page, tmp_path, monkeypatch):
     names = PAGES[page][0]()
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(
+        tmp_path
+    )  # one for the page: its snippets read what those before have written
     for number, snippet in enumerate(SNIPPET.findall(text)):
-        folder = tmp_path / str(number)  # snippets may write files of the same name
-        folder.mkdir()
-        monkeypatch.chdir(folder)
         exec(compile(snippet, f"{page}.md, snippet {number + 1}", "exec"), names)
