@@ -52,10 +52,11 @@ class PruningLog(keras.callbacks.Callback):
             if the model is not a `PrunableModel`.
         ExportError: If TensorBoard, which brings the format of the events, is not installed.
 
-    Example:
+    Examples:
         >>> log = kp.callbacks.PruningLog("logs")
         >>> pm.fit(x, y, epochs=30, callbacks=[log, keras.callbacks.TensorBoard("logs")])
-        >>> # then, in a shell: tensorboard --logdir logs
+
+        and in a shell ``tensorboard --logdir logs``.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ class Budget:
     Raises:
         BudgetError: If no bound is given or one is out of range.
 
-    Example:
+    Examples:
         >>> budget = kp.Budget(macs=0.1)
         >>> small_file = kp.Budget(bytes=64_000, macs=0.5)
         >>> board = kp.Budget.for_board(flash="256kB", ram="64kB")
@@ -89,7 +89,7 @@ class Budget:
         Raises:
             BudgetError: If a size cannot be read, is no more than 1 byte, or none is given.
 
-        Example:
+        Examples:
             >>> kp.Budget.for_board(flash="256kB", ram="64kB").targets
             {'flash': 256000, 'ram': 64000}
         """

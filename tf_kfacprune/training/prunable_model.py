@@ -98,7 +98,7 @@ class PrunableModel(KFACModel):
         BudgetError: If frozen channels keep the budget out of reach.
         InvalidArgumentError: If an argument has the wrong type or value.
 
-    Example:
+    Examples:
         >>> pm = kp.PrunableModel(network, budget=kp.Budget(macs=0.1))
         >>> pm.compile(kp.KFAC(1e-2), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
         >>> pm.fit(x_train, y_train, epochs=30)
@@ -201,7 +201,7 @@ class PrunableModel(KFACModel):
             For every bound of the budget `asked`, `achieved` and the `reason`; nothing without a
             budget.
 
-        Example:
+        Examples:
             >>> print(pm.budget_outcomes()["macs"])
         """
         if self.budget is None or self.gated is None or self._run.groups is None:
@@ -270,7 +270,7 @@ class PrunableModel(KFACModel):
         Raises:
             InvalidArgumentError: If it is no integer >= 1, or the model is not compiled.
 
-        Example:
+        Examples:
             >>> pm.plan_phases(total_steps=10 * len(batches))
             >>> for epoch in range(10):
             ...     pm.fit(batches, epochs=1)
