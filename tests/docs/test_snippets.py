@@ -124,8 +124,7 @@ def test_every_page_is_run():
 def test_snippets_of_a_page_run_as_printed(page, tmp_path, monkeypatch):
     names = PAGES[page][0]()
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(
-        tmp_path
-    )  # one for the page: its snippets read what those before have written
+    # One folder for the page: its snippets read what those before have written.
+    monkeypatch.chdir(tmp_path)
     for number, snippet in enumerate(SNIPPET.findall(text)):
         exec(compile(snippet, f"{page}.md, snippet {number + 1}", "exec"), names)
