@@ -126,7 +126,7 @@ class KFAC(keras.optimizers.Optimizer):
     Raises:
         InvalidArgumentError: If an argument is out of range or not supported.
 
-    Example:
+    Examples:
         >>> model = kp.KFACModel(network)
         >>> model.compile(optimizer=kp.KFAC(1e-2), loss="sparse_categorical_crossentropy")
 
