@@ -173,17 +173,36 @@ def test_without_an_optimizer_it_is_kfac_with_weight_decay():
     assert plain.optimizer.weight_decay is None
 
 
+def _drawn_anew(model, start, seed):
+    """Brings a compiled model back to its start, with other weights."""
+    for variable, value in start:
+        variable.assign(value)
+    for k, kernel in enumerate(v for v in model.net.trainable_variables if len(v.shape) > 1):
+        kernel.assign(keras.initializers.GlorotUniform(seed=10 * seed + k)(kernel.shape))
+
+
 def test_the_penalty_leads_to_a_smaller_exact_eigenvalue():
-    """Measured by Lanczos on the Gauss-Newton matrix of all data, not by the penalty itself."""
+    """Measured by Lanczos on the Gauss-Newton matrix of all data, not by the penalty itself.
+
+    With 30 % wrong labels, as fitting them is what makes minima sharp.
+    """
     x, y = _data()
-    top = {}
-    for strength in (0.0, 0.1):
+    rng = np.random.default_rng(5)
+    y = np.where(rng.random(len(y)) < 0.3, (y + rng.integers(1, 3, len(y))) % 3, y)
+    epochs, seeds, top = 40, range(2), {}
+    for strength in (0.0, 1.0):
         penalty = kp.SpectralRadius(strength, relative=False, every=1, batch_fraction=1.0)
         model = kp.PrunableModel(_network(), curvature=penalty if strength else None, seed=0)
-        _fit(model, keras.optimizers.Adam(2e-2), epochs=10, eager=False, batch_size=64)
-        spectrum = kp.diagnostics.hessian_spectrum(model, (x, y), LOSS, curvature="ggn")
-        top[strength] = float(spectrum.top)
-    assert top[0.1] < 0.5 * top[0.0]
+        rate = keras.optimizers.schedules.CosineDecay(4e-2, 4 * epochs)
+        model.compile(keras.optimizers.Adam(rate), loss=LOSS)
+        start = [(v, to_numpy(v)) for v in [*model.variables, *model.optimizer.variables]]
+        for seed in seeds:
+            _drawn_anew(model, start, seed)
+            model.fit(x, y, batch_size=128, epochs=epochs, verbose=0)
+            spectrum = kp.diagnostics.hessian_spectrum(model, (x, y), LOSS, curvature="ggn")
+            top[strength, seed] = float(spectrum.top)
+    for seed in seeds:
+        assert top[1.0, seed] < 0.5 * top[0.0, seed]  # 0.20 to 0.36 times in eight seeds
 
 
 def test_gates_built_by_hand_are_used_as_they_are():
