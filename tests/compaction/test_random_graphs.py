@@ -117,7 +117,7 @@ def apply(kind, x, other, channels, activation, shared):
         "multiply": lambda: x * project(other, x),
         "slice": lambda: x[..., 1:],
         "strided": lambda: layers.Concatenate()([x[..., ::2], x[..., ::-2]]),
-        "constant": lambda: np.linspace(0.5, 1.5, size, dtype="float32") * x + table(size),
+        "constant": lambda: x * np.linspace(0.5, 1.5, size, dtype="float32") + table(size),
         "spectral": lambda: layers.SpectralNormalization(
             layers.Conv2D(channels, 3, padding="same", activation=activation)
         )(x),
@@ -129,7 +129,7 @@ def apply(kind, x, other, channels, activation, shared):
             x,
         ),
         "dot": lambda: as_sequences(
-            lambda a, b: layers.Dot(axes=channels % 2 + 1, normalize=activation is None)([a, b]),
+            lambda a, b: layers.Dot(axes=2, normalize=channels % 2 == 0)([a, b]),
             x,
             project(other, x),
         ),
