@@ -1,10 +1,12 @@
 """One `fit` that trains and prunes: equality with Keras, phases, budgets, bad input, saving."""
 
 import itertools
+import warnings
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tf_kfacprune as kp
 from tf_kfacprune.errors import (
@@ -331,6 +333,36 @@ def test_data_of_unknown_length_need_the_number_of_steps():
     with pytest.raises(InvalidArgumentError, match="steps_per_epoch"):
         model.fit(batches(), epochs=1, shuffle=False, verbose=0)
     model.fit(batches(), epochs=2, steps_per_epoch=4, shuffle=False, verbose=0)
+
+
+def test_phases_of_data_of_unknown_length_are_those_of_as_many_steps():
+    x, y = _data(40)
+    counted = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)  # 5 steps
+    phases = {}
+    for name, batches in (("known", counted), ("unknown", counted.filter(lambda *_: True))):
+        model = kp.PrunableModel(
+            _network(),
+            budget=kp.Budget(macs=0.5),
+            policy="magnitude",
+            phases=kp.Phases(warmup=0.2, prune=0.4),
+        )
+        model.compile(keras.optimizers.SGD(0.1), LOSS, run_eagerly=True)
+        if name == "unknown":
+            with pytest.raises(InvalidArgumentError, match=r"plan_phases\(epochs \* batches\)"):
+                model.fit(batches, epochs=2, shuffle=False, verbose=0)
+            model.plan_phases(10)
+        phases[name] = seen = []
+        note = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs, model=model, seen=seen: seen.append(
+                (model.controller.phase_now(), float(model.optimizer.learning_rate))
+            )
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Your input ran out of data")
+            model.fit(batches, epochs=2, shuffle=False, verbose=0, callbacks=[note])
+    assert phases["unknown"] == phases["known"]
+    assert len(phases["known"]) == 10
+    assert {phase for phase, _ in phases["known"]} == set(GatePhase)
 
 
 def test_the_penalty_refuses_layers_with_wrong_second_derivatives_by_name():

@@ -113,7 +113,7 @@ class SpectralRadius:
     Raises:
         InvalidArgumentError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> curvature = kp.SpectralRadius(1e-4, every=4, batch_fraction=0.25)
 
     References:

@@ -5,7 +5,7 @@ things follow that one device does not know. A branch of `tf.cond` is a graph of
 the threads cannot meet, so branches have to be opened for all replicas at once (`cond`). And what
 a replica leaves on a shared Python object may be met by another replica's thread (`ReplicaLocal`).
 
-On one replica every function here is the plain TensorFlow operation, or nothing at all.
+Without a strategy every function here is the plain TensorFlow operation, or nothing at all.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def cond(predicate: Any, true_fn: Branch, false_fn: Branch) -> Any:
     Returns:
         What the branch returned on this replica: None, or a list of tensors.
     """
-    if num_replicas() == 1:
+    if not tf.distribute.has_strategy():  # one of a single replica merges, too
         return tf.cond(predicate, true_fn, false_fn)
     context = tf.distribute.get_replica_context()
     return context.merge_call(_cond_of_all_replicas, args=(predicate, true_fn, false_fn))
