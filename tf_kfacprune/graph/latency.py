@@ -63,7 +63,7 @@ class LatencyTable:
     Raises:
         InvalidArgumentError: If a time is negative: a budget needs times that rise with size.
 
-    Example:
+    Examples:
         >>> table = kp.export.latency_table(network)
         >>> pm = kp.PrunableModel(network, kp.Budget(latency=0.3), latency_table=table)
     """

@@ -256,7 +256,7 @@ def inspect(
             that already has gates.
         InvalidArgumentError: if ``include`` or ``exclude`` names a layer that does not exist.
 
-    Example:
+    Examples:
         >>> import keras, tf_kfacprune as kp
         >>> net = keras.Sequential([
         ...     keras.Input((8,)), keras.layers.Dense(16, name="fc"), keras.layers.Dense(2)

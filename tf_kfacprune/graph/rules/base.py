@@ -91,7 +91,7 @@ class ChannelRule:
             role of its input axis (or roles, if there are several): soft gates are folded into
             them.
 
-    Example:
+    Examples:
         >>> @kp.register_channel_rule(MyScale)
         ... class MyScaleRule(kp.ChannelRule):
         ...     weights = {"gamma": ("channels",)}
