@@ -142,6 +142,14 @@ def test_compact_equals_gated(case, assert_exact):
     assert frozen == {model.layers[-1].name}
 
 
+def test_names_of_operations_stay_apart_in_a_process_that_did_not_make_the_model():
+    gated = insert_gates(image(lambda x: every_other(constants(x)) * np.ones(5, "float32"), 6))
+    (bank,) = GatedNetwork(gated).sources
+    bank.set_values(np.arange(bank.size) % 3 > 0)
+    keras.backend.clear_session()  # the counts of names begin anew
+    compact(gated)
+
+
 def test_images_of_any_size_are_compacted():
     inputs = keras.Input((None, None, 3))
     x = layers.Conv2D(6, 3, strides=2, activation="relu")(inputs)

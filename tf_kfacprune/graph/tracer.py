@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 import keras
 from keras import tree
 from keras.src import backend
+from keras.src.backend.common import global_state
 from keras.src.models.functional import Functional
 from keras.src.ops.node import Node
 
@@ -194,6 +196,7 @@ class Graph:
         Returns:
             A model with the name and the input and output structure of the traced one.
         """
+        _reserve_names(call.operation.name for call in self.calls)
         symbolic = [(new_input or _clone_input)(tensor) for tensor in self._functional.inputs]
         if begin is not None:
             begin(symbolic)
@@ -645,6 +648,21 @@ def _call_context(entry: keras.Layer, training: bool | None) -> Iterator[_CallCo
         yield _CallContext(entry._get_call_context(), training)
     finally:
         entry._maybe_reset_call_context()
+
+
+def _reserve_names(names: Iterable[str]) -> None:
+    """Keeps Keras from giving names that are taken to operations that are made from now on.
+
+    In the process that made a model it counts them itself, but not in one that loaded the model.
+    """
+    counts = global_state.get_global_attribute(
+        "object_name_uids", default=defaultdict(int), set_to_default=True
+    )
+    for name in names:
+        prefix, _, number = name.rpartition("_")
+        if not number.isdigit():
+            prefix, number = name, "0"
+        counts[prefix] = max(counts[prefix], int(number) + 1)
 
 
 def _clone_input(tensor: Any) -> Any:

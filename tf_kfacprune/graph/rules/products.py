@@ -103,19 +103,19 @@ class ProductRule(ContractionRule):
     ) -> Sequence[Axes]:
         """A product with an array constant: axes that are summed over are frozen, others pass."""
         number = 0 if isinstance(known[0], Value) else 1
-        value, constant, own, others = known[number], known[1 - number], letters[number], letters
+        value, constant = known[number], known[1 - number]
+        own, other, made = letters[number], letters[1 - number], letters[2]
         axes: dict[str, Any] = dict(zip(own, flow.of(value), strict=True))
         for k, letter in enumerate(own):
-            if letter not in others[2]:
+            if letter not in made:
                 flow.freeze(axes[letter], reasons.REDUCED, call.path)
             elif value.shape[k] == 1:
                 flow.freeze(axes[letter], reasons.BROADCAST, call.path)
                 axes[letter] = None
-        rank = len(others[1 - number])
-        for k, letter in enumerate(others[1 - number]):
-            if letter in others[2] and letter not in own:
-                axes[letter] = follow_constant(constant, k - rank, call, flow, letter)
-        return [[axes[letter] for letter in others[2]]]
+        for k, letter in enumerate(other):
+            if letter in made and letter not in own:
+                axes[letter] = follow_constant(constant, k - len(other), call, flow, letter)
+        return [[axes[letter] for letter in made]]
 
     def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
         known, letters = self.operands(call), self.letters(call)
