@@ -89,7 +89,7 @@ def with_steps(times: Mapping[int, float]) -> Curve:
     share, tile = _steps(measured)
     if share <= 1 / _SMALL_TILE:
         return _curve(measured)
-    multiples = [n for n in range(tile, min(int(sizes[-1]), _LAST_STEP), tile)]
+    multiples = list(range(tile, min(int(sizes[-1]), _LAST_STEP), tile))
     known = dict(zip(multiples, np.interp(multiples, sizes, values).tolist(), strict=True))
     known.update(measured)
     ordered = sorted(known)
@@ -106,16 +106,16 @@ def _curve(values: Mapping[int, float]) -> Curve:
 
 def _steps(times: Mapping[int, float]) -> tuple[float, int]:
     """The share of the rise between multiples that comes at once, and the size of tiles."""
-    at_once = rise = 0.0
-    for size, following in ((8, 16), (16, 24), (32, 48)):
-        if {size, size + 1, following} <= set(times):
-            at_once += times[size + 1] - times[size]
-            rise += times[following] - times[size]
-    share = at_once / rise if rise > 0.0 else 0.0
     is_small = {8, 16, 24} <= set(times) and (
         times[16] - times[8] > 0.3 * (times[24] - times[16]) > 0.0
     )
-    return share, _SMALL_TILE if is_small else _TILE
+    tile = _SMALL_TILE if is_small else _TILE
+    at_once = rise = 0.0
+    for size, following in ((8, 16), (16, 24), (32, 32 + tile)):
+        if {size, size + 1, following} <= set(times):
+            at_once += times[size + 1] - times[size]
+            rise += times[following] - times[size]
+    return at_once / rise if rise > 0.0 else 0.0, tile
 
 
 def rising(values: np.ndarray) -> np.ndarray:

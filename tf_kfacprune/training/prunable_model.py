@@ -154,7 +154,7 @@ class PrunableModel(KFACModel):
         gated = GatedNetwork(model, latency_table) if has_gates else None
         groups = None
         if budget is not None and gated is not None:
-            groups = GateGroups(gated, round_to, min_channels)
+            groups = GateGroups(gated, round_to, min_channels, budget.targets)
             _check_reachable(budget, gated, groups)
         if curvature is not None and curvature.strength > 0:
             check_second_derivatives(model, training=True, mended=mends)
