@@ -82,12 +82,11 @@ def pruned_at_random(model, table, share, seed):
     """A network on a budget of MACs with random gates: its predicted time, and the network."""
     pm = kp.PrunableModel(model, kp.Budget(macs=share), policy="random", latency_table=table)
     rng = np.random.default_rng(seed)
-    keep = rng.uniform(size=pm.gated.num_gates) < rng.uniform(0.1, 1.0)
-    keep[pm.controller._task.groups.of_gate.searchsorted([0, 1])] = True
-    pm.controller.policy.scores = lambda: keras.ops.convert_to_tensor(keep.astype("float32"))
+    sizes = [size for source in pm.gated.sources for size in source.group_sizes]
+    scores = np.concatenate([rng.normal(size=size) + rng.normal() for size in sizes])
+    pm.controller.policy.scores = lambda: keras.ops.convert_to_tensor(scores, "float32")
     pm.controller.land()
-    gates = (pm.gated.gate_values() > 0).astype("float32")
-    return pm.gated.cost.exact("latency", np.asarray(pm.gated.openness(gates))), kp.compact(pm)
+    return pm.gated.cost.exact("latency", pm.gated.kept_neurons()), kp.compact(pm)
 
 
 @pytest.mark.parametrize("of", ["float32", "int8"])

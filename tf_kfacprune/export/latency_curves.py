@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -12,18 +11,14 @@ from tf_kfacprune.export.probes import FIXED, Channels
 from tf_kfacprune.graph.curves import Curve
 from tf_kfacprune.graph.latency import LayerTimes
 
-__all__ = ["layer_times", "rising", "with_steps"]
+__all__ = ["layer_times"]
 
 _LEAST = 0.005  # microseconds: less than a clock shows
-# Wider tiles are found as several of these that take as long.
-_SMALL_TILE, _TILE = 8, 16
-# Where twice as far above this size, a step is no more than a few per cent.
-_LAST_STEP = 256
 # Candidates for the constant of a product, in terms of the least time.
 _CONSTANTS = np.linspace(-10.0, 0.99, 1100)
 # A convolution from one channel to one is another kernel if it takes so much longer than the
-# product of curves.
-_ANOTHER_KERNEL = 1.25
+# product of curves, and so much of the time of the whole layer.
+_ANOTHER_KERNEL, _NOT_NOISE = 1.25, 0.02
 
 
 def layer_times(times: Mapping[Channels, float]) -> LayerTimes:
@@ -37,20 +32,26 @@ def layer_times(times: Mapping[Channels, float]) -> LayerTimes:
     if (read, created) in (FIXED, (1, 1)):
         return LayerTimes(constant=times[read, created])
     if not read:
-        return LayerTimes(outputs=with_steps({size: time for (_, size), time in times.items()}))
+        return LayerTimes(outputs=_curve({size: time for (_, size), time in times.items()}))
     single = times.pop((1, 1))
-    inputs = with_steps({n: time for (n, m), time in times.items() if m == created})
-    outputs = with_steps({m: time for (n, m), time in times.items() if n == read})
+    inputs = _curve({n: time for (n, m), time in times.items() if m == created})
+    outputs = _curve({m: time for (n, m), time in times.items() if n == read})
     constant = _constant(inputs, outputs, times)
-    whole = outputs.values[-1] - constant
+    whole = times[read, created] - constant
     fitted = LayerTimes(
         constant,
         Curve(inputs.sizes, tuple(value - constant for value in inputs.values)),
         Curve(outputs.sizes, tuple((value - constant) / whole for value in outputs.values)),
     )
-    if single <= _ANOTHER_KERNEL * fitted.at(1, 1):
+    more = single - fitted.at(1, 1)
+    if single <= _ANOTHER_KERNEL * fitted.at(1, 1) or more < _NOT_NOISE * times[read, created]:
         return fitted
-    return replace(fitted, one_to_one=single - fitted.at(1, 1))
+    return replace(fitted, one_to_one=more)
+
+
+def _curve(times: Mapping[int, float]) -> Curve:
+    sizes = sorted(times)
+    return Curve(tuple(map(float, sizes)), tuple(times[size] for size in sizes))
 
 
 def _constant(inputs: Curve, outputs: Curve, times: Mapping[Channels, float]) -> float:
@@ -58,7 +59,7 @@ def _constant(inputs: Curve, outputs: Curve, times: Mapping[Channels, float]) ->
 
     a and b are the times with fewer inputs only and with fewer outputs only, t is that with all.
     """
-    candidates = min(inputs.values[0], outputs.values[0]) * _CONSTANTS
+    candidates = min(*inputs.values, *outputs.values) * _CONSTANTS
 
     def products(a: float, b: float) -> np.ndarray:
         rest = (a - candidates) * (b - candidates) / (outputs.values[-1] - candidates)
@@ -67,67 +68,7 @@ def _constant(inputs: Curve, outputs: Curve, times: Mapping[Channels, float]) ->
     errors = sum(
         np.log(products(inputs.at(n), outputs.at(m)) / time) ** 2 for (n, m), time in times.items()
     )
-    is_positive = products(inputs.values[0], outputs.values[0]) > _LEAST
+    is_positive = products(min(inputs.values), min(outputs.values)) > 0.5 * _LEAST
     # Where the times do not tell, none.
-    return float(
-        candidates[np.argmin(np.where(is_positive, errors + 1e-9 * abs(_CONSTANTS), np.inf))]
-    )
-
-
-def with_steps(times: Mapping[int, float]) -> Curve:
-    """A curve through times that never falls, with steps where those of the kernel are.
-
-    How much of a rise from one multiple of 8 to the next comes with the first channel is measured
-    at small sizes; so are tiles of 8 told from larger ones. Both hold for all sizes.
-
-    Args:
-        times: Microseconds by size; a size n + 1 beside n = 8, 16 or 32 shows the step there.
-    """
-    sizes = np.array(sorted(times))
-    values = rising(np.array([times[size] for size in sizes]))
-    measured = dict(zip(sizes.tolist(), values.tolist(), strict=True))
-    share, tile = _steps(measured)
-    if share <= 1 / _SMALL_TILE:
-        return _curve(measured)
-    multiples = list(range(tile, min(int(sizes[-1]), _LAST_STEP), tile))
-    known = dict(zip(multiples, np.interp(multiples, sizes, values).tolist(), strict=True))
-    known.update(measured)
-    ordered = sorted(known)
-    for size, following in itertools.pairwise(ordered):
-        if size % tile == 0 and size + 1 < following and size < _LAST_STEP:
-            known[size + 1] = known[size] + share * (known[following] - known[size])
-    return _curve(known)
-
-
-def _curve(values: Mapping[int, float]) -> Curve:
-    sizes = sorted(values)
-    return Curve(tuple(map(float, sizes)), tuple(values[size] for size in sizes))
-
-
-def _steps(times: Mapping[int, float]) -> tuple[float, int]:
-    """The share of the rise between multiples that comes at once, and the size of tiles."""
-    is_small = {8, 16, 24} <= set(times) and (
-        times[16] - times[8] > 0.3 * (times[24] - times[16]) > 0.0
-    )
-    tile = _SMALL_TILE if is_small else _TILE
-    at_once = rise = 0.0
-    for size, following in ((8, 16), (16, 24), (32, 32 + tile)):
-        if {size, size + 1, following} <= set(times):
-            at_once += times[size + 1] - times[size]
-            rise += times[following] - times[size]
-    return at_once / rise if rise > 0.0 else 0.0, tile
-
-
-def rising(values: np.ndarray) -> np.ndarray:
-    """The nearest values, by least squares, that never fall."""
-    means: list[float] = []
-    counts: list[int] = []
-    for value in values:
-        means.append(float(value))
-        counts.append(1)
-        while len(means) > 1 and means[-2] > means[-1]:
-            count = counts[-2] + counts.pop()
-            last = means.pop()
-            means[-1] += (last - means[-1]) * (count - counts[-1]) / count
-            counts[-1] = count
-    return np.repeat(means, counts)
+    errors = np.where(is_positive, errors + 1e-9 * abs(_CONSTANTS), np.inf)
+    return float(candidates[np.argmin(errors)])

@@ -22,11 +22,13 @@ __all__ = ["FIXED", "Channels", "LayerProbes"]
 Channels = tuple[int, int]
 FIXED = (0, 0)
 
-# Kernels work on tiles of 8, 16 or 32 channels. So times are taken at multiples of 8, more
-# sparsely for wide layers, and at one channel more, where the next tile begins.
-_CREATED = (2, 8, 9, 16, 17, 24, 32, 33, 48, 64, 80, 96, 112, 128)
-_READ = (1, 2, 4, 8, 9, 16, 17, 24, 32, 48, 64, 96, 128)
-_TIED = (1, 8, 9, 16, 17, 24, 32, 33, 48, 64, 80, 96, 112, 128)
+# Kernels work on tiles of 8, 16 or 32 channels, and some are faster where rows of channels are
+# aligned. So times are taken at multiples of 8 (of 16 above 32), at one channel less, which is no
+# longer aligned, and at one channel more, where the next tile begins. What is read counts one by
+# one, or in eights.
+_EDGES = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128)
+_CREATED = (2, *(edge + step for edge in _EDGES for step in (-1, 0, 1)))
+_READ = (1, 2, 4, 8, 9, 16, 17, 24, 25, 32, 33, 48, 64, 96, 128)
 _TIED_WITHOUT_WEIGHTS = (1, 16, 64)
 # Both at these shares of the channels, to tell products from sums.
 _SHARES = (0.5, 0.25, 0.125)
@@ -83,7 +85,7 @@ class LayerProbes:
             return [FIXED]
         if not read:
             is_plain = not isinstance(rule_for(self.call.operation), ContractionRule)
-            sizes = _TIED_WITHOUT_WEIGHTS if is_plain else _TIED
+            sizes = _TIED_WITHOUT_WEIGHTS if is_plain else _CREATED
             return [(0, size) for size in _grid(sizes, created, first=0)]
         corners = [(_nearest(s * read, _READ), _nearest(s * created, _CREATED)) for s in _SHARES]
         return list(
@@ -127,9 +129,10 @@ class LayerProbes:
 
 def _grid(sizes: Sequence[int], most: int, first: int) -> list[int]:
     """The largest size, and those of a grid below it, continued in proportion."""
-    grid = list(sizes)
-    while grid[-1] < most:
-        grid += [3 * grid[-1] // 2, 2 * grid[-1]]
+    grid, edge = list(sizes), 128
+    while edge < most:
+        grid += [edge * 3 // 2 - 1, edge * 3 // 2, 2 * edge - 1, 2 * edge]
+        edge *= 2
     return [most, *(size for size in grid if first < size < most)]
 
 

@@ -45,11 +45,6 @@ class Curve:
         """The value at a size."""
         return float(np.interp(size, self.sizes, self.values))
 
-    @property
-    def rises(self) -> bool:
-        """Whether the values are not negative and never fall."""
-        return self.values[0] >= 0.0 and all(np.diff(self.values) >= 0.0)
-
 
 class Curves:
     """Several curves, each evaluated at a size of its own.

@@ -91,9 +91,10 @@ def land_on_budget(
     is, and the others go on, until nothing fits any more. A network that is still more than 5 %
     below the budget exchanges blocks of one group for those of others if that brings it closer.
 
-    Opening gates only ever raises the cost (but for the latency of convolutions from one channel to
-    one, which `GateGroups` avoids where it can), so that what does not fit once will not fit later,
-    and bisection finds it: at most one bisection per group. Runs inside a `tf.function`.
+    Opening gates only ever raises the cost, so that what does not fit once will not fit later, and
+    bisection finds it: at most one bisection per group. Runs inside a `tf.function`. (A latency may
+    fall a little where channels become aligned. It is obeyed all the same: bisection ends at a
+    place that was tried and fits.)
 
     Args:
         scores: How much each gate deserves to stay open, shape `(n,)`.

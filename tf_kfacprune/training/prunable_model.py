@@ -81,8 +81,8 @@ class PrunableModel(KFACModel):
         shrink: Whether a settled network is trained on through a compact copy, where that pays:
             with a constant learning rate, on one device, with a thousand steps or more to go.
             The copy's optimizer starts anew.
-        latency_table: Times of the layers on your machine, from `kp.export.latency_table(model)`;
-            needed for a budget of latency.
+        latency_table: Times of the layers on your machine, from `kp.export.latency_table(model)`,
+            for the int8 file with ``of="int8"``; needed for a budget of latency.
         max_skipped_steps: A batch with NaN or infinite values is skipped; so many in a row end
             the training with an error.
         seed: Seed of gate noise and label sampling, or None for a random one.
