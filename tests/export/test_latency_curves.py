@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tf_kfacprune.export.latency_curves import layer_times
-from tf_kfacprune.export.probes import _CREATED, _READ, FIXED, _grid
+from tf_kfacprune.export.probes import FIXED, _around_edges, _below
 
 
 def tiles(count):
@@ -14,15 +14,17 @@ def tiles(count):
 
 def times_of(time, read, created):
     """What `LayerProbes.channels` asks for."""
-    channels = [(read, m) for m in _grid(_CREATED, created, first=1)]
-    channels += [(n, created) for n in _grid(_READ, read, first=0)]
+    channels = [(read, m) for m in (created, *_around_edges(created))]
+    channels += [(n, created) for n in _below(read, (1, 2, 4, 8, 16, 32))]
     return {c: time(*c) for c in [*channels, (32, 32), (16, 16), (8, 8), (1, 1)]}
 
 
-def test_a_grid_holds_edges_of_tiles_and_both_sides_of_them_and_goes_on_in_proportion():
-    assert _grid(_CREATED, 20, first=1) == [20, 2, 7, 8, 9, 15, 16, 17]
-    assert _grid(_READ, 24, first=0) == [24, 1, 2, 4, 8, 9, 16, 17]
-    assert _grid((1, 16, 64), 300, first=0) == [300, 1, 16, 64, 191, 192, 255, 256]
+def test_sizes_lie_around_edges_of_tiles_and_beside_the_largest():
+    assert _around_edges(20) == [2, 7, 8, 9, 15, 16, 17, 19]
+    assert _around_edges(16) == [2, 7, 8, 9, 15]
+    assert _around_edges(2) == _around_edges(1) == []
+    assert _around_edges(300)[-7:] == [191, 192, 193, 255, 256, 257, 299]
+    assert _below(300, (1, 16, 64)) == [1, 16, 64, 96, 128, 192, 256]
 
 
 @pytest.mark.parametrize("constant", [0.0, 2.0, -0.8])
@@ -45,7 +47,7 @@ def test_sizes_that_are_faster_because_they_are_aligned_stay_so():
 
 
 def test_one_channel_to_one_is_apart_if_its_kernel_is_another():
-    times = {(1, m): 3.0 * tiles(m) for m in _grid(_CREATED, 20, first=1)}
+    times = {(1, m): 3.0 * tiles(m) for m in (20, *_around_edges(20))}
     assert layer_times({**times, (1, 1): 3.5}).one_to_one == 0.0
     fitted = layer_times({**times, (1, 1): 9.0})
     assert fitted.one_to_one == pytest.approx(6.0)

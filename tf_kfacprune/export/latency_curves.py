@@ -15,7 +15,7 @@ __all__ = ["layer_times"]
 
 _LEAST = 0.005  # microseconds: less than a clock shows
 # Candidates for the constant of a product, in terms of the least time.
-_CONSTANTS = np.linspace(-10.0, 0.99, 1100)
+_CONSTANTS = np.linspace(-10.0, 0.99, 10991)
 # A convolution from one channel to one is another kernel if it takes so much longer than the
 # product of curves, and so much of the time of the whole layer.
 _ANOTHER_KERNEL, _NOT_NOISE = 1.25, 0.02

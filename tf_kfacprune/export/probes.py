@@ -27,9 +27,8 @@ FIXED = (0, 0)
 # longer aligned, and at one channel more, where the next tile begins. What is read counts one by
 # one, or in eights.
 _EDGES = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128)
-_CREATED = (2, *(edge + step for edge in _EDGES for step in (-1, 0, 1)))
 _READ = (1, 2, 4, 8, 9, 16, 17, 24, 25, 32, 33, 48, 64, 96, 128)
-_TIED_WITHOUT_WEIGHTS = (1, 16, 64)
+_WITHOUT_WEIGHTS = (1, 16, 64)
 # Both at these shares of the channels, to tell products from sums.
 _SHARES = (0.5, 0.25, 0.125)
 
@@ -85,15 +84,22 @@ class LayerProbes:
             return [FIXED]
         if not read:
             is_plain = not isinstance(rule_for(self.call.operation), ContractionRule)
-            sizes = _TIED_WITHOUT_WEIGHTS if is_plain else _CREATED
-            return [(0, size) for size in _grid(sizes, created, first=0)]
-        corners = [(_nearest(s * read, _READ), _nearest(s * created, _CREATED)) for s in _SHARES]
+            sizes = _below(created, _WITHOUT_WEIGHTS) if is_plain else _around_edges(created)
+            return [(0, size) for size in (created, *sizes)]
+        reads, creates = _below(read, _READ), _around_edges(created)
+        if created == 1:
+            reads = reads[1:]
+        corners = [
+            (_nearest(share * read, reads), _nearest(share * created, creates))
+            for share in _SHARES
+            if reads and creates
+        ]
         return list(
             dict.fromkeys(
                 [
-                    *((read, size) for size in _grid(_CREATED, created, first=1)),
-                    *((size, created) for size in _grid(_READ, read, first=int(created == 1))),
-                    *((n, m) for n, m in corners if n < read and m < created),
+                    *((read, size) for size in (created, *creates)),
+                    *((size, created) for size in reads),
+                    *corners,
                     (1, 1),
                 ]
             )
@@ -127,13 +133,19 @@ class LayerProbes:
         return list(inputs.values()), tree.flatten(outputs)[0]
 
 
-def _grid(sizes: Sequence[int], most: int, first: int) -> list[int]:
-    """The largest size, and those of a grid below it, continued in proportion."""
-    grid, edge = list(sizes), 128
-    while edge < most:
-        grid += [edge * 3 // 2 - 1, edge * 3 // 2, 2 * edge - 1, 2 * edge]
-        edge *= 2
-    return [most, *(size for size in grid if first < size < most)]
+def _below(most: int, grid: Sequence[int]) -> list[int]:
+    """The sizes of a grid, continued in proportion, that are smaller."""
+    sizes = list(grid)
+    while sizes[-1] < most:
+        sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
+    return [size for size in sizes if size < most]
+
+
+def _around_edges(most: int) -> list[int]:
+    """Smaller sizes, from 2, around the edges of tiles and beside the largest one."""
+    edges = _below(most, _EDGES)
+    sizes = {2, most - 1, *(edge + step for edge in edges for step in (-1, 0, 1))}
+    return sorted(size for size in sizes if 2 <= size < most)
 
 
 def _nearest(size: float, grid: Sequence[int]) -> int:
