@@ -106,8 +106,7 @@ def latency_table(
         cache.add({whole: [[0, 0, overhead], [1, 1, total]]})
     (*_, overhead), (*_, total) = cache[whole]
     rows = {
-        name: layer_times({(read, created): time for read, created, time in cache[name]})
-        for name in probes
+        name: layer_times({(int(n), int(m)): time for n, m, time in cache[name]}) for name in probes
     }
     return _calibrated(channels, LatencyTable(cache.processor, rows, of, 1.0, overhead), total)
 

@@ -113,13 +113,13 @@ class LayerProbes:
         shapes = {value: list(value.shape[1:]) for value in self.call.inputs}
         read, created = channels
         for value, axis in self.axes.items():
-            whole = value.shape[axis]
+            whole = value.shape[axis] or 1
             share = created / self.dense[1] if not read else read / whole
             shapes[value][axis - 1] = max(1, round(share * whole))
         if isinstance(rule, ContractionRule) and channels != FIXED:
             counts = {"in": read, "out": created}
             if not read:
-                created_by_all = self.call.outputs[0].shape[rule.channel_axis(self.call)]
+                created_by_all = self.call.outputs[0].shape[rule.channel_axis(self.call)] or 1
                 counts = {"in": created, "out": created * created_by_all // self.dense[1]}
             rule.edit_config(layer, config, counts.get, ())
         inputs = {v: keras.Input(shape, dtype=v.dtype) for v, shape in shapes.items()}

@@ -31,7 +31,7 @@ import keras
 from keras import layers
 
 from tf_kfacprune.errors import InvalidArgumentError
-from tf_kfacprune.graph.calls import Call
+from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.curves import Curve
 from tf_kfacprune.graph.labels import LabelFlow
 from tf_kfacprune.graph.rules import ContractionRule, Extent, rule_for
@@ -219,10 +219,12 @@ def latency_channels(call: Call, flow: LabelFlow) -> tuple[Extent, Extent]:
         (tracked,) = [labels for labels in flow.axes[call.outputs[0]] if labels is not None]
         return 1, flow.base(tracked)
     axis = rule.channel_axis(call)
-    read, created = (
-        (value.shape[axis] or 1) if roles.get(role) is None else roles[role]
-        for role, value in (("in", call.inputs[0]), ("out", call.outputs[0]))
-    )
+
+    def extent(role: str, value: Value) -> Extent:
+        labels = roles.get(role)
+        return (value.shape[axis] or 1) if labels is None else labels
+
+    read, created = extent("in", call.inputs[0]), extent("out", call.outputs[0])
     return (1, read) if has_tied_channels(call) else (read, created)
 
 

@@ -115,9 +115,8 @@ class Sizes:
         """A product of extents, functions of them, and sizes that have a number already."""
         coefficient, sizes = 1.0, [*factors]
         for factor in product:
-            extent, curve = factor, None
-            if isinstance(factor, Curved):
-                extent, curve = factor.extent, factor.curve
+            extent = factor.extent if isinstance(factor, Curved) else factor
+            curve = factor.curve if isinstance(factor, Curved) else None
             if isinstance(extent, np.ndarray):
                 sizes.append(self._number(self.channels.neurons(extent), curve))
             else:
