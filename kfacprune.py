@@ -95,7 +95,9 @@ def _show_warning(
 ) -> None:
     """A warning in one line, without the place in the code."""
     del category, filename, lineno, line
-    print(f"kfacprune: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
+    stream = file or sys.stderr
+    fresh = "\r\x1b[K" if stream.isatty() else ""  # a training may show its state on the line
+    print(f"{fresh}kfacprune: warning: {' '.join(str(message).split())}", file=stream)
 
 
 if __name__ == "__main__":

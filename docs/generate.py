@@ -46,6 +46,7 @@ TABLES = {
     "latency": latency.latency_table,
     "step_cost": optimizer.step_cost_table,
     "location_cost": optimizer.location_cost_table,
+    "real_networks": optimizer.real_networks_table,
     **{
         f"curves_{task}": lambda task=task: optimizer.curves_table(task)
         for task in ("autoencoder_small", "autoencoder", "lenet5", "resnet20", "text")

@@ -9,7 +9,7 @@ def flatness_records(part):
     """Runs of a part of the benchmark on the test set.
 
     Returns:
-        A list of `((network, label noise, strength), runs)`, one per settings.
+        A list of `((network, label noise, method), runs)`, one per settings.
     """
     lines = [
         line
@@ -19,14 +19,31 @@ def flatness_records(part):
     groups = []
     for runs in grouped_by_settings(lines):
         key = runs[0]["key"]
-        groups.append(((key["network"], key.get("label_noise", 0.0), key["strength"]), runs))
-    return sorted(groups, key=lambda group: group[0])
+        groups.append(((key["network"], key.get("label_noise", 0.0), _method(key)), runs))
+    return sorted(groups, key=lambda group: (*group[0][:2], _ORDER.index(group[0][2][0]), group[0]))
+
+
+_ORDER = ("none", "penalty", "sam", "asam")
+
+
+def _method(key):
+    """What flattens, and how strongly."""
+    if "method" in key:
+        return key["method"], key["rho"]
+    return ("penalty", key["strength"]) if key["strength"] else ("none", 0.0)
+
+
+def _named(method):
+    name, strength = method
+    if name in ("none", "penalty"):
+        return f"{strength:g}" if strength else "none"
+    return f"{name.upper()}, rho {strength:g}"
 
 
 def flatness_table(part):
     """Curvature and error with and without the penalty, over the seeds."""
     rows = []
-    for (network, noise, strength), runs in flatness_records(part):
+    for (network, noise, method), runs in flatness_records(part):
 
         def of(name, digits, unit=1, runs=runs):
             return mean_and_deviation([run[name] for run in runs], digits, unit)
@@ -34,7 +51,7 @@ def flatness_table(part):
         rows.append(
             [
                 f"{network}, {noise:.0%} wrong labels" if noise else network,
-                f"{strength:g}" if strength else "none",
+                _named(method),
                 len(runs),
                 of("top", 2)
                 + ("" if all(run["converged"] for run in runs) else " (not converged)"),
@@ -51,7 +68,7 @@ def flatness_table(part):
 def corruptions_table(part):
     """Accuracy on spoilt test images with and without the penalty."""
     rows, header = [], []
-    for (network, noise, strength), runs in flatness_records(part):
+    for (network, noise, method), runs in flatness_records(part):
         names = list(runs[0]["corrupted"])
         header = [*names, "mean"]
         columns = [[run["corrupted"][name] for run in runs] for name in names]
@@ -59,7 +76,7 @@ def corruptions_table(part):
         rows.append(
             [
                 f"{network}, {noise:.0%} wrong labels" if noise else network,
-                f"{strength:g}" if strength else "none",
+                _named(method),
                 *(mean_and_deviation(column, 1, 100) for column in columns),
             ]
         )
@@ -69,12 +86,12 @@ def corruptions_table(part):
 def tracking_table():
     """How the K-FAC estimate follows the exact eigenvalue along runs."""
     rows = []
-    for (network, _, strength), runs in flatness_records("track"):
+    for (network, _, method), runs in flatness_records("track"):
         ratios = [estimate / exact for run in runs for _, exact, estimate, _ in run["track"]]
         rows.append(
             [
                 network,
-                f"{strength:g}" if strength else "none",
+                _named(method),
                 len(runs),
                 mean_and_deviation([run["rank_correlation"] for run in runs], 2),
                 mean_and_deviation([run["rank_correlation_live"] for run in runs], 2),

@@ -35,6 +35,28 @@ def location_cost_table():
     return recorded_table(header, rows)
 
 
+def real_networks_table():
+    """Start-up, step and memory on real networks over those of Adam in plain Keras."""
+    runs = {record["key"]: record for record in records("real_networks.jsonl")}
+    rows = []
+    for network in dict.fromkeys(key.split("/")[0] for key in runs):
+        found = {
+            variant: runs.get(f"{network}/{variant}") for variant in ("adam", "kfac", "pruned")
+        }
+        if None in found.values():
+            continue
+        adam = found.pop("adam")
+        ratios = [
+            " / ".join(f"{run[figure] / adam[figure]:.2f}" for run in found.values())
+            for figure in ("start_up", "step", "memory")
+        ]
+        rows.append(
+            [network, f"{adam['start_up']:.1f} s", f"{adam['memory'] / 1024:.1f} GiB", *ratios]
+        )
+    header = ["network", "start-up of Adam", "its memory", "start-up", "step", "memory"]
+    return recorded_table(header, rows)
+
+
 def final_runs(task):
     """Optimizer -> runs of a task with the rate that was chosen for it, by seed."""
     runs = {}

@@ -5,20 +5,24 @@
     python examples/benchmarks/flatness.py track --data_dir=DIR
     python examples/benchmarks/flatness.py plot
 
-`train` trains one compact architecture with and without the penalty, everything else equal, also
-with a share of the training labels replaced by other classes. `prune` prunes the dense network to
-one budget with and without it. `track` measures the K-FAC estimate and the exact eigenvalue along
-a run. Settings are in `NETWORKS`; they were chosen on `--validation=10000` held-out training
-images. The curvature is that of the training loss on all training images, in inference mode.
-Each finished run appends one line to `results/flatness.jsonl`; what is in there is not run again.
+`train` trains one compact architecture with and without the penalty, and by SAM and ASAM (two
+passes a step) as peers, everything else equal, also with a share of the training labels replaced
+by other classes. `prune` prunes the dense network to one budget with and without it. `track`
+measures the K-FAC estimate and the exact eigenvalue along a run. Settings are in `NETWORKS`; they
+were chosen on `--validation=10000` held-out training images (`train --methods=sam
+--rhos=0.02,0.05,0.1` tries radii). The curvature is that of the training loss on all training
+images, in inference mode. Each finished run appends one line to `results/flatness.jsonl`; what is
+in there is not run again.
 """
 
+import functools
 import time
 
 import keras
 import numpy as np
 from absl import app, flags
 from records import Records
+from sharpness_aware import SharpnessAware
 
 import tf_kfacprune as kp
 
@@ -27,6 +31,8 @@ SELECTED = flags.DEFINE_list("networks", None, "Names of networks; default: all 
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds.")
 LABEL_NOISE = flags.DEFINE_list("label_noise", ["0", "0.2", "0.4"], "Shares of wrong labels.")
 STRENGTHS = flags.DEFINE_list("strengths", None, "Strengths; default: 0 and the network's.")
+METHODS = flags.DEFINE_list("methods", ["penalty", "sam", "asam"], "How `train` flattens.")
+RHOS = flags.DEFINE_list("rhos", None, "Radii of sam and asam; default: the network's.")
 VALIDATION = flags.DEFINE_integer("validation", 0, "Hold out so many training images.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the records; default: results/.")
 
@@ -66,7 +72,13 @@ def glorot(seed, layer):
 
 
 # name -> compact and dense network; settings chosen on held-out images with `mlp`
-SETTINGS = {"batch_size": 256, "learning_rate": 1e-2, "weight_decay": 0.03, "strength": 1e-4}
+SETTINGS = {
+    "batch_size": 256,
+    "learning_rate": 1e-2,
+    "weight_decay": 0.03,
+    "strength": 1e-4,
+    "rho": {"sam": 0.05, "asam": 0.5},
+}
 NETWORKS = {
     "mlp": {
         "compact": lambda seed: mlp((40, 20), seed),
@@ -119,14 +131,23 @@ def load():
     return kp.data.validation_split(data, VALIDATION.value) if VALIDATION.value else data
 
 
-def fitted(model, settings, strength, seed, x, y, *, callbacks=(), **pruning):
-    """Trains a model in place; returns the wrapper and the processor time in seconds."""
+def penalized(model, strength, seed, **pruning):
+    """A wrapper that flattens by the penalty, or only measures the radius."""
+    return kp.PrunableModel(model, curvature=kp.SpectralRadius(strength), seed=seed, **pruning)
+
+
+def peer(model, method, rho, seed):
+    """A wrapper that flattens by `"sam"` or `"asam"`."""
+    return SharpnessAware(model, rho, is_adaptive=method == "asam", seed=seed)
+
+
+def fitted(make, settings, seed, x, y, *, callbacks=(), is_pruned=False):
+    """Trains the wrapper that `make()` returns; returns it and the processor time in seconds."""
     keras.utils.set_random_seed(seed)
-    # Without the penalty the radius is still measured, as a live figure.
-    trainer = kp.PrunableModel(model, curvature=kp.SpectralRadius(strength), seed=seed, **pruning)
+    trainer = make()
     steps = settings["epochs"] * -(-len(x) // settings["batch_size"])
     rate = settings["learning_rate"]
-    if not pruning:  # pruning lays out its own decay
+    if not is_pruned:  # pruning lays out its own decay
         rate = keras.optimizers.schedules.CosineDecay(rate, steps)
     optimizer = kp.KFAC(rate, weight_decay=settings["weight_decay"])
     # Many steps at a time, unless somebody wants to see each.
@@ -184,6 +205,20 @@ def runs():
                 yield name, NETWORKS[name], seed, strength
 
 
+def trained_variants():
+    """`name, settings, seed, strength, method`: without and with penalty, and by its peers.
+
+    `method` is a dictionary of a peer's name and rho, empty without one.
+    """
+    if "penalty" in METHODS.value:
+        yield from ((*run, {}) for run in runs())
+    for name in SELECTED.value or NETWORKS:
+        for seed in map(int, SEEDS.value):
+            for method in (method for method in METHODS.value if method != "penalty"):
+                for rho in map(float, RHOS.value or [NETWORKS[name]["rho"][method]]):
+                    yield name, NETWORKS[name], seed, 0.0, {"method": method, "rho": rho}
+
+
 def key_of(part, name, settings, seed, strength):
     """What tells a run from others."""
     chosen = ("epochs", "batch_size", "learning_rate", "weight_decay")
@@ -198,16 +233,21 @@ def key_of(part, name, settings, seed, strength):
 
 
 def run_train():
-    """The compact architecture, with and without the penalty."""
+    """The compact architecture: with and without the penalty, and by its peers."""
     records, data = finished(), load()
     for share in map(float, LABEL_NOISE.value):
-        for name, settings, seed, strength in runs():
-            key = {**key_of("train", name, settings, seed, strength), "label_noise": share}
+        for name, settings, seed, strength, method in trained_variants():
+            key = {**key_of("train", name, settings, seed, strength), **method}
+            key["label_noise"] = share
             if key in records:
                 continue
             labels = with_wrong_labels(data.y_train, share, seed)
             model = settings["compact"](seed)
-            _, seconds = fitted(model, settings, strength, seed, data.x_train, labels)
+            if method:
+                make = functools.partial(peer, model, seed=seed, **method)
+            else:
+                make = functools.partial(penalized, model, strength, seed)
+            _, seconds = fitted(make, settings, seed, data.x_train, labels)
             records.add(key, {**measured(model, data, labels), "cpu_seconds": seconds})
 
 
@@ -218,11 +258,9 @@ def run_prune():
         key = {**key_of("prune", name, settings, seed, strength), "budget": settings["budget"]}
         if key in records:
             continue
-        budget = kp.Budget(**settings["budget"])
-        trainer, seconds = fitted(
-            settings["dense"](seed), settings, strength, seed, data.x_train, data.y_train,
-            budget=budget,
-        )  # fmt: skip
+        dense, budget = settings["dense"](seed), kp.Budget(**settings["budget"])
+        make = functools.partial(penalized, dense, strength, seed, budget=budget)
+        trainer, seconds = fitted(make, settings, seed, data.x_train, data.y_train, is_pruned=True)
         small = kp.compact(trainer)
         records.add(key, {**measured(small, data, data.y_train), "cpu_seconds": seconds})
 
@@ -264,7 +302,8 @@ def run_track():
         moments = np.unique(np.geomspace(10, steps, 24).astype(int))
         tracker = Tracker((data.x_train[:10_000], data.y_train[:10_000]), moments)
         x, y = data.x_train, data.y_train
-        fitted(settings["compact"](seed), settings, strength, seed, x, y, callbacks=[tracker])
+        make = functools.partial(penalized, settings["compact"](seed), strength, seed)
+        fitted(make, settings, seed, x, y, callbacks=[tracker])
         _, exact, estimate, live = zip(*tracker.track, strict=True)
         correlations = {
             "rank_correlation": rank_correlation(exact, estimate),
@@ -292,10 +331,11 @@ def run_plot():
         for run in runs_of(part):
             if not run.get("label_noise"):
                 penalty = "penalty" if run["strength"] else "no penalty"
-                groups.setdefault((run["network"], penalty), []).append(run)
-        for (network, penalty), runs in sorted(groups.items()):
+                how = run.get("method", penalty)
+                groups.setdefault((run["network"], how), []).append(run)
+        for (network, how), runs in sorted(groups.items()):
             errors = [100 * run["test_error"] for run in runs]
-            label = f"{network}, {'pruned, ' if part == 'prune' else ''}{penalty}"
+            label = f"{network}, {'pruned, ' if part == 'prune' else ''}{how}"
             left.scatter([run["top"] for run in runs], errors, marker=marker, label=label)
     left.set(xlabel="top eigenvalue of the Hessian", ylabel="test error %", xscale="log")
     ticks = [1, 1.5, 2, 3, 4, 6, 8, 10]

@@ -54,6 +54,7 @@ class Case:
     adam_rate: float = 3e-3  # rate and decay of AdamW, tuned on MNIST for both networks
     adam_decay: float = 0.1
     num_seeds: int = 5
+    augment: Callable | None = None  # changes batches of training images
     loss: keras.losses.Loss = dataclasses.field(
         default_factory=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
@@ -124,6 +125,8 @@ class Run:
     def fit(self, model, epochs):
         """Trains a compiled model."""
         batches = kp.data.batches(self.x, self.y, self.case.batch_size)
+        if self.case.augment is not None:
+            batches = self.case.augment(batches)
         model.fit(batches, epochs=epochs, shuffle=False, verbose=0)  # shuffled already
 
 
@@ -153,6 +156,11 @@ def dense_kfac(run):
     return run.model
 
 
+def narrow(run, train):
+    """A network with fewer units in every layer from the start, trained as the dense one is."""
+    return train(dataclasses.replace(run, model=peers.narrowed(run)))
+
+
 # A method with one thing changed.
 VARIATIONS = {
     "ours_adam": lambda run: ours(
@@ -170,6 +178,8 @@ METHODS = {
     "dense_kfac": dense_kfac,
     "ours": ours,
     "ours_penalty": lambda run: ours(run, curvature=kp.SpectralRadius()),
+    "narrow": lambda run: narrow(run, dense),
+    "narrow_kfac": lambda run: narrow(run, dense_kfac),
     "magnitude": lambda run: peers.one_shot(run, "magnitude"),
     "taylor": lambda run: peers.one_shot(run, "taylor"),
     "hard_concrete": peers.hard_concrete,
@@ -229,17 +239,17 @@ def measured(small, data):
     }
 
 
-def chosen(name):
+def chosen(case):
     """A case, with what the command line changes about it."""
     changes = {"epochs": EPOCHS.value, "examples": EXAMPLES.value}
-    return dataclasses.replace(CASES[name], **{k: v for k, v in changes.items() if v})
+    return dataclasses.replace(case, **{k: v for k, v in changes.items() if v})
 
 
 def run(split="test"):
     """All runs that are not recorded yet."""
     records = Records("frontier.jsonl", OUTPUT.value)
     for name in CASES_FLAG.value or CASES:
-        case = chosen(name)
+        case = chosen(CASES[name])
         data = load(case, split)
         seeds = SEEDS.value or range(case.num_seeds if split == "test" else 1)
         for seed in map(int, seeds):
@@ -259,7 +269,7 @@ def cost(rounds=3):
     """Seconds of whole runs relative to Adam on the dense network in the same round."""
     records = Records("frontier_cost.jsonl", OUTPUT.value)
     for name in CASES_FLAG.value or ("lenet300", "lenet5"):
-        case = chosen(name)
+        case = chosen(CASES[name])
         data = load(case, "test")
         target, fractions = list(case.targets.items())[1]
         for number in range(rounds):
@@ -309,7 +319,7 @@ def plot():
 
     points = {}
     for line in Records("frontier.jsonl", OUTPUT.value).lines:
-        key, case = line["key"], chosen(line["key"]["case"])
+        key, case = line["key"], chosen(CASES[line["key"]["case"]])
         is_whole = (key["epochs"], key["examples"]) == (case.epochs, case.examples)
         if key["split"] == "test" and is_whole and key["method"] not in VARIATIONS:
             of_method = points.setdefault(key["case"], {}).setdefault(key["method"], {})

@@ -93,6 +93,14 @@ def here(place, monkeypatch):
         (["inspect", "--model=lenet300", "--include=["], 2, "--include: '['"),
         ([*TRAIN, "--epochs=-3"], 2, "--epochs=-3"),
         ([*TRAIN, "--batch_size=0"], 2, "--batch_size=0"),
+        ([*TRAIN, "--epochs=1000000000000"], 2, "--epochs=1000000000000"),
+        ([*TRAIN, "--batch_size=2147483648"], 2, "--batch_size=2147483648"),
+        ([*TRAIN, "--validation=2147483648"], 2, "--validation=2147483648"),
+        ([*TRAIN, "--round_to=2147483648"], 2, "--round_to=2147483648"),
+        ([*TRAIN, "--budget_macs=0.5", "--epochs=1", "--batch_size=64"], 2, "that is one step"),
+        ([*TRAIN, "--learning_rate=1e300"], 2, "--learning_rate=1e300: must be a finite number"),
+        ([*TRAIN, "--curvature=1e300"], 2, "--curvature=1e300: must be a finite number"),
+        ([*TRAIN, f"--flash={'9' * 400}"], 2, "--flash: `flash` of a board must be a number"),
         ([*TRAIN, "--validation=64"], 2, "--validation"),
         ([*TRAIN, "--loss=hinge"], 2, "--loss=hinge"),
         ([*TRAIN, "--metric=mean_squared_error"], 2, "--metric=mean_squared_error"),
@@ -118,6 +126,11 @@ def here(place, monkeypatch):
         ([*TRAIN, "--model=frozen.keras"], 1, "has no trainable weights"),
         ([*TRAIN, "--learning_rate=1e38", "--optimizer=sgd", "--epochs=1"], 1, "has diverged"),
         ([*TRAIN, "--flagfile=missing"], 2, "missing"),
+        ([*TRAIN, "--flagfile=bars.npz"], 2, "--flagfile must name files of text"),
+        ([*EXPORT, "--batch_size=2147483648"], 2, "--batch_size=2147483648"),
+        ([*BENCHMARK, "--dense=out2.keras", "--blocks=1000001"], 2, "--blocks=1000001"),
+        ([*BENCHMARK, "--dense=out2.keras", "--threads=1025"], 2, "--threads must be"),
+        ([*BENCHMARK, "--dense=out2.keras", "--threads=\u00b2"], 2, "--threads must be"),
         ([*EXPORT, "--output=out2.keras", "--overwrite"], 2, "is the file of --model"),
         ([*EXPORT, "--output=linked.keras", "--overwrite"], 2, "is the file of --model"),
         (["compact", "--model=gated.keras", "--output=gated.keras"], 2, "is the file of --model"),
@@ -127,7 +140,7 @@ def here(place, monkeypatch):
         ([*EXPORT, "--labels=a,"], 2, "none of them empty"),
         (["evaluate", "--model=inf.keras", "--data=bars.npz"], 1, "'out/bias' holds NaN or inf"),
         (["evaluate", "--model=out2.keras", "--data=bars.npz", "--threshold=0.5"], 2, "no effect"),
-        ([*EXPORT, "--scale=1e300"], 2, "both in float32. Received: scale=1e+300"),
+        ([*EXPORT, "--scale=1e300"], 2, "--scale=1e300: must be a finite number of float32"),
         ([*EXPORT, "--scale=1e-300"], 2, "both in float32. Received: scale=1e-300"),
         ([*BENCHMARK, "--dense=out2.keras", "--plot=a.gif"], 2, "must end in one of .png"),
         ([*BENCHMARK, "--dense=out2.keras", "--json=bars.npz"], 1, "bars.npz already exists"),
@@ -167,6 +180,23 @@ def test_wrong_turn_is_one_line_with_its_status(here, capsys, arguments, status,
     assert sorted(name for name in os.listdir(here) if name != "__pycache__") == [
         name for name in before if name != "__pycache__"
     ]
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\udcffb"], ids=["NUL", "not UTF-8"])
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        *(("train", name) for name in ("model", "data", "data_dir", "import", "output_dir")),
+        *(("export", name) for name in ("output", "record", "labels")),
+        *(("benchmark", name) for name in ("dense", "json", "plot")),
+    ],
+)
+def test_text_that_no_path_can_have_is_refused_by_name(here, capsys, command, flag, text):
+    required = {"train": TRAIN, "export": EXPORT, "benchmark": [*BENCHMARK, "--dense=out2.keras"]}
+    assert main([*required[command], f"--{flag}={text}"]) == 2
+    error = capsys.readouterr().err
+    assert f"--{flag}" in error
+    assert error.count("\n") == 1
 
 
 def test_names_are_counted_as_classes_for_a_single_output(here, tmp_path):

@@ -26,14 +26,14 @@ def assert_exact(model, *, data=None, prune_inputs=False, tolerance=1e-5):
     randomize(model, rng)
     gated = insert_gates(model, prune_inputs=prune_inputs)
     x = random_inputs(model) if data is None else data
-    assert parity_error(model(x), gated(x)) == 0
+    assert parity_error(model(x, training=False), gated(x, training=False)) == 0
     (bank,) = GatedNetwork(gated).sources
     soft = rng.uniform(0.2, 1.0, bank.size) * (rng.uniform(size=bank.size) < 0.6)
     for values in (np.ceil(soft), soft, np.zeros(bank.size)):
         bank.set_values(values)
         small = compact(gated, verify=False)
-        assert parity_error(model(x), gated(x)) > 1e-3
-        assert parity_error(gated(x), small(x)) <= tolerance
+        assert parity_error(model(x, training=False), gated(x, training=False)) > 1e-3
+        assert parity_error(gated(x, training=False), small(x, training=False)) <= tolerance
         network = GatedNetwork(gated)
         kept = network.kept_neurons()
         assert small.count_params() == network.cost.count("params", kept) < model.count_params()

@@ -93,7 +93,20 @@ def pooled(x):
     return ops.max_pool(x, 2, 1, "same") - ops.average_pool(x, 2, 1, "same")
 
 
+def constants(x):
+    rng = np.random.default_rng(0)
+    one = ops.convert_to_tensor(rng.normal(size=(8, 8, 6)).astype("float32"))
+    y = x * np.arange(1.0, 7.0, dtype="float32") - one
+    return ops.where(rng.uniform(size=(8, 1, 6)) < 0.5, y, ops.maximum(y, one))
+
+
+def every_other(x):
+    return ops.concatenate([x[..., ::2] * x[..., 1::2], x[..., ::-1][..., :4:3]], axis=-1)
+
+
 CASES = {
+    "array constants": lambda: image(constants),
+    "slices with steps": lambda: image(every_other, filters=8),
     "stack in front": stacked(1),
     "stack in between": stacked(3),
     "stack behind": stacked(-1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from keras import layers, ops
@@ -15,7 +16,7 @@ from tf_kfacprune.graph import opaque_layers, trace_opened
 
 # A block is a list of parts; a part is a kind (or a block), a width, how often it is called, the
 # keyword argument of its call, and which of the layers made so far it is, if it is a shared one.
-KINDS = st.sampled_from(["ffn", "scale", "gate", "dropout", "shared"])
+KINDS = st.sampled_from(["ffn", "scale", "gate", "dropout", "shared", "masked", "turn"])
 REST = (st.integers(2, 5), st.integers(1, 2), st.sampled_from([None, 0.5]), st.integers(0, 9))
 PART = st.tuples(KINDS, *REST)
 NESTED = st.tuples(st.lists(PART, min_size=1, max_size=2), *REST)
@@ -49,6 +50,7 @@ class Block(layers.Layer):
 
     def __init__(self, parts, **kwargs):
         super().__init__(**kwargs)
+        self.supports_masking = True
         self.made, self.plan = [], []
         for kind, units, times, factor, which in parts:
             if kind == "shared" and self.made:
@@ -73,6 +75,44 @@ class Block(layers.Layer):
         return x
 
 
+class Masked(layers.Layer):
+    """Hands the mask of its input to a layer inside, whose size it keeps."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def build(self, shape):
+        self.inner = layers.GRU(shape[-1], return_sequences=True, name="inner")
+        self.inner.build(shape)
+        self.built = True
+
+    def call(self, x, mask=None):
+        return self.inner(x, mask=mask)
+
+
+class Turn(layers.Layer):
+    """Projects to pairs of channels, turns them by constants, and projects back."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = 2 * units
+
+    def build(self, shape):
+        self.up = layers.Dense(self.units, name="up")
+        self.down = layers.Dense(shape[-1], name="down")
+        self.up.build(shape)
+        self.down.build((*shape[:-1], self.units))
+        self.built = True
+
+    def call(self, x, angle=1.0):
+        x = self.up(x)
+        angles = angle * np.arange(self.units // 2, dtype="float32")
+        even, odd, cos, sin = x[..., ::2], x[..., 1::2], np.cos(angles), np.sin(angles)
+        x = ops.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+        return self.down(ops.reshape(x, (*ops.shape(x)[:2], self.units)))
+
+
 def make(kind, units, name):
     if isinstance(kind, list):
         return Block(kind, name=name)
@@ -80,6 +120,8 @@ def make(kind, units, name):
         "ffn": lambda: custom.FeedForward(units, name=name),
         "shared": lambda: custom.FeedForward(units, name=name),
         "gate": lambda: Gate(units, name=name),
+        "masked": lambda: Masked(name=name),
+        "turn": lambda: Turn(units, name=name),
         "scale": lambda: custom.Scale(name=name),
         "dropout": lambda: layers.Dropout(0.3, seed=1, name=name),
     }[kind]()
@@ -89,16 +131,24 @@ def to_numpy(x):
     return ops.convert_to_numpy(x)
 
 
+# Masks end at layers that do not support them.
+@pytest.mark.filterwarnings("ignore:.*was passed an input with a mask:UserWarning")
 @settings(
     max_examples=4,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(parts=BLOCK, times=st.integers(1, 2), factor=st.sampled_from([None, 0.5]))
-def test_opened_gated_and_compact_equal_the_layers(parts, times, factor):
+@given(
+    parts=BLOCK,
+    times=st.integers(1, 2),
+    factor=st.sampled_from([None, 0.5]),
+    is_masked=st.booleans(),
+)
+def test_opened_gated_and_compact_equal_the_layers(parts, times, factor, is_masked):
     inputs = keras.Input((3, 4))
-    x, block = layers.Dense(6, activation="tanh", name="stem")(inputs), Block(parts, name="block")
+    x = layers.Masking(name="masking")(inputs) if is_masked else inputs
+    x, block = layers.Dense(6, activation="tanh", name="stem")(x), Block(parts, name="block")
     for _ in range(times):
         x = block(x) if factor is None else block(x, factor=factor)
     model = keras.Model(inputs, layers.Dense(2, name="head")(x))
@@ -106,6 +156,7 @@ def test_opened_gated_and_compact_equal_the_layers(parts, times, factor):
     for weight in model.trainable_weights:
         weight.assign(rng.normal(size=weight.shape) * 0.3)
     data = rng.normal(size=(4, 3, 4)).astype("float32")
+    data[0, 1:] = 0.0
     graph = trace_opened(model)
     assert not opaque_layers(graph)
     np.testing.assert_array_equal(to_numpy(graph.run(data)), to_numpy(model(data)))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import keras
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from keras import layers
+from keras import layers, ops
 
 from tf_kfacprune.compaction import compact, parity_error, random_inputs
 from tf_kfacprune.gates import GatedNetwork, insert_gates
@@ -22,7 +23,8 @@ STEP = st.tuples(
             *("activation", "softmax", "pool", "pad", "heads", "scalar", "shared"),
             *("layernorm", "rmsnorm", "unitnorm", "groupnorm", "onegroup"),
             *("recurrent", "bidirectional", "attention", "groupquery", "scores"),
-            *("add", "concat", "multiply", "excite", "slice", "split"),
+            *("add", "concat", "multiply", "excite", "slice", "split", "strided", "constant"),
+            *("spectral", "augment", "masking", "dot", "square", "turn"),
         ]
     ),
     st.integers(0, 100),  # which earlier tensor
@@ -35,6 +37,17 @@ STEP = st.tuples(
 def project(x, like):
     """Brings a tensor to the channels of another."""
     return x if x.shape == like.shape else layers.Conv2D(like.shape[-1], 1)(x)
+
+
+def table(channels):
+    return np.cos(np.arange(4 * channels, dtype="float32").reshape(4, channels))
+
+
+def turned(x):
+    """Channels turned in pairs, by an angle for each position."""
+    first, second = ops.split(x, 2, axis=-1)
+    cos, sin = (np.tile(table(x.shape[-1] // 2) + shift, 2) for shift in (0.0, 0.3))
+    return x * cos + ops.concatenate([-second, first], axis=-1) * sin
 
 
 def as_sequences(layer, *images):
@@ -103,6 +116,25 @@ def apply(kind, x, other, channels, activation, shared):
         "concat": lambda: layers.Concatenate()([x, other]),
         "multiply": lambda: x * project(other, x),
         "slice": lambda: x[..., 1:],
+        "strided": lambda: layers.Concatenate()([x[..., ::2], x[..., ::-2]]),
+        "constant": lambda: x * np.linspace(0.5, 1.5, size, dtype="float32") + table(size),
+        "spectral": lambda: layers.SpectralNormalization(
+            layers.Conv2D(channels, 3, padding="same", activation=activation)
+        )(x),
+        "augment": lambda: (layers.RandomFlip, layers.RandomInvert)[channels % 2]()(x),
+        "masking": lambda: as_sequences(
+            lambda y: layers.GRU(channels, return_sequences=True)(
+                layers.Masking()(layers.ReLU()(y - 0.5))
+            ),
+            x,
+        ),
+        "dot": lambda: as_sequences(
+            lambda a, b: layers.Dot(axes=2, normalize=channels % 2 == 0)([a, b]),
+            x,
+            project(other, x),
+        ),
+        "square": lambda: as_sequences(lambda y: ops.einsum("bqc,bkc->bqk", y, y), x),
+        "turn": lambda: turned(x if size % 2 == 0 else layers.Conv2D(2 * channels, 1)(x)),
         "split": lambda: layers.Concatenate()(keras.ops.split(x, [size // 2], axis=-1)[::-1]),
         "excite": lambda: layers.Multiply()(
             [
@@ -140,6 +172,8 @@ def randomize(model, rng):
             weight.assign(rng.uniform(0.5, 1.5, weight.shape))
 
 
+# Masks end at layers that do not support them.
+@pytest.mark.filterwarnings("ignore:.*was passed an input with a mask:UserWarning")
 @settings(
     max_examples=15,
     deadline=None,
@@ -158,11 +192,11 @@ def test_compact_equals_gated_on_random_graphs(steps, hard, seed):
     randomize(model, rng)
     gated = insert_gates(model, prune_inputs=True)  # so that something can always be pruned
     x = random_inputs(model, batch_size=4)
-    assert parity_error(model(x), gated(x)) == 0
+    assert parity_error(model(x, training=False), gated(x, training=False)) == 0
     (bank,) = GatedNetwork(gated).sources
     values = rng.uniform(0.2, 1.0, bank.size) * (rng.uniform(size=bank.size) < 0.6)
     bank.set_values((values > 0).astype("float32") if hard else values)
     small = compact(gated, verify=False)
-    assert parity_error(gated(x), small(x)) <= 1e-5
+    assert parity_error(gated(x, training=False), small(x, training=False)) <= 1e-5
     network = GatedNetwork(gated)
     assert small.count_params() == network.cost.count("params", network.kept_neurons())

@@ -11,8 +11,9 @@ from tf_kfacprune.curvature import (
     Batch,
     CompiledObjective,
     CurvatureEstimator,
+    energy_of_gradients,
+    energy_of_inputs,
     find_blocks,
-    layer_spectral_radius,
 )
 
 B, D = 6, 2
@@ -83,7 +84,9 @@ def test_its_radius_is_a_product_of_sums_whose_gradient_is_that_of_the_expectati
     u, v = (tf.constant(top, tf.float32) for top in tops)
     with tf.GradientTape() as tape:
         looks = expected_looks(estimator, batch, [block], [D])
-        radius = tf.add_n([layer_spectral_radius(block, k.of(block.layer), u, v) for k in looks])
+        uses = [look.of(block.layer) for look in looks]
+        energies = [energy_of_inputs(block, k, u) * energy_of_gradients(block, k, v) for k in uses]
+        radius = tf.reduce_sum(energies)
     gradient = tape.gradient(radius, [variable.value for variable in block.variables])
     assert float(radius) == pytest.approx(twins.radius(twins.w, of_examples), rel=2e-5)
     step = 1e-5

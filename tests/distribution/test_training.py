@@ -16,6 +16,8 @@ import pytest
 
 JOB = Path(__file__).with_name("training_job.py")
 EXACT = {"batch_fraction": 1.0, "labels": "exact"}
+# So strong that it is as long as it may be in some variables, and in some it is not.
+PENALTY = {"strength": 0.1, "every": 2, "batch_fraction": 1.0, "labels": "data"}
 # 21 examples in batches of 5: parts of 3 and 2, and at last a batch that leaves a replica idle.
 CASES = {
     "clipped": {
@@ -29,11 +31,18 @@ CASES = {
     "poisoned": {"kfac": {**EXACT, "inverse": "eigen", "use_ema": True}, "poison": 4},
     "pruned": {"kfac": EXACT, "macs": 0.5, "epochs": 4},
     "switched": {"macs": 0.5, "epochs": 4, "policy": "taylor", "every": 3},
+    "flattened": {"penalty": PENALTY, "weights": True},
+    "flattened and pruned": {
+        "penalty": {**PENALTY, "relative": False, "reduction": "max"},
+        "kfac": EXACT,
+        "macs": 0.5,
+        "epochs": 4,
+    },
 }
 # Replicas sample labels of their own, so that one device cannot take the same steps.
 SAMPLED = {"curvature": {"macs": 0.5, "epochs": 4, "policy": "kfac", "every": 3}}
 # What the quick job finds; each other case takes ten seconds of tracing more.
-QUICK = ("poisoned", "pruned", "refused", "seeds")
+QUICK = ("poisoned", "pruned", "flattened", "refused", "seeds", "chosen")
 TIMEOUT = 400
 pytestmark = pytest.mark.timeout(900)  # the first test waits for both jobs
 
@@ -176,7 +185,14 @@ def test_replicas_draw_different_labels(mirrored):
     assert not np.array_equal(first, second)
 
 
-@_each("pruned", "switched", "curvature")
+def test_branches_that_all_reduce_return_values_of_each_replica(mirrored):
+    sums = 1.0 + 2.0
+    for which, scale in (("True", 1.0), ("False", 10.0)):
+        for k, found in enumerate(mirrored("chosen")[which]):
+            np.testing.assert_array_equal(found, [scale * (k + 1), sums])
+
+
+@_each("pruned", "switched", "curvature", "flattened and pruned")
 def test_a_pruned_network_lands_on_its_budget_on_several_replicas(case, mirrored):
     assert mirrored(case)["settled"][0]
     assert mirrored(case)["cost"][0] <= 0.5
@@ -192,7 +208,6 @@ def test_a_pruned_network_lands_on_its_budget_on_several_replicas(case, mirrored
         ("synchronized", "does not support BatchNormalization(synchronized=True)"),
         ("model outside", "does not support a model whose variables live on one device"),
         ("optimizer outside", "does not support an optimizer created outside"),
-        ("curvature", "does not support curvature="),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_remedy(attempt, message, mirrored):
@@ -203,7 +218,7 @@ def test_what_cannot_work_is_refused_with_a_remedy(attempt, message, mirrored):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_device_does(one_device, folder):
-    cases = {name: CASES[name] for name in ("ekfac, inverses sharded",)}
+    cases = {name: CASES[name] for name in ("ekfac, inverses sharded", "flattened")}
     codes, outputs, paths = _run_workers([cases, cases], folder)
     assert codes == [0, 0], outputs
     workers = [_results(path) for path in paths]

@@ -16,11 +16,12 @@ import numpy as np
 import tensorflow as tf
 
 import tf_kfacprune as kp
-from tf_kfacprune.distribution import ReplicaSeedGenerator
+from tf_kfacprune.distribution import ReplicaSeedGenerator, cond, replica_id, sum_over_replicas
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(21, 6)).astype("float32")
 Y = (X[:, :3].sum(axis=1) > 0).astype("int32") + (X[:, 3] > 1)
+WEIGHTS = RNG.uniform(0.2, 3.0, size=21).astype("float32")
 
 
 def network():
@@ -68,12 +69,13 @@ def train(strategy, case):
         x[case["poison"]] = np.nan
     with strategy.scope() if strategy else contextlib.nullcontext():
         net = network()
-        if "macs" in case:
-            budget = kp.Budget(macs=case["macs"])
+        if "macs" in case or "penalty" in case:
+            budget = kp.Budget(macs=case["macs"]) if "macs" in case else None
+            penalty = kp.SpectralRadius(**case["penalty"]) if "penalty" in case else None
             policy = case.get("policy", "hard_concrete")
             if "every" in case:
                 policy = kp.ScheduledClosing(policy, case["every"])
-            model = kp.PrunableModel(net, budget, policy=policy, seed=0)
+            model = kp.PrunableModel(net, budget, penalty, policy=policy, seed=0)
         else:
             model = kp.KFACModel(net, seed=0)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -84,9 +86,30 @@ def train(strategy, case):
         callbacks.append(keras.callbacks.BackupAndRestore(case["backup"], delete_checkpoint=False))
     if "dies" in case:
         callbacks.append(Dies(case["dies"]))
-    batch, epochs = case.get("batch", 5), case.get("epochs", 2)
-    model.fit(x, y, batch_size=batch, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
+    how = {"batch_size": 5, "epochs": case.get("epochs", 2), "shuffle": False, "verbose": 0}
+    weights = WEIGHTS if case.get("weights") else None
+    model.fit(x, y, sample_weight=weights, callbacks=callbacks, **how)
     return model
+
+
+def chosen_by_replicas(strategy):
+    """What branches with an all-reduce in them return to each replica."""
+
+    def branch(scale):
+        own = tf.cast(replica_id(), "float32") + 1.0
+        return [scale * own, sum_over_replicas([own])[0]]
+
+    @tf.function
+    def step(which):
+        return cond(which, lambda: branch(1.0), lambda: branch(10.0))
+
+    found = {}
+    for which in (True, False):
+        returned = strategy.run(step, [tf.constant(which)])
+        copies = [strategy.experimental_local_results(value) for value in returned]
+        for k, of_replica in enumerate(zip(*copies, strict=True)):
+            found[f"chosen|{which}|{k}"] = np.array(of_replica)
+    return found
 
 
 def refusals(strategy):
@@ -100,14 +123,13 @@ def refusals(strategy):
                 keras.layers.BatchNormalization(synchronized=True),
             ]
         )
-        dense = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
         optimizer = kp.KFAC()
     outside, attempts = network(), {}
 
-    def attempt(name, net=inside, model=kp.KFACModel, optimizer=optimizer, loss="mse", **arguments):
+    def attempt(name, net=inside, optimizer=optimizer, **arguments):
         try:
             with strategy.scope():
-                model(net).compile(optimizer or kp.KFAC(), loss, **arguments)
+                kp.KFACModel(net).compile(optimizer, "mse", **arguments)
         except kp.errors.InvalidArgumentError as error:
             attempts[name] = str(error)
 
@@ -121,8 +143,6 @@ def refusals(strategy):
     with tf.distribute.OneDeviceStrategy("CPU:0").scope():
         other = keras.optimizers.SGD()
     attempt("optimizer outside", optimizer=other)
-    penalty = kp.SpectralRadius(1e-3, batch_fraction=1.0)
-    attempt("curvature", net=dense, model=lambda net: kp.PrunableModel(net, curvature=penalty))
     return attempts
 
 
@@ -135,14 +155,18 @@ def main(job):
             generator = ReplicaSeedGenerator(0)
         seeds = strategy.experimental_local_results(strategy.run(generator.next))
         found |= {f"seeds|seeds|{k}": np.asarray(seed) for k, seed in enumerate(seeds)}
+        found |= chosen_by_replicas(strategy)
     for name, case in job["cases"].items():
         model = train(strategy, case)
-        values = [(v.path, v.value) for v in [*model.net.weights, *model.optimizer.variables]]
+        penalty = getattr(model, "curvature_penalty", None)
+        of_penalty = [] if penalty is None else penalty.weights
+        variables = [*model.net.weights, *model.optimizer.variables, *of_penalty]
+        values = [(v.path, v.value) for v in variables]
         for k, (path, value) in enumerate(values):
             copies = getattr(value, "values", [value])
             for replica, copy in enumerate(copies):
                 found[f"{name}|{k}:{path}|{replica}"] = np.asarray(tf.convert_to_tensor(copy))
-        if isinstance(model, kp.PrunableModel):
+        if "macs" in case:
             found[f"{name}|cost|0"] = np.asarray(
                 tf.convert_to_tensor(model.controller.fraction("macs"))
             )

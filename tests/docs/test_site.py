@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_every_public_name_is_in_the_reference(site):
             assert f"::: tf_kfacprune.{name}\n" in page
     # A function that has the name of its file: the package's own name would mean the file.
     assert "::: tf_kfacprune.compaction.compact.compact\n" in page
+
+
+def test_examples_have_the_title_by_which_the_reference_shows_them_as_code():
+    # Under "Example:" the prompts `>>>` would be quotation marks of Markdown.
+    for path in (ROOT / "tf_kfacprune").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(re.findall(r"^ *Example:$", text, re.MULTILINE)) == 0, path
 
 
 def test_a_public_name_without_a_docstring_ends_the_build(site, tmp_path, monkeypatch):

@@ -86,8 +86,10 @@ def pruned():
     pm = kp.PrunableModel(network(), kp.Budget(macs=0.5))
     pm.controller.land()
     return {
+        "network": network(),
         "pm": pm,
         "small": kp.compact(pm),
+        "build": lambda unroll: keras.models.clone_model(kp.compact(pm)),  # nothing is recurrent
         "loss": tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         **{"x_train": x, "y_train": y, "x_test": x, "y_test": y},
     }
@@ -122,8 +124,7 @@ def test_every_page_is_run():
 def test_snippets_of_a_page_run_as_printed(page, tmp_path, monkeypatch):
     names = PAGES[page][0]()
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    # One folder for the page: its snippets read what those before have written.
+    monkeypatch.chdir(tmp_path)
     for number, snippet in enumerate(SNIPPET.findall(text)):
-        folder = tmp_path / str(number)  # snippets may write files of the same name
-        folder.mkdir()
-        monkeypatch.chdir(folder)
         exec(compile(snippet, f"{page}.md, snippet {number + 1}", "exec"), names)

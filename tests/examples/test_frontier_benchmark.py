@@ -50,6 +50,18 @@ def test_peers_with_a_budget_obey_it(frontier, task, method):
     assert small.count_params() <= 0.4 * task.model.count_params()
 
 
+def test_a_narrow_network_has_the_same_share_of_every_layer_and_new_weights(frontier, task):
+    hidden = keras.layers.Dense(4, "relu")(task.model.layers[1].output)
+    model = keras.Model(task.model.input, keras.layers.Dense(2)(hidden))
+    run = dataclasses.replace(task, model=model, budget=kp.Budget(params=0.45))
+    narrowed = frontier.peers.narrowed(run)
+    assert [w.shape for w in narrowed.weights[::2]] == [(6, 4), (4, 2), (2, 2)]  # halves
+    kernel = keras.ops.convert_to_numpy(narrowed.weights[0])
+    assert not np.isin(kernel, keras.ops.convert_to_numpy(model.weights[0])).any()
+    trained = frontier.METHODS["narrow"](run)
+    assert trained.count_params() == narrowed.count_params()
+
+
 def test_ranks_are_shares_of_the_group_that_are_smaller(frontier):
     ranks = frontier.peers.ranks_in_groups(np.array([5.0, 9.0, 2.0, 7.0]), np.array([0, 1, 0, 1]))
     np.testing.assert_array_equal(ranks, [0.5, 0.5, 0.0, 0.0])

@@ -131,13 +131,14 @@ def test_a_small_batch_stands_for_a_large_one_of_average_curvature(is_small):
     sizes = [64.0, 16.0] if is_small else [64.0, 64.0]
     for size in sizes:
         with optimizer.measured_by(lambda _, n=size: (tf.constant(of_batch), tf.constant(n))):
-            k, b = optimizer._quadratic_model(gradients, directions)
+            quadratic = optimizer._quadratic_model(gradients, directions)
     flat = np.stack([_flat(optimizer, d) for d in directions])
     share = sizes[1] / 64
     expected = share * of_batch + (1 - share) * flat @ _dense(optimizer) @ flat.T
     expected = expected + float(optimizer.current_damping) * flat @ flat.T
-    np.testing.assert_allclose(np.array(k), expected, rtol=1e-4)
-    np.testing.assert_allclose(np.array(b), share * flat @ _flat(optimizer, gradients), rtol=1e-4)
+    np.testing.assert_allclose(np.array(quadratic.k), expected, rtol=1e-4)
+    of_loss = share * flat @ _flat(optimizer, gradients)
+    np.testing.assert_allclose(np.array(quadratic.b), of_loss, rtol=1e-4)
     # Below half of the largest the step to come, number 0, is judged before number 1.
     optimizer.adaptive_damping._watched_until.assign(0)
     with optimizer.measured_by(lambda _: (tf.constant(of_batch), tf.constant(sizes[1]))):

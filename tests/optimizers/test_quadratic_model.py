@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_kfacprune.optimizers.quadratic_model import best_coefficients, model_change
+from tf_kfacprune.optimizers.quadratic_model import (
+    QuadraticModel,
+    best_coefficients,
+    model_change,
+)
 
 
 def _model(seed):
@@ -42,3 +46,18 @@ def test_parallel_directions_count_as_one():
 def test_a_model_that_is_not_convex_gives_no_step(entry):
     k = [[entry, 0.0], [0.0, 0.0]]
     np.testing.assert_array_equal(np.array(_best(k, [1.0, 0.0])), [0.0, 0.0])
+
+
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_a_penalty_costs_at_most_half_of_what_the_loss_gains(size):
+    k, b = _model(0)
+    q = size * np.random.default_rng(9).normal(size=2)
+    gain, cost = (v @ np.linalg.solve(k, v) for v in (b, q))
+    t = min(1.0, np.sqrt(0.5 * gain / cost))
+    assert (t < 1) == (size > 1)
+    model = QuadraticModel(*(tf.constant(v, tf.float32) for v in (k, b, q)))
+    c = model.coefficients()
+    np.testing.assert_allclose(np.array(c), np.linalg.solve(k, b + t * q), rtol=1e-4)
+    # Its gain is that of the loss, whatever the penalty gains beside.
+    np.testing.assert_allclose(float(model.change(c)), 0.5 * (t**2 * cost - gain), rtol=1e-4)
+    assert float(model.change(c)) <= -0.2499 * gain

@@ -88,6 +88,8 @@ def test_notebook_gets_a_real_table_with_the_figures():
     assert {"": head[1:], **body} == rows(comparison)
     assert body["parameters"] == ["266,610", "19,700", "7.4 %"]
     assert "<p>budget of macs: a &lt; b</p>" in html
+    # Where the page has no style for tables, cells do not touch.
+    assert all("padding-left" in cell.get("style") for row in table.iter("tr") for cell in row[1:])
 
 
 def test_flatness_is_shown_where_it_was_measured():

@@ -176,3 +176,30 @@ def test_the_latency_is_shown_with_what_it_is_of():
         inspect(kp.PrunableModel(net, kp.Budget(latency=1.0), latency_table=table)).latency == 4.5
     )
     assert inspect(net).latency is None
+
+
+class WithMaskToken(keras.layers.Layer):
+    """Has a weight that only pre-training reads."""
+
+    def build(self, shape):
+        self.mask_token = self.add_weight(shape=(1, shape[-1]), name="mask_token")
+        self.inner = keras.layers.Dense(shape[-1], name="inner")
+        self.inner.build(shape)
+        self.built = True
+
+    def call(self, x, masked=False):
+        return self.inner(x + self.mask_token if masked else x)
+
+
+def test_weights_that_no_call_reads_are_listed_and_not_counted():
+    x = keras.Input((6,), name="x")
+    y = WithMaskToken(name="tokens")(keras.layers.Dense(5, name="stem")(x))
+    model = keras.Model(x, keras.layers.Dense(2, name="head")(y))
+    inspection = inspect(model)
+    assert inspection.unread == (("tokens/mask_token", 5),)
+    assert inspection.params == model.count_params() - 5
+    assert "no call reads" in str(inspection)
+    assert "tokens/mask_token (5)" in " ".join(str(inspection).split())
+    reading = keras.Model(x, keras.layers.Dense(2)(WithMaskToken(name="read")(x, masked=True)))
+    assert inspect(reading).unread == ()
+    assert inspect(reading).params == reading.count_params()

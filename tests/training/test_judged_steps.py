@@ -226,3 +226,24 @@ def test_a_step_after_an_overflow_of_the_loss_scale_is_judged_once():
     _train(model)
     assert int(kfac.iterations) == 2
     assert float(kfac.current_damping) == judged
+
+
+def test_what_is_expected_of_a_step_is_about_the_loss_however_strong_the_penalty():
+    """A linear model with squared loss is its own quadratic model: its change is known exactly."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    network = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 6)).astype("float32")
+    y = (x @ rng.normal(size=(6, 2)) + rng.normal(size=(32, 2))).astype("float32")
+    model = kp.PrunableModel(network, curvature=kp.SpectralRadius(1e3, every=1), seed=0)
+    damping = kp.LevenbergMarquardt(1e-6, every=1)
+    optimizer = kp.KFAC("auto", damping=damping, batch_fraction=1.0, labels="exact")
+    model.compile(optimizer, "mse", run_eagerly=True)
+    for _ in range(3):
+        before = model.evaluate(x, y, batch_size=32, verbose=0)
+        model.train_on_batch(x, y)
+        after = model.evaluate(x, y, batch_size=32, verbose=0)
+        predicted = float(optimizer.adaptive_damping._predicted_change)
+        np.testing.assert_allclose(predicted, after - before, rtol=1e-3, atol=1e-6)
+        assert predicted < 0

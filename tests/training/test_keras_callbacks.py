@@ -171,6 +171,24 @@ def test_a_rate_that_will_be_overwritten_is_told_once_with_who_set_it(when):
     assert len([w for w in told if "learning rate" in str(w.message)]) == 1
 
 
+class Dies(keras.callbacks.Callback):
+    """Ends a run before its seventh epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 6:
+            raise KeyboardInterrupt
+
+
+def test_the_rate_of_a_restored_state_is_not_taken_for_one_that_a_callback_sets(tmp_path, recwarn):
+    undisturbed = fit(compiled()).rates
+    with pytest.raises(KeyboardInterrupt):
+        fit(compiled(), keras.callbacks.BackupAndRestore(tmp_path), Dies())
+    resumed = fit(compiled(), keras.callbacks.BackupAndRestore(tmp_path)).rates
+    assert resumed == undisturbed[6:]
+    assert resumed[0] < 0.1
+    assert not [w for w in recwarn if "learning rate" in str(w.message)]
+
+
 def test_without_decay_callbacks_decide(recwarn):
     rates = fit(compiled(kp.Phases(0.125, 0.3125, decay=False)), Warmup("epoch")).rates
     assert rates == pytest.approx([0.1] * 6 + [0.05] * 2)

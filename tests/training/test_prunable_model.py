@@ -1,10 +1,12 @@
 """One `fit` that trains and prunes: equality with Keras, phases, budgets, bad input, saving."""
 
 import itertools
+import warnings
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tf_kfacprune as kp
 from tf_kfacprune.errors import (
@@ -171,17 +173,36 @@ def test_without_an_optimizer_it_is_kfac_with_weight_decay():
     assert plain.optimizer.weight_decay is None
 
 
+def _drawn_anew(model, start, seed):
+    """Brings a compiled model back to its start, with other weights."""
+    for variable, value in start:
+        variable.assign(value)
+    for k, kernel in enumerate(v for v in model.net.trainable_variables if len(v.shape) > 1):
+        kernel.assign(keras.initializers.GlorotUniform(seed=10 * seed + k)(kernel.shape))
+
+
 def test_the_penalty_leads_to_a_smaller_exact_eigenvalue():
-    """Measured by Lanczos on the Gauss-Newton matrix of all data, not by the penalty itself."""
+    """Measured by Lanczos on the Gauss-Newton matrix of all data, not by the penalty itself.
+
+    With 30 % wrong labels, as fitting them is what makes minima sharp.
+    """
     x, y = _data()
-    top = {}
-    for strength in (0.0, 0.1):
+    rng = np.random.default_rng(5)
+    y = np.where(rng.random(len(y)) < 0.3, (y + rng.integers(1, 3, len(y))) % 3, y)
+    epochs, seeds, top = 40, range(2), {}
+    for strength in (0.0, 1.0):
         penalty = kp.SpectralRadius(strength, relative=False, every=1, batch_fraction=1.0)
         model = kp.PrunableModel(_network(), curvature=penalty if strength else None, seed=0)
-        _fit(model, keras.optimizers.Adam(2e-2), epochs=10, eager=False, batch_size=64)
-        spectrum = kp.diagnostics.hessian_spectrum(model, (x, y), LOSS, curvature="ggn")
-        top[strength] = float(spectrum.top)
-    assert top[0.1] < 0.5 * top[0.0]
+        rate = keras.optimizers.schedules.CosineDecay(4e-2, 4 * epochs)
+        model.compile(keras.optimizers.Adam(rate), loss=LOSS)
+        start = [(v, to_numpy(v)) for v in [*model.variables, *model.optimizer.variables]]
+        for seed in seeds:
+            _drawn_anew(model, start, seed)
+            model.fit(x, y, batch_size=128, epochs=epochs, verbose=0)
+            spectrum = kp.diagnostics.hessian_spectrum(model, (x, y), LOSS, curvature="ggn")
+            top[strength, seed] = float(spectrum.top)
+    for seed in seeds:
+        assert top[1.0, seed] < 0.5 * top[0.0, seed]  # 0.20 to 0.36 times in eight seeds
 
 
 def test_gates_built_by_hand_are_used_as_they_are():
@@ -312,6 +333,36 @@ def test_data_of_unknown_length_need_the_number_of_steps():
     with pytest.raises(InvalidArgumentError, match="steps_per_epoch"):
         model.fit(batches(), epochs=1, shuffle=False, verbose=0)
     model.fit(batches(), epochs=2, steps_per_epoch=4, shuffle=False, verbose=0)
+
+
+def test_phases_of_data_of_unknown_length_are_those_of_as_many_steps():
+    x, y = _data(40)
+    counted = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)  # 5 steps
+    phases = {}
+    for name, batches in (("known", counted), ("unknown", counted.filter(lambda *_: True))):
+        model = kp.PrunableModel(
+            _network(),
+            budget=kp.Budget(macs=0.5),
+            policy="magnitude",
+            phases=kp.Phases(warmup=0.2, prune=0.4),
+        )
+        model.compile(keras.optimizers.SGD(0.1), LOSS, run_eagerly=True)
+        if name == "unknown":
+            with pytest.raises(InvalidArgumentError, match=r"plan_phases\(epochs \* batches\)"):
+                model.fit(batches, epochs=2, shuffle=False, verbose=0)
+            model.plan_phases(10)
+        phases[name] = seen = []
+        note = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs, model=model, seen=seen: seen.append(
+                (model.controller.phase_now(), float(model.optimizer.learning_rate))
+            )
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Your input ran out of data")
+            model.fit(batches, epochs=2, shuffle=False, verbose=0, callbacks=[note])
+    assert phases["unknown"] == phases["known"]
+    assert len(phases["known"]) == 10
+    assert {phase for phase, _ in phases["known"]} == set(GatePhase)
 
 
 def test_the_penalty_refuses_layers_with_wrong_second_derivatives_by_name():

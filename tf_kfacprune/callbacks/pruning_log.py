@@ -52,10 +52,11 @@ class PruningLog(keras.callbacks.Callback):
             if the model is not a `PrunableModel`.
         ExportError: If TensorBoard, which brings the format of the events, is not installed.
 
-    Example:
+    Examples:
         >>> log = kp.callbacks.PruningLog("logs")
         >>> pm.fit(x, y, epochs=30, callbacks=[log, keras.callbacks.TensorBoard("logs")])
-        >>> # then, in a shell: tensorboard --logdir logs
+
+        and in a shell ``tensorboard --logdir logs``.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class PruningLog(keras.callbacks.Callback):
         # Several steps may have passed since the last call (steps_per_execution).
         before, self._seen = self._seen, self._earlier + batch + 1
         if self._seen // self.update_freq > before // self.update_freq:
-            self._write(int(self.model.optimizer.iterations), logs or {})
+            self._write(self._steps_taken(), logs or {})
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._earlier = self._seen
@@ -117,11 +118,14 @@ class PruningLog(keras.callbacks.Callback):
         outcomes = self.model.budget_outcomes()
         if outcomes:
             by_epoch = self.update_freq == "epoch"
-            last = self.params["epochs"] - 1 if by_epoch else int(self.model.optimizer.iterations)
+            last = self.params["epochs"] - 1 if by_epoch else self._steps_taken()
             lines = "\n".join(f"- {measure}: {outcome}" for measure, outcome in outcomes.items())
             with self._writer.as_default(), tf.summary.record_if(True):
                 tf.summary.text("budget", lines, step=last)
         self._writer.close()
+
+    def _steps_taken(self) -> int:
+        return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
 
     def _write(self, step: int, logs: Mapping[str, Any]) -> None:
         state = pruning_state(self.model)

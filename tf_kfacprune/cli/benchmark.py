@@ -6,7 +6,7 @@ from typing import Any
 
 from absl import flags
 
-from tf_kfacprune.cli.command import Command, UsageError
+from tf_kfacprune.cli.command import Command, UsageError, define_count
 from tf_kfacprune.cli.models import fitted_inputs, model_named, model_of
 from tf_kfacprune.cli.shared import (
     add_data_flags,
@@ -23,6 +23,8 @@ __all__ = ["command"]
 
 _FLOAT32 = "float32"
 _FORMATS = (_FLOAT32, "float16", "dynamic", "weight_only", "int4", "int8", "int16x8")
+# More would take days, or more threads than a system gives.
+_MOST_BLOCKS, _MOST_THREADS = 1_000_000, 1024
 
 
 def command() -> Command:
@@ -55,8 +57,8 @@ def _define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_list("threads", ["1"], "Numbers of threads, comma-separated.", flag_values=values)
-    flags.DEFINE_integer(
-        "blocks", 30, "Interleaved blocks of the time measurement.", 1, flag_values=values
+    define_count(
+        values, "blocks", 30, "Interleaved blocks of the time measurement.", upper=_MOST_BLOCKS
     )
     add_data_flags(values, default=None)
     flags.DEFINE_string("json", None, "Write the figures to this file.", flag_values=values)
@@ -133,8 +135,9 @@ def _formats(given: list[str]) -> list[str | None]:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 4 or not 1 <= int(text) <= _MOST_THREADS:
         raise UsageError(
-            f"--threads must be positive integers, comma-separated. Received: {text!r}"
+            f"--threads must be integers from 1 to {_MOST_THREADS}, comma-separated. Received: "
+            f"{text!r}"
         )
     return int(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import re
 import sys
@@ -16,7 +15,18 @@ from absl import flags
 
 from tf_kfacprune.errors import InvalidArgumentError, KFACPruneError
 
-__all__ = ["Command", "FileError", "UsageError", "define_number", "import_modules", "naming"]
+__all__ = [
+    "Command",
+    "FileError",
+    "UsageError",
+    "define_count",
+    "define_number",
+    "import_modules",
+    "naming",
+]
+
+_LARGEST_COUNT = 2**31 - 1
+_LARGEST_FLOAT = 3.4028234663852886e38
 
 
 class UsageError(InvalidArgumentError):
@@ -75,8 +85,15 @@ class Command:
             raise flags.Error(
                 f"--{missing[1]} is required: {self.flags[missing[1]].help}"
             ) from error
+        except ValueError as error:  # of files only: absl's own errors are `flags.Error`
+            raise flags.Error(f"--flagfile must name files of text: {error}") from error
         if rest:
             raise flags.Error(f"Unexpected argument {rest[0]!r}; everything is given by flags.")
+        for name in self.flags:
+            value = self.flags[name].value
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    _check_text(name, text)
 
     def help_text(self, program: str) -> str:
         """The command's help, one paragraph per flag.
@@ -99,8 +116,19 @@ class Command:
         return "\n".join(lines)
 
 
+def _check_text(name: str, text: str) -> None:
+    """Refuses what no path can have, and what cannot be printed or written to a file of ours."""
+    try:
+        if "\0" not in text:
+            text.encode()
+            return
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        pass
+    raise flags.Error(f"--{name} must be UTF-8 text without NUL characters. Received: {text!r}")
+
+
 class _NumberParser(flags.FloatParser):
-    """Finite numbers, above a bound or from it on."""
+    """Numbers that are finite in float32, above a bound or from it on."""
 
     def __init__(self, above: float | None, lower: float | None, upper: float | None) -> None:
         super().__init__()
@@ -109,7 +137,7 @@ class _NumberParser(flags.FloatParser):
     def convert(self, argument: Any) -> float:
         value = super().convert(argument)
         if (
-            not math.isfinite(value)
+            not abs(value) <= _LARGEST_FLOAT
             or (self._above is not None and value <= self._above)
             or (self._lower is not None and value < self._lower)
             or (self._upper is not None and value > self._upper)
@@ -123,7 +151,7 @@ class _NumberParser(flags.FloatParser):
                 )
                 if bound is not None
             ]
-            raise ValueError(" ".join(["must be a finite number", *bounds]))
+            raise ValueError(" ".join(["must be a finite number of float32", *bounds]))
         return value
 
 
@@ -137,7 +165,7 @@ def define_number(
     lower: float | None = None,
     upper: float | None = None,
 ) -> None:
-    """Defines a flag for a finite number; absl's own takes inf, and nan past every bound.
+    """Defines a flag for a number of float32; absl's own takes inf, and nan past every bound.
 
     Args:
         values: Where the flag is defined.
@@ -150,6 +178,28 @@ def define_number(
     """
     parser, serializer = _NumberParser(above, lower, upper), flags.ArgumentSerializer()
     flags.DEFINE(parser, name, default, help_text, values, serializer)
+
+
+def define_count(
+    values: flags.FlagValues,
+    name: str,
+    default: int | None,
+    help_text: str,
+    *,
+    lower: int = 1,
+    upper: int = _LARGEST_COUNT,
+) -> None:
+    """Defines a flag for an integer between two bounds.
+
+    Args:
+        values: Where the flag is defined.
+        name: Name of the flag.
+        default: Its value if it is not given.
+        help_text: Its help.
+        lower: Least value.
+        upper: Largest value; by default what an axis of a tensor may have.
+    """
+    flags.DEFINE_integer(name, default, help_text, lower, upper, flag_values=values)
 
 
 @contextmanager

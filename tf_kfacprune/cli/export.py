@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from absl import flags
 
-from tf_kfacprune.cli.command import Command, FileError, UsageError, define_number
+from tf_kfacprune.cli.command import Command, FileError, UsageError, define_count, define_number
 from tf_kfacprune.cli.models import fitted_inputs, model_of
 from tf_kfacprune.cli.shared import (
     add_data_flags,
@@ -67,11 +67,8 @@ def _define(values: flags.FlagValues) -> None:
         "Inputs and outputs with int8: int8, uint8 or float32; with int16x8: int16 or float32.",
         flag_values=values,
     )
-    flags.DEFINE_integer(
-        "batch_size",
-        None,
-        "The only batch size; by default 1 for c_array, else any.",
-        flag_values=values,
+    define_count(
+        values, "batch_size", None, "The only batch size; by default 1 for c_array, else any."
     )
     flags.DEFINE_string(
         "name",

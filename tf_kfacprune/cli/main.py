@@ -12,6 +12,7 @@ from absl import flags
 
 from tf_kfacprune.cli import benchmark, compact, evaluate, export, inspect, train
 from tf_kfacprune.cli.command import Command, import_modules
+from tf_kfacprune.cli.progress_lines import fresh_line
 from tf_kfacprune.cli.stopping import Stopped, stop_signals
 from tf_kfacprune.errors import BudgetError, InvalidArgumentError, KFACPruneError
 from tf_kfacprune.reporting import versions
@@ -112,7 +113,7 @@ def _notes(error: BaseException) -> str:
 
 
 def _fail(message: str, status: int = EXIT_USAGE) -> int:
-    print(message, file=sys.stderr)
+    print(fresh_line(sys.stderr) + message, file=sys.stderr)
     return status
 
 

@@ -21,8 +21,8 @@ from tf_kfacprune.cli.command import Command, UsageError, import_modules, naming
 from tf_kfacprune.cli.kept_run import DENSE, MODEL, RECORD, KeptRun
 from tf_kfacprune.cli.models import fitted_inputs, model_named
 from tf_kfacprune.cli.objectives import kind_asked_for, objective_for
+from tf_kfacprune.cli.progress_lines import ProgressLines, wrapped
 from tf_kfacprune.cli.shared import load_data
-from tf_kfacprune.cli.step_lines import StepLines
 from tf_kfacprune.cli.stopping import Stopping, stop_signals
 from tf_kfacprune.compaction import compact
 from tf_kfacprune.curvature import SpectralRadius
@@ -81,6 +81,16 @@ class _Run:
         self._objective, self._dataset = objective_for(values, self._network, loaded)
         self._x_train = fitted_inputs(self._network, loaded.x_train)
         self._x_test = fitted_inputs(self._network, loaded.x_test)
+        if (
+            self._budget is not None
+            and values.epochs == 1
+            and values.batch_size >= len(loaded.x_train)
+        ):
+            raise UsageError(
+                f"--epochs=1 --batch_size={values.batch_size}: that is one step, and pruning takes "
+                f"one, the network that is left another. Data set {loaded.name!r} has "
+                f"{len(loaded.x_train)} examples: choose smaller batches, or more epochs."
+            )
 
     def execute(self) -> None:
         """Everything from the untrained network to the written folder."""
@@ -134,21 +144,20 @@ class _Run:
         if values.learning_rate is not None:
             model.optimizer.learning_rate = values.learning_rate
         batches = EpochBatches(self._x_train, self._dataset.y_train, values.batch_size, values.seed)
-        in_terminal = sys.stdout.isatty()  # where `fit` has a bar, and says that it traces
         done = f" It goes on after {progress(state)}." if progress(state) else ""
-        print(
+        about = (
             f"Training the {name} network on {len(self._x_train)} examples, loss "
-            f"{self._objective.loss.name}.{done}" + ("" if in_terminal else f" {TRACING}"),
-            flush=True,
+            f"{self._objective.loss.name}.{done} {TRACING}"
         )
-        lines = [] if in_terminal else [StepLines(batches)]
+        print(wrapped(about), flush=True)
+        lines = ProgressLines(batches, is_live=sys.stdout.isatty())
         try:
             model.fit(
                 batches.dataset,
                 shuffle=False,
                 epochs=values.epochs,
-                verbose=1 if in_terminal else 2,
-                callbacks=[batches, *lines, Backup(state, batches, self._stopping)],
+                verbose=0,
+                callbacks=[batches, lines, Backup(state, batches, self._stopping)],
             )
         finally:
             self._stopping.deferred = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from absl import flags
 
 from tf_kfacprune import zoo
-from tf_kfacprune.cli.command import define_number
+from tf_kfacprune.cli.command import define_count, define_number
 from tf_kfacprune.cli.objectives import add_objective_flags
 from tf_kfacprune.cli.shared import (
     add_data_flags,
@@ -48,24 +48,24 @@ def define(values: flags.FlagValues) -> None:
         ("epochs", 30, "Passes over the training data, all phases together."),
         ("batch_size", 128, "Examples per step."),
     ]:
-        flags.DEFINE_integer(name, default, meaning, lower_bound=1, flag_values=values)
-    flags.DEFINE_integer(
+        define_count(values, name, default, meaning)
+    define_count(
+        values,
         "validation",
         0,
         "Hold out this many training examples and measure on them instead of the test set.",
-        lower_bound=0,
-        flag_values=values,
+        lower=0,
     )
     flags.DEFINE_bool(
         "compare_dense", False, "Train the dense network too, to compare with.", flag_values=values
     )
-    flags.DEFINE_integer(
+    define_count(
+        values,
         "seed",
         0,
         f"Seed of everything random, from 0 to {_LARGEST_SEED}.",
-        lower_bound=0,
-        upper_bound=_LARGEST_SEED,
-        flag_values=values,
+        lower=0,
+        upper=_LARGEST_SEED,
     )
     _define_output(values)
 
@@ -118,19 +118,12 @@ def _define_pruning(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_bool("prune_inputs", False, "Prune input features too.", flag_values=values)
     add_selection_flags(values)
-    flags.DEFINE_integer(
-        "round_to",
-        None,
-        "Keep channels in multiples of this number, e.g. 8.",
-        lower_bound=1,
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
+    define_count(values, "round_to", None, "Keep channels in multiples of this number, e.g. 8.")
+    define_count(
+        values,
         "min_channels",
         None,
         "Keep at least so many channels per layer, and no residual branch goes as a whole.",
-        lower_bound=1,
-        flag_values=values,
     )
     define_number(
         values,

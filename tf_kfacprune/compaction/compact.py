@@ -61,7 +61,7 @@ def compact(
             given.
         DataError: If `data` holds no example.
 
-    Example:
+    Examples:
         >>> small = kp.compact(pm)
 
     References:

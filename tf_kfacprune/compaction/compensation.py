@@ -70,7 +70,7 @@ def compensate(
     Raises:
         DataError: If `data` holds no example.
 
-    Example:
+    Examples:
         >>> small = kp.compact(gated)
         >>> print(kp.compensate(gated, small, x_train[:512]))
 

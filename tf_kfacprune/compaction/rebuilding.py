@@ -17,8 +17,10 @@ from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GateBank
 from tf_kfacprune.gates.rules import GateRule
 from tf_kfacprune.graph import Call, Value, Weight, fresh_operation, rule_for
+from tf_kfacprune.graph.recording import missing_masks
 from tf_kfacprune.graph.rules.activations import activation_reason
 from tf_kfacprune.graph.rules.registry import has_rule
+from tf_kfacprune.graph.tracer import mask_of, set_mask
 
 __all__ = ["rebuild_compact"]
 
@@ -142,10 +144,18 @@ class _Replay:
             if len(kept) == len(labels):
                 return tensor
             if (value, axis) not in self._selected:
-                self._selected[value, axis] = ops.take(tensor, kept.tolist(), axis=axis)
+                taken = ops.take(tensor, kept.tolist(), axis=axis)
+                set_mask(taken, mask_of(tensor))
+                self._selected[value, axis] = taken
             return self._selected[value, axis]
 
-        return call.map_data(select, args, kwargs)
+        args, kwargs = call.map_data(select, args, kwargs)
+        chosen = {id(tensor) for tensor in self._selected.values()}
+        if call.is_layer and any(id(x) in chosen for x in tree.flatten((args, kwargs))):
+            # At run time an operation loses the mask, so that it must be handed over.
+            masks = missing_masks(call.operation, args, kwargs)
+            kwargs |= {name: mask for name, mask in masks.items() if _is_set(mask)}
+        return args, kwargs
 
     def _copy(self, call: Call) -> Any:
         operation = call.operation
@@ -197,6 +207,10 @@ class _Replay:
             number += 1
         self._names.add(name)
         return name
+
+
+def _is_set(mask: Any) -> bool:
+    return any(leaf is not None for leaf in tree.flatten(mask))
 
 
 def _config(layer: keras.Layer) -> dict[str, Any]:

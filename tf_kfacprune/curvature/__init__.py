@@ -14,7 +14,6 @@ from tf_kfacprune.curvature.spectral_radius import (
     SpectralRadius,
     energy_of_gradients,
     energy_of_inputs,
-    layer_spectral_radius,
 )
 from tf_kfacprune.curvature.twice_differentiable import mends, twice_differentiable
 
@@ -41,7 +40,6 @@ __all__ = [
     "find_blocks",
     "find_gate_layers",
     "gate_curvature",
-    "layer_spectral_radius",
     "likelihood_of",
     "mends",
     "twice_differentiable",

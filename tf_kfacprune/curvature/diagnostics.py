@@ -113,7 +113,7 @@ def hessian_spectrum(
         DataError: If the data are empty or malformed.
         NonFiniteError: If a product is not finite.
 
-    Example:
+    Examples:
         >>> import keras, numpy as np
         >>> import tf_kfacprune as kp
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])

@@ -84,7 +84,7 @@ def spectral_radius(
         UnsupportedModelError: If no layer of the model has Kronecker factors.
         DataError: If the data are empty or malformed.
 
-    Example:
+    Examples:
         >>> import keras, numpy as np
         >>> import tf_kfacprune as kp
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])

@@ -41,7 +41,7 @@ from tf_kfacprune.curvature.blocks import KroneckerBlock, total_weight
 from tf_kfacprune.curvature.estimator import Uses
 from tf_kfacprune.validation import require, require_count
 
-__all__ = ["SpectralRadius", "energy_of_gradients", "energy_of_inputs", "layer_spectral_radius"]
+__all__ = ["SpectralRadius", "energy_of_gradients", "energy_of_inputs"]
 
 _REDUCTIONS = ("max", "sum", "smooth_max")
 _SMOOTH_MAX_POWER = 8
@@ -87,21 +87,6 @@ def energy_of_gradients(block: KroneckerBlock, uses: Uses, v: Any) -> Any:
     return total / len(uses.records)
 
 
-def layer_spectral_radius(block: KroneckerBlock, uses: Uses, u: Any, v: Any) -> Any:
-    """Rayleigh quotient of one block along `u (x) v`, a scalar.
-
-    Args:
-        block: The Kronecker block of a contraction.
-        uses: The uses of its layer in one pass.
-        u: Unit vectors, shape `(*k, n_a)`.
-        v: Unit vectors, shape `(*k, n_out)`.
-
-    Returns:
-        `u^T A u * v^T G v`; the largest one over the groups of a layer with groups.
-    """
-    return ops.max(energy_of_inputs(block, uses, u) * energy_of_gradients(block, uses, v))
-
-
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
 class SpectralRadius:
     """Penalty `strength * max(0, radius - threshold)` on the spectral radius of the curvature.
@@ -128,7 +113,7 @@ class SpectralRadius:
     Raises:
         InvalidArgumentError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> curvature = kp.SpectralRadius(1e-4, every=4, batch_fraction=0.25)
 
     References:

@@ -69,7 +69,7 @@ def validation_split(dataset: Dataset, count: int) -> Dataset:
     Raises:
         DataError: if ``count`` leaves one side empty.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> tuning = kp.data.validation_split(kp.data.load("digits"), 300)
         >>> len(tuning.x_train), len(tuning.x_test)

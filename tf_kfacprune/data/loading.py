@@ -77,7 +77,7 @@ def load(
         DataError: if the data set is unknown, missing, incomplete or malformed; the message names
             the file, the array, what was found and the remedy.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> kp.data.load("digits")
         Dataset(name='digits', train=1437, test=360, input_shape=(8, 8, 1), num_classes=10)

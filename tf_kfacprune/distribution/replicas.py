@@ -5,7 +5,7 @@ things follow that one device does not know. A branch of `tf.cond` is a graph of
 the threads cannot meet, so branches have to be opened for all replicas at once (`cond`). And what
 a replica leaves on a shared Python object may be met by another replica's thread (`ReplicaLocal`).
 
-On one replica every function here is the plain TensorFlow operation, or nothing at all.
+Without a strategy every function here is the plain TensorFlow operation, or nothing at all.
 """
 
 from __future__ import annotations
@@ -38,38 +38,48 @@ def replica_id() -> Any:
     return tf.constant(0) if context is None else context.replica_id_in_sync_group
 
 
-def cond(predicate: Any, true_fn: Branch, false_fn: Branch) -> None:
-    """`tf.cond` for the side effects of its branches, which may all-reduce.
+def cond(predicate: Any, true_fn: Branch, false_fn: Branch) -> Any:
+    """`tf.cond` with branches that may all-reduce.
 
     Args:
         predicate: Boolean scalar tensor, equal on all replicas.
-        true_fn: Called without arguments in replica context; its result is dropped.
+        true_fn: Called without arguments in replica context.
         false_fn: Likewise.
+
+    Returns:
+        What the branch returned on this replica: None, or a list of tensors.
     """
-    if num_replicas() == 1:
-        tf.cond(predicate, true_fn, false_fn)
-        return
+    if not tf.distribute.has_strategy():  # one of a single replica merges, too
+        return tf.cond(predicate, true_fn, false_fn)
     context = tf.distribute.get_replica_context()
-    context.merge_call(_cond_of_all_replicas, args=(predicate, true_fn, false_fn))
+    return context.merge_call(_cond_of_all_replicas, args=(predicate, true_fn, false_fn))
 
 
-def _cond_of_all_replicas(strategy: Any, predicate: Any, true_fn: Any, false_fn: Any) -> None:
+def _cond_of_all_replicas(strategy: Any, predicate: Any, true_fn: Any, false_fn: Any) -> Any:
     """`cond` seen from outside of the replicas: every argument holds one value per replica."""
 
     def on_each_replica(branches: Any) -> Branch:
         def run() -> Any:
-            strategy.extended.call_for_each_replica(_call, args=(branches,))
-            return tf.constant(0)
+            returned = strategy.extended.call_for_each_replica(_call, args=(branches,))
+            # tf.cond knows no values that differ between replicas, but lists of tensors.
+            return [strategy.experimental_local_results(value) for value in returned]
 
         return run
 
+    def one_per_replica(copies: Any) -> Any:
+        values = iter(copies)
+        return strategy.experimental_distribute_values_from_function(lambda _: next(values))
+
     predicate = strategy.experimental_local_results(predicate)[0]
-    tf.cond(predicate, on_each_replica(true_fn), on_each_replica(false_fn))
+    returned = tf.cond(predicate, on_each_replica(true_fn), on_each_replica(false_fn))
+    return [one_per_replica(copies) for copies in returned] or None
 
 
 @tf.autograph.experimental.do_not_convert
-def _call(branch: Branch) -> None:
-    branch()
+def _call(branch: Branch) -> list[Any]:
+    returned = branch()
+    # A tensor from outside of the branch would be the same object on all replicas.
+    return [tf.identity(value) for value in returned] if isinstance(returned, list) else []
 
 
 def sum_over_replicas(tensors: Sequence[Any]) -> list[Any]:

@@ -89,7 +89,7 @@ def arena_bytes(file: str | os.PathLike[str]) -> int:
     Raises:
         ExportError: if the file is missing or damaged, or the runtime cannot run it.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> kp.export.arena_bytes("net.tflite")  # doctest: +SKIP
         6640

@@ -140,7 +140,7 @@ def benchmark(
         DataError: if the data do not fit the models.
         ExportError: if the first model cannot be written in the first format.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> print(kp.export.benchmark({"dense": dense, "compact": small}))  # doctest: +SKIP
     """

@@ -52,7 +52,7 @@ def c_array(
             be run by TensorFlow Lite Micro for another reason than an operator that it lacks; or
             the path exists or cannot be written.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> kp.export.c_array("net.tflite", "net.h", name="net")  # doctest: +SKIP
         PosixPath('net.h')

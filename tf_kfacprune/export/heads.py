@@ -42,7 +42,7 @@ def with_head(
         UnsupportedModelError: if the model cannot be exported, or has several inputs or outputs.
         InvalidArgumentError: if ``head`` is unknown, or ``scale`` or ``offset`` is not usable.
 
-    Example:
+    Examples:
         >>> import keras, tf_kfacprune as kp
         >>> net = keras.Sequential([keras.Input((4,), name="x"), keras.layers.Dense(3)])
         >>> kp.export.with_head(net, "argmax", scale=1 / 255).output_shape

@@ -31,7 +31,7 @@ def keras_file(
     Raises:
         ExportError: if the name does not end in ``.keras``, the path exists or cannot be written.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> kp.export.keras_file(small, "small.keras")  # doctest: +SKIP
         PosixPath('small.keras')
@@ -56,7 +56,7 @@ def load_keras(path: str | os.PathLike[str]) -> keras.Model:
         InvalidArgumentError: if the file is missing, truncated, not a Keras model, needs a class
             that is not registered, or unpacks to far more than it holds.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> net = kp.export.load_keras("small.keras")  # doctest: +SKIP
     """

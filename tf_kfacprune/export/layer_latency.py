@@ -80,7 +80,7 @@ def latency_table(
         UnsupportedModelError: If the model has gates or no symbolic inputs.
         ExportError: If a layer cannot be converted or timed, or the file cannot be written.
 
-    Example:
+    Examples:
         >>> table = kp.export.latency_table(network, of="int8")
         >>> pm = kp.PrunableModel(network, kp.Budget(latency=0.3), latency_table=table)
     """

@@ -50,7 +50,7 @@ class Metadata:
         InvalidArgumentError: if a label is no string, a number is not finite, or the record cannot
             be written as JSON.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> kp.export.Metadata(labels=["cat", "dog"], scale=1 / 255).labels
         ('cat', 'dog')
@@ -205,7 +205,7 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata | None:
     Raises:
         ExportError: if the file is missing or damaged.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> kp.export.read_metadata("net.tflite").labels  # doctest: +SKIP
         ('cat', 'dog')

@@ -92,7 +92,7 @@ def check_micro(
             run for another reason than an operation that is lacking, or its outputs do not agree
             with the model.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> kp.export.check_micro("net.tflite").arena_bytes  # doctest: +SKIP
         6640

@@ -63,7 +63,7 @@ def saved_model(
         ExportError: if the path exists or cannot be written, or the written folder does not agree
             with the model; nothing is left behind then, and the message names the log.
 
-    Example:
+    Examples:
         >>> import keras, tf_kfacprune as kp
         >>> net = keras.Sequential([keras.Input((4,), name="x"), keras.layers.Dense(2)])
         >>> kp.export.saved_model(net, "net")  # doctest: +SKIP

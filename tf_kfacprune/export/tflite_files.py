@@ -116,7 +116,7 @@ def tflite(
         Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
         Integer-Arithmetic-Only Inference", section 2.1.
 
-    Example:
+    Examples:
         >>> import keras, tf_kfacprune as kp
         >>> net = keras.Sequential([keras.Input((4,), name="x"), keras.layers.Dense(2)])
         >>> kp.export.tflite(net, "net.tflite", quantization="float16")  # doctest: +SKIP
@@ -201,7 +201,7 @@ def run_tflite(
     Raises:
         ExportError: if LiteRT is not installed, or cannot load or run the file.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> logits = kp.export.run_tflite("net.tflite", x)  # doctest: +SKIP
     """

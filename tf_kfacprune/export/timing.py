@@ -79,7 +79,7 @@ def latency(
         InvalidArgumentError: if a count is not positive or the baseline is not among the models.
         ExportError: if a file is missing or LiteRT cannot run it.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> kp.export.latency({"dense": dense, "compact": small}).ratios  # doctest: +SKIP
         {'dense': 1.0, 'compact': 0.17}

@@ -42,7 +42,7 @@ class Gated(keras.layers.Layer):
     Raises:
         InvalidArgumentError: If an argument is neither.
 
-    Example:
+    Examples:
         >>> layer = kp.layers.Gated(keras.layers.Dense(10))
     """
 
@@ -126,7 +126,7 @@ def _shorthand(layer_class: type[keras.layers.Layer], example: str) -> type[Gate
     Raises:
         InvalidArgumentError: If `gate` is neither.
 
-    Example:
+    Examples:
         >>> layer = kp.layers.Gated{kind}({example})
     """
     return keras.saving.register_keras_serializable(package="tf_kfacprune")(Shorthand)

@@ -44,7 +44,7 @@ class NeuronGate(GateSource):
         InvalidArgumentError: If `kind` is unknown, or the channel axis is the batch axis, out of
             range or of unknown size.
 
-    Example:
+    Examples:
         >>> import keras, tf_kfacprune as kp
         >>> inputs = keras.Input((16,))
         >>> hidden = keras.layers.Dense(8, activation="relu")(inputs)

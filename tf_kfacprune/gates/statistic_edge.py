@@ -1,4 +1,4 @@
-r"""Gates of channels over which an operation takes a statistic, `mean`, `sum`, `var` or `std`.
+r"""Gates of channels over which an operation takes a statistic, as `mean`, `sum`, `std` or `any`.
 
 As in the layers that normalize across channels, the statistic is one of the C' of C channels that
 are present (p_c = 1). The operation stays what it is and reads, in place of x,
@@ -6,8 +6,9 @@ are present (p_c = 1). The operation stays what it is and reads, in place of x,
     sum         x_c p_c
     mean        x_c p_c C / C'
     variance    r x_c where present, r mu' elsewhere;  r = sqrt(C / C'), mu' = sum_c p_c x_c / C',
+    any, all    x_c where present, false (for any) or true (for all) elsewhere,
 
-whose sum, mean and variance over all C channels are those of the C' present ones of x. With all
+of which the statistic over all C channels is that of the C' present ones of x. With all
 channels present x is read as it is, to the bit.
 """
 
@@ -31,7 +32,7 @@ class StatisticEdge(keras.layers.Layer):
         indices: For each channel the number of its gate in the bank, or the number of gates in the
             bank for a channel that is never pruned.
         axis: The channel axis.
-        statistic: `"sum"`, `"mean"` or `"variance"`.
+        statistic: `"sum"`, `"mean"` or `"variance"`, and of truth values `"any"` or `"all"`.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
@@ -53,6 +54,8 @@ class StatisticEdge(keras.layers.Layer):
         ratio = float(len(self.indices)) / left
         shape = [1] * len(x.shape)
         shape[self.axis] = -1
+        if self.statistic in ("any", "all"):
+            return ops.where(ops.reshape(present > 0, shape), x, self.statistic == "all")
         mask = ops.cast(ops.reshape(present, shape), x.dtype)
         if self.statistic == "sum":
             return x * mask
@@ -62,7 +65,8 @@ class StatisticEdge(keras.layers.Layer):
         return ops.where(mask > 0, x, mean) * ops.cast(ops.sqrt(ratio), x.dtype)
 
     def compute_output_spec(self, inputs: Sequence[Any]) -> keras.KerasTensor:
-        return keras.KerasTensor(inputs[0].shape, dtype=self.compute_dtype)
+        dtype = "bool" if self.statistic in ("any", "all") else self.compute_dtype
+        return keras.KerasTensor(inputs[0].shape, dtype=dtype)
 
     def compute_mask(self, inputs: Sequence[Any], previous_mask: Any = None) -> Any:
         """The mask of `x` passes through."""

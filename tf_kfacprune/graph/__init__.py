@@ -10,6 +10,7 @@ from tf_kfacprune.graph.opening import keep_opaque, opaque_layers, trace_opened
 from tf_kfacprune.graph.reachability import check_countable, what_stays
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, register_channel_rule, rule_for
 from tf_kfacprune.graph.tracer import Graph, fresh_operation, trace
+from tf_kfacprune.graph.unread import unread_weights
 from tf_kfacprune.graph.weight_layer import Weight
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "rule_for",
     "trace",
     "trace_opened",
+    "unread_weights",
     "what_stays",
 ]

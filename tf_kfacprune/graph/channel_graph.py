@@ -61,8 +61,8 @@ class Edge:
         axis: The channel axis of the tensor, -1 for channels that are read inside the layer.
         neurons: Neuron at each position; `num_neurons` where nothing can be removed.
         slots: In a gated model, the gate that each position has passed; -1 where none.
-        statistic: What an operation takes over the channels: `"sum"`, `"mean"`, `"variance"`; None
-            for a contraction.
+        statistic: What an operation takes over the channels: `"sum"`, `"mean"`, `"variance"`,
+            `"any"`, `"all"`; None for a contraction.
     """
 
     call: Call

@@ -25,7 +25,7 @@ class Curve:
     Raises:
         InvalidArgumentError: If there is no knot, or sizes do not rise.
 
-    Example:
+    Examples:
         >>> Curve((16, 17, 32), (1.0, 2.0, 2.0)).at(17)
         2.0
     """

@@ -230,7 +230,7 @@ class LabelFlow:
             call: The call.
             value: Its data.
             axis: The channel axis.
-            statistic: `"sum"`, `"mean"` or `"variance"`; see `StatisticEdge`.
+            statistic: `"sum"`, `"mean"`, `"variance"`, `"any"` or `"all"`; see `StatisticEdge`.
 
         Raises:
             UnsupportedModelError: If an ordinary gate stands in front, whose closed channels would

@@ -39,6 +39,7 @@ from tf_kfacprune.graph.rules.activations import ActivationRule, ElementwiseRule
 from tf_kfacprune.graph.rules.base import ChannelRule
 from tf_kfacprune.graph.rules.channelwise import BatchNormalizationRule, NoiseRule
 from tf_kfacprune.graph.rules.contractions import ConvRule, DepthwiseConvRule
+from tf_kfacprune.graph.rules.preprocessing import AugmentationRule
 from tf_kfacprune.graph.rules.reshaping import IndexRule
 from tf_kfacprune.graph.sizes import Curved, Factor
 
@@ -57,7 +58,7 @@ __all__ = [
 LATENCY_OF = ("float32", "int8")
 
 # What these layers do takes no time: the converter folds or fuses them, or nothing is left.
-_FREE = (BatchNormalizationRule, NoiseRule, IndexRule, ElementwiseRule)
+_FREE = (BatchNormalizationRule, NoiseRule, AugmentationRule, IndexRule, ElementwiseRule)
 _FUSED = ("linear", "relu", "relu6")
 _NOT_IN_SIGNATURE = (
     "initializer",
@@ -133,7 +134,7 @@ class LatencyTable:
     Raises:
         InvalidArgumentError: If `of` is none of these, or scale or overhead are negative.
 
-    Example:
+    Examples:
         >>> table = kp.export.latency_table(network, of="int8")
         >>> pm = kp.PrunableModel(network, kp.Budget(latency=0.3), latency_table=table)
     """

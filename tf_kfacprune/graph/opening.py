@@ -59,7 +59,7 @@ def keep_opaque(layer: LayerOrClass) -> LayerOrClass:
     Raises:
         InvalidArgumentError: If something else than a layer or a layer class is given.
 
-    Example:
+    Examples:
         >>> kp.keep_opaque(network.get_layer("block3"))
     """
     is_class = inspect.isclass(layer) and issubclass(layer, keras.Layer)

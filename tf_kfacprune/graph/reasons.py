@@ -6,11 +6,13 @@ __all__ = [
     "ALL_COUPLED",
     "ARRAY_CONSTANT",
     "BROADCAST",
+    "CATEGORIES",
     "CROSS_CHANNEL_ACTIVATION",
     "EXCLUDED",
     "INPUT_FEATURES",
     "KEPT_STATE",
     "MIXED_AXES",
+    "MIXED_COLORS",
     "MODEL_OUTPUT",
     "NORMALIZED_ACROSS_CHANNELS",
     "NOT_A_CHANNEL_AXIS",
@@ -47,6 +49,8 @@ REDUCED = "summed, averaged or compared over channels"
 ARRAY_CONSTANT = "combined with an array constant that has one entry per channel"
 UNTRACKED_OPERAND = "combined with a tensor whose channels cannot be removed"
 BROADCAST = "a single channel broadcast over all channels of another tensor"
+MIXED_COLORS = "read as the colors of an image, which the layer mixes in training"
+CATEGORIES = "read as categories, whose numbers or names must stay as they are"
 MIXED_AXES = "a reshape mixes several channel axes"
 NOT_A_CHANNEL_AXIS = "the axis is read as positions (space or time), not as channels"
 WEIGHTS_NOT_PLAIN = "the layer's weights are quantized or adapted by LoRA"
@@ -71,6 +75,8 @@ _REMEDIES = {
     UNTRACKED_OPERAND: "pass the other operand through a Dense or 1x1 convolution; if it is an "
     "input, pass prune_inputs=True",
     BROADCAST: "compute as many channels as the other tensor has",
+    MIXED_COLORS: "augment images before the first layer with weights",
+    CATEGORIES: "encode inputs, not what layers with weights make",
     MIXED_AXES: "reshape such that channels stay apart from positions",
     NOT_A_CHANNEL_AXIS: "transpose such that channels are on the channel axis of the layer",
     WEIGHTS_NOT_PLAIN: "prune before quantizing or adding LoRA",

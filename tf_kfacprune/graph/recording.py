@@ -26,7 +26,7 @@ from tf_kfacprune.graph.tracer import (
 )
 from tf_kfacprune.graph.weight_layer import Weight
 
-__all__ = ["Recording"]
+__all__ = ["Recording", "missing_masks"]
 
 
 class Recording:
@@ -84,7 +84,7 @@ class Recording:
             Its inside, or None if not all that it returns is computed from its inputs.
         """
         args, kwargs = self.fill(self.inputs)
-        kwargs = {**kwargs, **self._missing_masks(args, kwargs)}
+        kwargs = {**kwargs, **missing_masks(self.layer, args, kwargs)}
         if self.takes_training:
             kwargs["training"] = training
         place = self.inputs[0]
@@ -113,19 +113,29 @@ class Recording:
         _, calls, _ = calls_of(opened.function)
         return self.takes_training or any(c.kwargs.get("training") is not None for c in calls)
 
-    def _missing_masks(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments for masks that are left out, filled as `Layer.__call__` does."""
-        bound = inspect.signature(self.layer.call).bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        tensors = {name: value for name, value in given.items() if _is_of_tensors(value)}
-        single = len(tensors) == 1
-        named = {"mask" if single else f"{name}_mask": value for name, value in tensors.items()}
-        return {
-            name: tree.map_structure(mask_of, value)
-            for name, value in named.items()
-            if name in given and given[name] is None
-        }
+
+def missing_masks(layer: keras.Layer, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for masks that are left out of a call, filled as `Layer.__call__` does.
+
+    Args:
+        layer: The layer.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        The Keras masks of the tensors among the arguments, by the arguments that take them.
+    """
+    bound = inspect.signature(layer.call).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    tensors = {name: value for name, value in given.items() if _is_of_tensors(value)}
+    single = len(tensors) == 1
+    named = {"mask" if single else f"{name}_mask": value for name, value in tensors.items()}
+    return {
+        name: tree.map_structure(mask_of, value)
+        for name, value in named.items()
+        if name in given and given[name] is None
+    }
 
 
 def is_symbolic(leaf: Any) -> bool:

@@ -18,6 +18,7 @@ layer stays closed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -97,6 +98,7 @@ class _Sizes:
             return NotImplemented
         if not _is_symbolic(x):
             x = ops.convert_to_tensor(x)
+        newshape = _without_free(newshape, x.shape)
         free = [k for k, n in enumerate(newshape) if _is_symbolic(n) or n in (None, -1)]
         target = [-1 if k in free else int(n) for k, n in enumerate(newshape)]
         if len(free) == 1:
@@ -206,6 +208,20 @@ class _Sizes:
             raise _unsupported("slice", (start, size))
         positions = ops.cumsum(self._along(size) + 1) - 1
         return ops.take(x, positions if _is_zero(start) else positions + start, axis=axis)
+
+
+def _without_free(newshape: Sequence[Any], shape: Sequence[int | None]) -> list[Any]:
+    """A shape whose -1 follows from the sizes that are known, if the others are as many as before.
+
+    That these are the same sizes is not asked: if they are not, what was recorded differs from the
+    layer, which is noticed.
+    """
+    unknown = sum(n is None or _is_symbolic(n) for n in newshape)
+    known = math.prod(n for n in newshape if isinstance(n, int) and n >= 0)
+    if -1 not in [n for n in newshape if isinstance(n, int)] or unknown != list(shape).count(None):
+        return list(newshape)
+    size = math.prod(n for n in shape if n is not None) // max(known, 1)
+    return [size if isinstance(n, int) and n == -1 else n for n in newshape]
 
 
 def _is_symbolic(x: Any) -> bool:

@@ -80,7 +80,7 @@ class LevenbergMarquardt:
     Raises:
         InvalidArgumentError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> optimizer = kp.KFAC("auto", damping=kp.LevenbergMarquardt(initial=0.1))
 
     References:

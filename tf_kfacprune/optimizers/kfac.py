@@ -53,7 +53,7 @@ from tf_kfacprune.optimizers.damping import (
     value_at,
 )
 from tf_kfacprune.optimizers.kronecker_curvature import KroneckerCurvature
-from tf_kfacprune.optimizers.quadratic_model import best_coefficients, model_change
+from tf_kfacprune.optimizers.quadratic_model import QuadraticModel
 from tf_kfacprune.optimizers.steps import clipped, constrained, dot
 
 __all__ = ["KFAC", "QuadraticForm"]
@@ -126,7 +126,7 @@ class KFAC(keras.optimizers.Optimizer):
     Raises:
         InvalidArgumentError: If an argument is out of range or not supported.
 
-    Example:
+    Examples:
         >>> model = kp.KFACModel(network)
         >>> model.compile(optimizer=kp.KFAC(1e-2), loss="sparse_categorical_crossentropy")
 
@@ -166,7 +166,7 @@ class KFAC(keras.optimizers.Optimizer):
         self.adaptive_damping: AdaptiveDamping | None = None
         self._make_curvature = functools.partial(KroneckerCurvature, None, {})
         self._curvature: Any = None  # a KroneckerCurvature, once built
-        self._quadratic_form = ReplicaLocal()
+        self._measure = ReplicaLocal()
         if damping is None:
             damping = LevenbergMarquardt() if is_auto else _FIXED_DAMPING
         self.momentum = momentum
@@ -389,10 +389,10 @@ class KFAC(keras.optimizers.Optimizer):
         directions = [[steps[i] for i in members]]
         if self.momentum != 0:
             directions.append([self._last_step(i) for i in members])
-        k, b = self._quadratic_model([gradients[i] for i in members], directions)
-        coefficients = best_coefficients(k, b)
+        model = self._quadratic_model([gradients[i] for i in members], directions)
+        coefficients = model.coefficients()
         if self.adaptive_damping is not None:
-            self.adaptive_damping.expect(model_change(k, b, coefficients))
+            self.adaptive_damping.expect(model.change(coefficients))
         self._learning_rate.assign(coefficients[0])
         for i, *parts in zip(members, *directions, strict=True):
             steps[i] = tf.add_n([coefficients[j] * part for j, part in enumerate(parts)])
@@ -416,8 +416,8 @@ class KFAC(keras.optimizers.Optimizer):
             return
 
         def predict() -> None:
-            k, b = self._quadratic_model(gradients, [step])
-            damping.expect(model_change(k, b, tf.ones((1,))))
+            model = self._quadratic_model(gradients, [step])
+            damping.expect(model.change(tf.ones((1,))))
 
         # Fixed steps need their prediction only if the next step begins with judging them.
         following = tf.convert_to_tensor(self.iterations) + 1
@@ -466,36 +466,40 @@ class KFAC(keras.optimizers.Optimizer):
     # ---- steps that are measured
 
     @contextmanager
-    def measured_by(self, quadratic_form: QuadraticForm) -> Iterator[None]:
+    def measured_by(
+        self, quadratic_form: QuadraticForm, of_loss: Sequence[Any] | None = None
+    ) -> Iterator[None]:
         """Within this context `apply` takes the quadratic model of its steps from a function.
 
         Args:
             quadratic_form: As `QuadraticForm`.
+            of_loss: Gradients of the loss alone with respect to `block_variables`, if those that
+                are applied are also of something else, which is not in the model; under
+                `tf.distribute`, this replica's part of them.
         """
-        self._quadratic_form.value = quadratic_form
+        self._measure.value = quadratic_form, of_loss
         try:
             yield
         finally:
-            self._quadratic_form.value = None
+            self._measure.value = None
 
     def _quadratic_model(
         self, gradients: Sequence[Any], directions: Sequence[Sequence[Any]]
-    ) -> tuple[Any, Any]:
-        """K and b of the quadratic model along the given directions.
+    ) -> QuadraticModel:
+        """The quadratic model along the given directions.
 
         A batch smaller than the largest so far, such as the last of an epoch, stands for one of
         that size: of the examples that it lacks nothing is known but their average curvature, which
         the Kronecker factors hold. Two examples alone would make for steps without end.
         """
-        quadratic_form = self._quadratic_form.value
-        if quadratic_form is None:
+        if self._measure.value is None:
             raise InvalidArgumentError(
                 f"Optimizer {self.name!r} needs the quadratic model of the loss "
                 "(learning_rate='auto' or damping=LevenbergMarquardt(...)), and the model does not "
                 "provide it. Train with kp.KFACModel or kp.PrunableModel."
             )
+        quadratic_form, of_loss = self._measure.value
         k, examples = quadratic_form(directions)
-        b = tf.stack([dot(p, gradients) for p in directions])
         largest = tf.maximum(tf.convert_to_tensor(self._largest_batch), examples)
         self._largest_batch.assign(largest)
         share = examples / largest
@@ -505,8 +509,13 @@ class KFAC(keras.optimizers.Optimizer):
             step = tf.convert_to_tensor(self.iterations)
             self.adaptive_damping.watch_next(step, share < _SMALL_BATCH)
         gram = tf.stack([tf.stack([dot(p, q) for q in directions]) for p in directions])
-        k = share * k + (1.0 - share) * average
-        return k + self.current_damping * gram, share * b
+        k = share * k + (1.0 - share) * average + self.current_damping * gram
+        b = share * tf.stack([dot(p, gradients) for p in directions])
+        if of_loss is None:
+            return QuadraticModel(k, b)
+        whole = sum_over_replicas([tf.cast(g, "float32") for g in of_loss])
+        of_loss = share * tf.stack([dot(p, whole) for p in directions])
+        return QuadraticModel(k, of_loss, b - of_loss)
 
     @contextmanager
     def last_step_undone(self) -> Iterator[None]:

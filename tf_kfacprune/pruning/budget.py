@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
@@ -52,7 +53,7 @@ class Budget:
     Raises:
         BudgetError: If no bound is given or one is out of range.
 
-    Example:
+    Examples:
         >>> budget = kp.Budget(macs=0.1)
         >>> small_file = kp.Budget(bytes=64_000, macs=0.5)
         >>> board = kp.Budget.for_board(flash="256kB", ram="64kB")
@@ -89,7 +90,7 @@ class Budget:
         Raises:
             BudgetError: If a size cannot be read, is no more than 1 byte, or none is given.
 
-        Example:
+        Examples:
             >>> kp.Budget.for_board(flash="256kB", ram="64kB").targets
             {'flash': 256000, 'ram': 64000}
         """
@@ -172,11 +173,11 @@ def _bytes(name: str, size: int | str) -> int:
     """A number of bytes, from a number or from text with a unit."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE)
     unit = _UNITS.get(match[2].lower()) if match else None
-    count = 0 if match is None or unit is None else int(float(match[1]) * unit)
-    if count <= 1:
+    count = 0.0 if match is None or unit is None else float(match[1]) * unit
+    if not 2 <= count < math.inf:
         raise BudgetError(
             f"`{name}` of a board must be a number of bytes above 1, or text such as '256kB' or "
             f"'256KiB'. Received: {name}={size!r}. For a fraction of the dense model, use "
             f"Budget({name}=...)."
         )
-    return count
+    return int(count)

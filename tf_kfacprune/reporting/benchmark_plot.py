@@ -32,7 +32,7 @@ def plot_benchmark(
         InvalidArgumentError: if the name ends differently.
         ExportError: if matplotlib is not installed, or the path exists or cannot be written.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> kp.reporting.plot_benchmark(result, "benchmark.png")  # doctest: +SKIP
         PosixPath('benchmark.png')

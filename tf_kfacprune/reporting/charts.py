@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 __all__ = ["Band", "Line", "line_chart", "number", "ticks"]
 
-_WIDTH, _HEIGHT = 720, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 10, 40
+_WIDTH, _HEIGHT = 720, 236
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 10, 46
 # More points than this are a line without dots.
 _MOST_DOTS = 60
 

@@ -73,7 +73,7 @@ def before_after_table(
     Returns:
         A rich table; ``rich.print`` shows it. Rows with no figure are left out.
 
-    Example:
+    Examples:
         >>> from tf_kfacprune.reporting import ModelFigures, before_after_table
         >>> table = before_after_table(ModelFigures({"fc": 300}, 1000), ModelFigures({"fc": 9}, 50))
     """

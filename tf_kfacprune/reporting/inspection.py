@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from tf_kfacprune.graph import (
     analyze,
     opaque_layers,
     reasons,
+    unread_weights,
 )
 from tf_kfacprune.reporting.rendering import Rendered
 
@@ -101,7 +103,8 @@ class Inspection(Rendered):
         name: name of the model.
         macs: multiply-accumulates of one inference, without biases and without those of opaque
             layers.
-        params: number of weights, biases and normalization statistics included.
+        params: number of weights, biases and normalization statistics included, without those that
+            are ``unread``.
         groups: groups of prunable neurons, in the order of the model.
         frozen: channels that cannot be removed, with reasons.
         least_macs: the least fraction of MACs that pruning can reach, one neuron left per group
@@ -113,6 +116,8 @@ class Inspection(Rendered):
             if preparing the file needs more than running it.
         opened: custom layers that were replaced by what is inside them, with their classes.
         opaque: layers without a channel rule that could not be opened, with the reason.
+        unread: weights that no call reads, with their numbers of entries. They are in no count, and
+            the compact model is without them.
         latency: microseconds of one inference, as predicted; None without a table of latencies.
         latency_of: of which file: ``"float32"`` or ``"int8"``.
         processor: on which processor.
@@ -130,6 +135,7 @@ class Inspection(Rendered):
     ram_peak: str
     opened: tuple[tuple[str, str], ...] = ()
     opaque: tuple[OpaqueLayer, ...] = ()
+    unread: tuple[tuple[str, int], ...] = ()
     latency: float | None = None
     latency_of: str | None = None
     processor: str | None = None
@@ -158,6 +164,12 @@ class Inspection(Rendered):
         if self.opened:
             names = tuple(f"{path} ({kind})" for path, kind in self.opened)
             parts.append(f"Custom layers that were opened: {_shown(names)}.")
+        if self.unread:
+            names = tuple(f"{path} ({count:,})" for path, count in self.unread)
+            parts.append(
+                "Weights that no call reads, which are in no count and go in compaction: "
+                f"{_shown(names)}."
+            )
         if self.groups:
             parts.append(self._group_table())
         if self.opaque:
@@ -259,7 +271,7 @@ def inspect(
             that already has gates.
         InvalidArgumentError: if ``include`` or ``exclude`` names a layer that does not exist.
 
-    Example:
+    Examples:
         >>> import keras, tf_kfacprune as kp
         >>> net = keras.Sequential([
         ...     keras.Input((8,)), keras.layers.Dense(16, name="fc"), keras.layers.Dense(2)
@@ -290,6 +302,7 @@ def inspect(
             OpaqueLayer(o.path, type(o.layer).__name__, o.params, o.reason)
             for o in opaque_layers(graph)
         ),
+        unread=tuple((w.path, math.prod(w.shape)) for w in unread_weights(graph)),
         latency=None if table is None else cost.dense("latency"),
         latency_of=None if table is None else table.of,
         processor=None if table is None else table.processor,

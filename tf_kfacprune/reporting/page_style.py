@@ -50,11 +50,12 @@ figure { margin: 16px 0 20px; }
 figcaption { font-size: 13px; }
 figcaption b { color: var(--text); font-size: 14px; margin-right: 6px; }
 .key { margin-left: 14px; white-space: nowrap; }
+p .key { margin: 0 14px 0 0; }
 .key i { display: inline-block; width: 18px; border-top: 2.5px solid; vertical-align: 4px;
   margin-right: 6px; }
 .key i.dashed { border-top-style: dashed; }
 .key i.band { height: 12px; border: 1px solid var(--rule); vertical-align: -1px; }
-svg { display: block; width: 100%; height: auto; margin-top: 4px; }
+svg { display: block; width: 100%; height: auto; margin-top: 4px; overflow: visible; }
 svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg .grid { stroke: var(--rule); stroke-width: 1; opacity: .6; }
 svg .axis { stroke: var(--soft); stroke-width: 1; }
@@ -65,6 +66,9 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px
   white-space: pre-wrap; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
-@media (max-width: 560px) { td.share { width: 30%; } h1 { font-size: 22px; } }
+@media (max-width: 560px) { td.share { width: 30%; } h1 { font-size: 22px; }
+  th { white-space: normal; } .wide table { font-size: 13px; }
+  .wide td:first-child { overflow-wrap: anywhere; min-width: 7.5em; }
+  svg text { font-size: 19px; } }
 @media print { main { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
 """

@@ -63,7 +63,7 @@ def report(
         ExportError: if a file cannot be converted or timed, or the page exists or cannot be
             written.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> print(kp.report(pm, kp.compact(pm), data=(x_test, y_test)))  # doctest: +SKIP
         >>> kp.report(pm, kp.compact(pm), html="report.html")  # doctest: +SKIP

@@ -66,9 +66,15 @@ def as_html(renderable: Any) -> str:
 def _table(table: Table) -> str:
     """One ``<table>``; rules between sections are the upper borders of rows."""
     columns = table.columns
-    styles = ["text-align:right" if c.justify == "right" else "text-align:left" for c in columns]
+    # Cells are apart wherever the page has no style for tables, and figures stand beside the first
+    # of several lines.
+    styles = [
+        f"text-align:{'right' if column.justify == 'right' else 'left'};vertical-align:top"
+        + (";padding-left:12px" if k else "")
+        for k, column in enumerate(columns)
+    ]
     headers = [_shown(column.header) for column in columns]
-    lines = ["<table>"]
+    lines = ['<table style="border-collapse:collapse">']
     if table.title:
         lines.append(f'<caption style="text-align:left"><b>{_shown(table.title)}</b></caption>')
     lines.append(f"<thead>{_row('th', headers, styles)}</thead>")

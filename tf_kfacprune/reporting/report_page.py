@@ -233,13 +233,16 @@ def _budget(comparison: Comparison) -> str:
             f"{outcome.asked:.6g}",
             f"{outcome.achieved:.6g}",
             f"{100 * outcome.ratio:.1f} %",
-            outcome.reason or "the bound is met exactly",
         ]
         for measure, outcome in comparison.budget.items()
     ]
-    return _table(
-        ["bound on", "asked", "achieved", "used", "why not more"], rows, numeric=(1, 2, 3)
+    # Not in the table: a column of prose has no room on a phone.
+    reasons = "".join(
+        f'<p class="soft">{_COST_NAMES.get(measure, measure)}, why not more: '
+        f"{_text(outcome.reason or 'the bound is met exactly')}</p>"
+        for measure, outcome in comparison.budget.items()
     )
+    return _table(["bound on", "asked", "achieved", "used"], rows, numeric=(1, 2, 3)) + reasons
 
 
 def _flatness(comparison: Comparison, run: Run | None) -> str:

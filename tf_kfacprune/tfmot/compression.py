@@ -39,7 +39,7 @@ def cluster(model: keras.Model, clusters: int = 16, *, preserve_sparsity: bool =
     References:
         Han, Mao, Dally 2016, "Deep Compression", section 3.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> trainee = kp.tfmot.cluster(small, 16)  # doctest: +SKIP
     """
@@ -88,7 +88,7 @@ def sparsify(
     References:
         Zhu & Gupta 2017, "To prune, or not to prune", section 3.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> trainee = kp.tfmot.sparsify(small, 0.5, end_step=1000)  # doctest: +SKIP
     """

@@ -28,7 +28,7 @@ def quantization_report(model: keras.Model) -> QuantizationReport:
         UnsupportedModelError: if the model cannot be translated.
         ExportError: if the extra is not installed.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> print(kp.tfmot.quantization_report(small))  # doctest: +SKIP
         7 of 7 layers are quantized.
@@ -63,7 +63,7 @@ def quantize_aware(
         Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
         Integer-Arithmetic-Only Inference", section 3.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> trainee = kp.tfmot.quantize_aware(small)  # doctest: +SKIP
     """

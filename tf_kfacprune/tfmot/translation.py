@@ -53,7 +53,7 @@ def to_tf_keras(model: keras.Model) -> Any:
         ParityError: if the outputs differ.
         ExportError: if the extra is not installed.
 
-    Example:
+    Examples:
         >>> import tf_kfacprune as kp
         >>> legacy = kp.tfmot.to_tf_keras(small)  # doctest: +SKIP
     """

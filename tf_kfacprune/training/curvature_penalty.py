@@ -9,28 +9,41 @@ It takes the optimizer's way, because that is how flat directions are gone far i
 costs little; steps of its own beside the optimizer's (as weight decay has in AdamW) hardly
 flattened anything. The bound makes any strength safe: |q| / |g| is 0.02 in one network and 14 in
 another, most of all at the start with inputs that are not normalized.
+
+=========  ===================================================================  ==============
+symbol     meaning                                                              shape
+=========  ===================================================================  ==============
+`e`        energies `u^T A u` and `v^T G v` of all blocks, means over examples  (groups,) each
+`P(e, W)`  the penalty, which depends on examples through e alone               scalar
+`q`        its gradient, `sum_e dP/de de/dW + dP/dW`                            as W
+=========  ===================================================================  ==============
+
+Under `tf.distribute` e is the mean over all replicas, dP/de is the same on each of them, and q is
+the mean of what they find by `de/dW` of their own examples. So they flatten along the same
+directions, with the q of one device that has all examples.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_kfacprune.curvature import (
     Batch,
     CurvatureEstimator,
     KroneckerBlock,
+    Look,
     SpectralRadius,
     energy_of_gradients,
     energy_of_inputs,
-    layer_spectral_radius,
     twice_differentiable,
 )
+from tf_kfacprune.distribution import cond, num_replicas, sum_over_replicas, weighted_mean
 
 __all__ = ["CurvaturePenalty"]
 
@@ -78,14 +91,19 @@ class CurvaturePenalty(keras.layers.Layer):
         self.penalized_average = scalar("penalized_average")
         self.reference = scalar("reference")
 
-        def unit_vector(kind: str, block: KroneckerBlock, n: int) -> keras.Variable:
-            initializer = keras.initializers.Constant(n**-0.5)
+        def unit_vector(kind: str, block: KroneckerBlock, start: Any) -> keras.Variable:
+            initializer = keras.initializers.Constant(start / np.linalg.norm(start))
             name = f"{block.name}_{kind}".replace("/", "_")
-            shape = (*block.group_shape, n)
+            shape = (*block.group_shape, len(start))
             return self.add_weight(shape, initializer, trainable=False, name=name)
 
-        self.u = [unit_vector("u", block, block.n_a) for block in blocks]
-        self.v = [unit_vector("v", block, block.n_out) for block in blocks]
+        def drawn(n: int) -> Any:
+            # Not a constant vector: gradients of softmax sum to 0, so that G has it in its null
+            # space, and it would turn to wherever rounding points.
+            return np.random.default_rng(0).normal(size=n)
+
+        self.u = [unit_vector("u", block, np.ones(block.n_a)) for block in blocks]
+        self.v = [unit_vector("v", block, drawn(block.n_out)) for block in blocks]
         self.built = True
 
     def added(
@@ -100,7 +118,8 @@ class CurvaturePenalty(keras.layers.Layer):
         """Gradients with that of the penalty added, at the steps at which it is due.
 
         Args:
-            gradients: Those of the loss, one tensor per variable, or None.
+            gradients: Those of the loss, one tensor per variable, or None; under `tf.distribute`
+                this replica's parts of them, whose sum they are.
             step: Number of the training step, a scalar tensor.
             batch: The batch.
             estimator: What looks at the network.
@@ -115,12 +134,14 @@ class CurvaturePenalty(keras.layers.Layer):
         def of_penalty() -> list[Any]:
             part = batch.head(settings.batch_fraction, _LEAST_EXAMPLES)
             found = self.gradients(part, estimator, variables)
+            whole = sum_over_replicas(gradients)
+            weight = settings.every / num_replicas()  # they will be summed
             return [
-                settings.every * _bounded(q * tf.cast(scale, q.dtype), g)
-                for q, g in zip(found, gradients, strict=True)
+                weight * _bounded(q * tf.cast(scale, q.dtype), g)
+                for q, g in zip(found, whole, strict=True)
             ]
 
-        to_add = tf.cond(
+        to_add = cond(
             tf.equal(step % settings.every, 0),
             of_penalty,
             lambda: [tf.zeros(v.shape, v.dtype) for v in variables],
@@ -178,54 +199,95 @@ class CurvaturePenalty(keras.layers.Layer):
         """Gradient of the penalty; eigenvectors and the average radius move on.
 
         Args:
-            batch: The part of a batch to look at.
+            batch: The part of a batch to look at; under `tf.distribute`, of this replica's.
             estimator: What looks at the network.
             variables: What to differentiate with respect to.
 
         Returns:
-            One tensor per variable.
+            One tensor per variable, the same on all replicas.
         """
         members = [k for k, block in enumerate(self._blocks()) if block.kernel.trainable]
         blocks = [self._blocks()[k] for k in members]
-        of_u, of_v = [self.u[k] for k in members], [self.v[k] for k in members]
-        u, v = ([tf.convert_to_tensor(vector) for vector in vectors] for vectors in (of_u, of_v))
-        with twice_differentiable(estimator.network), tf.GradientTape() as tape:
+        vectors = [self.u[k] for k in members] + [self.v[k] for k in members]
+        along = [tf.convert_to_tensor(vector) for vector in vectors]
+        values = [variable.value for variable in variables]
+        # Replicas share the layers that are called differently within, so they must not meet there.
+        with twice_differentiable(estimator.network), tf.GradientTape() as of_examples:
             look = estimator.look(batch, blocks, self.settings.labels, training=True)
-            of_blocks = [look.of(block.layer) for block in blocks]
-            radii = [
-                layer_spectral_radius(block, uses, u[k], v[k])
-                for k, (block, uses) in enumerate(zip(blocks, of_blocks, strict=True))
-            ]
-            radius = self.settings.reduce(radii)
-            penalized = self._penalized(blocks, radii, radius)
+            own = _energies(blocks, look, along)
+        shares = _shares(look, len(blocks))
+        energies = weighted_mean(_scaled(own, shares), look.examples)
+        with tf.GradientTape() as of_whole:
+            of_whole.watch(energies)
+            radius, penalized = self._radii(blocks, energies)
             penalty = self.settings.strength * tf.nn.relu(penalized - self._limit())
         finite = self._count(radius, penalized)
-        for k, (block, uses) in enumerate(zip(blocks, of_blocks, strict=True)):
-            along_a = functools.partial(energy_of_inputs, block, uses)
-            along_g = functools.partial(energy_of_gradients, block, uses)
-            of_u[k].assign(tf.where(finite, _rotate(u[k], along_a), u[k]))
-            of_v[k].assign(tf.where(finite, _rotate(v[k], along_g), v[k]))
+        products = weighted_mean(_scaled(_products(blocks, look, along), shares), look.examples)
+        for vector, old, product in zip(vectors, along, products, strict=True):
+            vector.assign(tf.where(finite, _rotated(old, product), old))
         if self.settings.strength == 0:
             return [tf.zeros(var.shape, var.dtype) for var in variables]
-        return tape.gradient(
-            penalty,
-            [var.value for var in variables],
+        by_energies, by_values = of_whole.gradient(
+            penalty, [energies, values], unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        through_energies = of_examples.gradient(
+            own,
+            values,
+            output_gradients=_scaled(by_energies, shares),
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
+        through_energies = weighted_mean(through_energies, look.examples)
+        return [tf.add(*parts) for parts in zip(through_energies, by_values, strict=True)]
 
-    def _penalized(
-        self, blocks: Sequence[KroneckerBlock], radii: Sequence[Any], radius: Any
-    ) -> Any:
-        """The radius that the penalty is on, relative or not."""
+    def _radii(self, blocks: Sequence[KroneckerBlock], energies: Sequence[Any]) -> tuple[Any, Any]:
+        """The spectral radius, and the one that the penalty is on: relative or not."""
+        of_inputs, of_gradients = energies[: len(blocks)], energies[len(blocks) :]
+        radii = [tf.reduce_max(a * g) for a, g in zip(of_inputs, of_gradients, strict=True)]
+        radius = self.settings.reduce(radii)
         if not self.settings.relative:
-            return radius
+            return radius, radius
         kernels = [tf.convert_to_tensor(block.kernel) for block in blocks]
-        return self.settings.reduce(
-            [
-                rho * tf.cast(tf.reduce_sum(tf.square(kernel)), "float32")
-                for rho, kernel in zip(radii, kernels, strict=True)
-            ]
-        )
+        relative = [
+            rho * tf.cast(tf.reduce_sum(tf.square(kernel)), "float32")
+            for rho, kernel in zip(radii, kernels, strict=True)
+        ]
+        return radius, self.settings.reduce(relative)
+
+
+def _energies(blocks: Sequence[KroneckerBlock], look: Look, along: Sequence[Any]) -> list[Any]:
+    """`u^T A u` of all blocks and `v^T G v` of all blocks; `along` has all u, then all v."""
+    uses = [look.of(block.layer) for block in blocks]
+    u, v = along[: len(blocks)], along[len(blocks) :]
+    return [
+        *(energy_of_inputs(*place) for place in zip(blocks, uses, u, strict=True)),
+        *(energy_of_gradients(*place) for place in zip(blocks, uses, v, strict=True)),
+    ]
+
+
+def _products(blocks: Sequence[KroneckerBlock], look: Look, along: Sequence[Any]) -> list[Any]:
+    """`A u` and `G v`, without forming A and G: half the gradients of the energies."""
+    with tf.GradientTape() as tape:
+        tape.watch(along)
+        halves = [0.5 * energy for energy in _energies(blocks, look, along)]
+    return tape.gradient(halves, along)
+
+
+def _shares(look: Look, count: int) -> list[Any]:
+    """What energies of this replica count beyond its number of examples: `count` of A, then of G.
+
+    An energy of A is a mean by the weights of this replica's examples; an energy of G has them in
+    the gradients.
+    """
+    share = tf.constant(1.0)
+    if look.weights is not None and num_replicas() > 1:
+        own = tf.reduce_sum(look.weights)  # derivatives of a mean: their sum is a mean weight
+        (of_all,) = weighted_mean([own], look.examples)
+        share = tf.math.divide_no_nan(own, of_all)
+    return [share] * count + [tf.constant(1.0)] * count
+
+
+def _scaled(tensors: Sequence[Any], shares: Sequence[Any]) -> list[Any]:
+    return [share * tensor for tensor, share in zip(tensors, shares, strict=True)]
 
 
 def _bounded(q: Any, g: Any) -> Any:
@@ -238,16 +300,11 @@ def _bounded(q: Any, g: Any) -> Any:
     return tf.where(tf.math.is_finite(size), tf.cast(share, q.dtype) * q, tf.zeros_like(q))
 
 
-def _rotate(vector: Any, energy: Callable[[Any], Any]) -> Any:
-    """Half a step of power iteration on the matrix M of an energy `w^T M w`, from one batch.
+def _rotated(vector: Any, product: Any) -> Any:
+    """Half a step of power iteration from w, by the product `M w` with the matrix of one batch.
 
-    Half the energy's gradient is `M w`, without forming M. Averaging old and new direction keeps a
-    small batch from shaking the vector.
+    Averaging old and new direction keeps a small batch from shaking the vector.
     """
-    with tf.GradientTape() as tape:
-        tape.watch(vector)
-        total = 0.5 * tf.reduce_sum(energy(vector))
-    product = tape.gradient(total, vector)
     direction = vector + product / (_norm(product) + _TINY)
     rotated = direction / (_norm(direction) + _TINY)
     return tf.where(tf.reduce_all(tf.math.is_finite(rotated)), rotated, vector)

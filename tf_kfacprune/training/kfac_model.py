@@ -62,7 +62,7 @@ class KFACModel(keras.Model):
         UnsupportedModelError: If the model is not built.
         InvalidArgumentError: If an argument has the wrong type or value.
 
-    Example:
+    Examples:
         >>> trainer = kp.KFACModel(model)
         >>> trainer.compile(kp.KFAC("auto"), loss="sparse_categorical_crossentropy")
         >>> trainer.fit(x_train, y_train, batch_size=512, epochs=10)

@@ -98,7 +98,7 @@ class PrunableModel(KFACModel):
         BudgetError: If frozen channels keep the budget out of reach.
         InvalidArgumentError: If an argument has the wrong type or value.
 
-    Example:
+    Examples:
         >>> pm = kp.PrunableModel(network, budget=kp.Budget(macs=0.1))
         >>> pm.compile(kp.KFAC(1e-2), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
         >>> pm.fit(x_train, y_train, epochs=30)
@@ -201,7 +201,7 @@ class PrunableModel(KFACModel):
             For every bound of the budget `asked`, `achieved` and the `reason`; nothing without a
             budget.
 
-        Example:
+        Examples:
             >>> print(pm.budget_outcomes()["macs"])
         """
         if self.budget is None or self.gated is None or self._run.groups is None:
@@ -220,13 +220,6 @@ class PrunableModel(KFACModel):
         MNIST.
         """
         is_same = getattr(self, "optimizer", None) is optimizer
-        replicas = self.distribute_strategy.num_replicas_in_sync
-        if replicas > 1 and self.curvature is not None:
-            raise InvalidArgumentError(
-                f"PrunableModel {self.name!r} on {replicas} replicas of tf.distribute does not "
-                f"support curvature={self.curvature!r}: every replica would flatten along "
-                "directions of its own. Leave the penalty out, or train on one device."
-            )
         super().compile(optimizer, loss, *args, **kwargs)
         self._run.shrunk = self._run.shrunk_state = None
         if self.controller is not None and not is_same:
@@ -260,8 +253,9 @@ class PrunableModel(KFACModel):
         """Says how long the training will be, all calls together.
 
         `fit` takes its own length for the whole run. Where that is not so (`fit(epochs=1)` in a
-        loop, `train_on_batch`, a training loop of one's own) this says it beforehand; without it,
-        steps outside of `fit` leave all gates open.
+        loop, `train_on_batch`, a training loop of one's own), or the data do not tell how many
+        batches they have, this says it beforehand; without it, steps outside of `fit` leave all
+        gates open.
 
         Args:
             total_steps: Number of training steps of the whole run.
@@ -269,7 +263,7 @@ class PrunableModel(KFACModel):
         Raises:
             InvalidArgumentError: If it is no integer >= 1, or the model is not compiled.
 
-        Example:
+        Examples:
             >>> pm.plan_phases(total_steps=10 * len(batches))
             >>> for epoch in range(10):
             ...     pm.fit(batches, epochs=1)
@@ -309,8 +303,10 @@ class PrunableModel(KFACModel):
         if call.total_steps is None:
             raise InvalidArgumentError(
                 "PrunableModel.fit must know the number of steps to lay out its phases, and the "
-                "data do not tell. Received: steps_per_epoch=None. Pass `steps_per_epoch=...`, or "
-                "say the length of the run beforehand: `model.plan_phases(total_steps)`."
+                "data do not tell how many batches they have. Received: steps_per_epoch=None. Say "
+                "the length of the run beforehand: `model.plan_phases(epochs * batches)`. With "
+                "data that go on without end, such as `dataset.repeat()`, pass "
+                "`steps_per_epoch=...` instead."
             )
         rate = self.constant_learning_rate
         if call.sets_rate:
@@ -450,7 +446,7 @@ class PrunableModel(KFACModel):
         """
         run = self._run
         if run.steps_left <= 0:
-            phase = controller.due_phase(int(controller.step))
+            phase = controller.due_phase(int(keras.ops.convert_to_numpy(controller.step)))
             if controller.phase_now() != phase:
                 controller.enter_due_phase()
             run.is_pruning = phase == GatePhase.PRUNING

@@ -71,9 +71,16 @@ class RunCallback(keras.callbacks.Callback):
             )
         )
         self._rates.note(self.model.decaying_learning_rate)
+        self._steps_before: int | None = self._steps_taken()
+
+    def _steps_taken(self) -> int:
+        return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._checked, self._is_first_batch = -1, True
+        if self._steps_before not in (None, self._steps_taken()):
+            self._rates.note(self.model.decaying_learning_rate)  # of a state that was restored
+        self._steps_before = None
         steps = self.params.get("steps")
         self.model.begin_epoch((self.params["epochs"] - epoch) * steps if steps else None)
         self._best.begin_epoch(self.model.has_settled, self.model.is_settled_at_next_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -62,19 +63,19 @@ class TrainingStep:
             controller.enter_due_phase()
         before = trainee.forward_state()
         outputs, loss, gradients, of_gates = self._loss_and_gradients(batch)
-        gradients = self._penalized(gradients, batch)
         finite = self._is_finite(loss, [*gradients, *of_gates])
         if num_replicas() > 1:
             together, finite = agreed([*gradients, *of_gates], finite, batch.size, before)
             gradients, of_gates = together[: len(gradients)], together[len(gradients) :]
+        of_loss, gradients = gradients, self._penalized(gradients, batch)
         rejected = self._is_last_step_rejected(before, loss, finite, batch)
 
         def take() -> None:
             self._update_factors(batch)
             self._decay_learning_rate()
             scale = trainee.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
-            self._update_weights(gradients, batch)
-            self._move_gates([g / scale for g in of_gates], batch)
+            self._update_weights(gradients, [_divided(g, scale) for g in of_loss], batch)
+            self._move_gates([_divided(g, scale) for g in of_gates], batch)
             update_metrics(outputs, loss)
 
         def leave_out() -> None:
@@ -200,13 +201,28 @@ class TrainingStep:
             trainee.optimizer.learning_rate = tf.convert_to_tensor(compiled.learning_rate)
             compiled.iterations.assign_add(1)
 
-    def _update_weights(self, gradients: Sequence[Any], batch: Batch) -> None:
+    def _update_weights(
+        self, gradients: Sequence[Any], of_loss: Sequence[Any], batch: Batch
+    ) -> None:
+        """The optimizer's step.
+
+        Args:
+            gradients: Of everything, scaled.
+            of_loss: Of the loss alone, unscaled.
+            batch: The batch.
+        """
         trainee, kfac = self.trainee, self.trainee.kfac
         pairs = list(zip(gradients, trainee.variables, strict=True))
         if kfac is None or not kfac.needs_quadratic_form:
             trainee.optimizer.apply_gradients(pairs)
             return
-        with kfac.measured_by(lambda directions: self._quadratic_form(kfac, batch, directions)):
+        model_of_loss = None
+        if trainee.penalty is not None:
+            known = {id(v): g for v, g in zip(trainee.variables, of_loss, strict=True)}
+            found = [(known[id(v)], v) for v in kfac.block_variables]
+            model_of_loss = [tf.zeros(v.shape, v.dtype) if g is None else g for g, v in found]
+        form = functools.partial(self._quadratic_form, kfac, batch)
+        with kfac.measured_by(form, model_of_loss):
             trainee.optimizer.apply_gradients(pairs)
 
     def _quadratic_form(
@@ -233,3 +249,8 @@ class TrainingStep:
         # Gradients overflow now and then while a loss scale is being found.
         due = tf.logical_and(controller.is_pruning(), all_finite(gradients))
         cond(due, move, lambda: None)
+
+
+def _divided(tensor: Any, scale: Any) -> Any:
+    """A gradient without the scale of the loss; None stays None."""
+    return None if tensor is None else tensor / tf.cast(scale, tensor.dtype)

@@ -50,7 +50,7 @@ def build(
         InvalidArgumentError: If there is no such network, the shape does not fit it, or it has no
             classes.
 
-    Example:
+    Examples:
         >>> build("lenet300").count_params()
         266610
     """

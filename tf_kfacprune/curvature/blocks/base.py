@@ -345,7 +345,8 @@ def for_rows(weights: Any, rows: Any) -> Any:
     if weights is None:
         return None
     batch = ops.shape(weights)[0]
-    return ops.reshape(ops.broadcast_to(weights[:, None], (batch, rows // batch)), (-1,))
+    of_example = rows // ops.maximum(batch, 1)  # a replica may have no examples
+    return ops.reshape(ops.broadcast_to(weights[:, None], (batch, of_example)), (-1,))
 
 
 def total_weight(weights: Any, examples: Any) -> Any:

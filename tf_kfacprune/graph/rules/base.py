@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+from keras import ops
 
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
@@ -27,8 +28,11 @@ __all__ = [
     "Removal",
     "Roles",
     "Shape",
+    "along",
     "channel_axis",
+    "cut_constant",
     "extents",
+    "follow_constant",
     "freeze_by_constant",
     "weight_extents",
     "weight_of",
@@ -87,7 +91,7 @@ class ChannelRule:
             role of its input axis (or roles, if there are several): soft gates are folded into
             them.
 
-    Example:
+    Examples:
         >>> @kp.register_channel_rule(MyScale)
         ... class MyScaleRule(kp.ChannelRule):
         ...     weights = {"gamma": ("channels",)}
@@ -243,6 +247,13 @@ class ChannelRule:
         return [[None] * len(value.shape) for value in call.outputs]
 
 
+def along(vector: Any, axis: int, like: Any) -> Any:
+    """A vector shaped to be broadcast along one axis of a tensor, in the tensor's type."""
+    shape = [1] * len(like.shape)
+    shape[axis] = -1
+    return ops.cast(ops.reshape(vector, shape), like.dtype)
+
+
 def channel_axis(layer: Any, rank: int) -> int:
     """The channel axis of a layer with a `data_format`, else the last axis."""
     return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
@@ -283,3 +294,46 @@ def freeze_by_constant(constant: Any, call: Call, flow: LabelFlow, axes: Axes) -
     for k in range(1, min(len(shape), len(axes)) + 1):
         if shape[-k] != 1:
             flow.freeze(axes[-k], reasons.ARRAY_CONSTANT, call.path)
+
+
+def follow_constant(
+    constant: Any, axis: int, call: Call, flow: LabelFlow, name: str
+) -> np.ndarray | None:
+    """Labels of an axis that an array constant alone gives to a result.
+
+    They go if what they meet goes: tables of sines and cosines lose entries with the channels that
+    they rotate. Only the last axis of a table of fractions is taken for channels, and only behind
+    a layer with weights, for what is computed from inputs alone is an input feature.
+
+    Args:
+        constant: The constant.
+        axis: The axis, negative.
+        call: The call that reads it.
+        flow: Holds the labels.
+        name: What tells the axis from others of the call.
+
+    Returns:
+        The labels, or None.
+    """
+    size = np.shape(constant)[axis]
+    is_table = axis == -1 and size > 1 and "float" in str(getattr(constant, "dtype", ""))
+    if not is_table or all(value in flow.raw for value in call.inputs):
+        return None
+    return flow.following(call, name, size)
+
+
+def cut_constant(constant: Any, positions: Mapping[int, np.ndarray | None]) -> Any:
+    """An array constant without the entries of channels that are gone.
+
+    Args:
+        constant: The constant.
+        positions: For some of its axes the positions that stay, or None if all do.
+
+    Returns:
+        The constant itself if nothing goes.
+    """
+    shape = np.shape(constant)
+    for axis, kept in positions.items():
+        if kept is not None and 1 != shape[axis] != len(kept):
+            constant = np.take(ops.convert_to_numpy(constant), kept, axis)
+    return constant

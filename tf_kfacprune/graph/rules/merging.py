@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from keras import layers, tree
@@ -10,7 +11,13 @@ from keras import layers, tree
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import CONSTANT, Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, freeze_by_constant
+from tf_kfacprune.graph.rules.base import (
+    ChannelRule,
+    Removal,
+    cut_constant,
+    follow_constant,
+    freeze_by_constant,
+)
 from tf_kfacprune.graph.rules.registry import register_channel_rule, register_internal_rule
 
 __all__: list[str] = []
@@ -27,7 +34,7 @@ class MergeRule(ChannelRule):
     """Element-wise combination with broadcasting: coupled channels live and die together.
 
     Axes are aligned from the right. A single channel that is broadcast over many is frozen. An
-    array constant freezes the axes along which it has several entries.
+    array constant among the operands loses the entries of the channels that go.
     """
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
@@ -35,10 +42,27 @@ class MergeRule(ChannelRule):
         merged: Axes = []
         for k in range(1, len(shape) + 1):
             merged.insert(0, self._merge_axis(call, flow, k, shape[-k]))
-        for leaf in tree.flatten((call.args, call.kwargs)):
+        for leaf in tree.flatten((call.args, call.kwargs)) if call.is_layer else ():
             if not isinstance(leaf, Value):
                 freeze_by_constant(leaf, call, flow, merged)
         return [merged]
+
+    def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
+        value = call.outputs[0]
+        kept = {k - len(value.shape): removal.kept(value, k) for k in range(len(value.shape))}
+
+        def cut(recorded: Any, given: Any) -> Any:
+            if isinstance(recorded, Value):
+                return given
+            rank = len(np.shape(given))
+            return cut_constant(given, {axis: kept[axis] for axis in range(-rank, 0)})
+
+        fewer = [cut(*pair) for pair in zip(call.args, args, strict=True)]
+        named = {key: cut(call.kwargs[key], given) for key, given in kwargs.items()}
+        same = all(a is b for a, b in zip(args, fewer, strict=True))
+        if same and all(named[key] is given for key, given in kwargs.items()):
+            return NotImplemented
+        return type(call.operation)()(*fewer, **named)
 
     def _merge_axis(
         self, call: Call, flow: LabelFlow, k: int, size: int | None
@@ -52,6 +76,8 @@ class MergeRule(ChannelRule):
                 flow.freeze(flow.of(value)[-k], reasons.BROADCAST, call.path)
             else:
                 present.append(value)
+        if not present:
+            return self._follow(call, flow, k)
         if all(flow.of(value)[-k] is None for value in present):
             return None
         operands = [flow.select(call, value, len(value.shape) - k) for value in present]
@@ -59,6 +85,13 @@ class MergeRule(ChannelRule):
         for labels in operands[1:]:
             result = flow.unite(result, labels, call.path)
         return result
+
+    def _follow(self, call: Call, flow: LabelFlow, k: int) -> np.ndarray | None:
+        """Labels of an axis that only an array constant has."""
+        for leaf in () if call.is_layer else (*call.args, *call.kwargs.values()):
+            if not isinstance(leaf, Value) and len(np.shape(leaf)) >= k and np.shape(leaf)[-k] > 1:
+                return follow_constant(leaf, -k, call, flow, "constant")
+        return None
 
 
 @register_channel_rule(layers.Add, layers.Subtract, layers.Average, layers.Maximum, layers.Minimum)

@@ -22,7 +22,7 @@ from keras import layers, ops
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, Count, Gates, Shape
+from tf_kfacprune.graph.rules.base import ChannelRule, Count, Gates, Shape, along
 from tf_kfacprune.graph.rules.registry import register_channel_rule
 from tf_kfacprune.graph.rules.substitution import substituted
 
@@ -33,13 +33,6 @@ CHANNELS = "channels"
 
 def _axes_of(axis: Any) -> tuple[int, ...]:
     return (axis,) if isinstance(axis, int) else tuple(axis)
-
-
-def _along(vector: Any, axis: int, like: Any) -> Any:
-    """A vector shaped to be broadcast along one axis of a tensor, in the tensor's type."""
-    shape = [1] * len(like.shape)
-    shape[axis] = -1
-    return ops.cast(ops.reshape(vector, shape), like.dtype)
 
 
 def _widened(x: Any) -> Any:
@@ -72,7 +65,7 @@ def _call_filled(
     """
     x = _widened(x)
     stretch, shrink = _stretch(present)
-    mask = _along(present, axis, x)
+    mask = along(present, axis, x)
     means = ops.mean(x, positions, keepdims=True) if positions else x
     mean = ops.sum(means * mask, axis, keepdims=True) * ops.cast(_per_channel(present), x.dtype)
     x = ops.where(mask > 0, x, mean) * ops.cast(stretch, x.dtype)
@@ -123,7 +116,7 @@ class RMSNormalizationRule(AcrossChannelsRule):
         present, (axis,) = gates[CHANNELS].present, _axes_of(layer.axis)
         x = _widened(args[0])
         stretch, shrink = _stretch(present)
-        x = x * _along(present, axis, x) * ops.cast(stretch, x.dtype)
+        x = x * along(present, axis, x) * ops.cast(stretch, x.dtype)
         scale = ops.convert_to_tensor(layer.scale)
         with substituted(layer, scale=scale * ops.cast(shrink, scale.dtype)):
             return layer(x, **kwargs)
@@ -135,7 +128,7 @@ class UnitNormalizationRule(AcrossChannelsRule):
 
     def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
         (axis,) = _axes_of(layer.axis)
-        return layer(args[0] * _along(gates[CHANNELS].present, axis, args[0]), **kwargs)
+        return layer(args[0] * along(gates[CHANNELS].present, axis, args[0]), **kwargs)
 
 
 @register_channel_rule(layers.GroupNormalization)

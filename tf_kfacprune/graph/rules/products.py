@@ -3,24 +3,35 @@
 An axis that both operands have and the result has not is summed over: its channels are coupled,
 and the product reads them. A channel that is zero in one operand adds nothing, so the gate stands
 on the first. An axis of both operands and the result couples its channels; any other passes. Where
-one operand is a weight of the layer itself, the product is a contraction like that of `Dense`.
+one operand is a weight of the layer itself, the product is a contraction like that of `Dense`; an
+array constant loses the entries of the channels that go.
 """
 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from keras import ops, tree
+from keras import layers, ops, tree
 
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, Extent, Removal, extents
+from tf_kfacprune.graph.rules.base import (
+    ChannelRule,
+    Extent,
+    Gates,
+    Removal,
+    along,
+    cut_constant,
+    extents,
+    follow_constant,
+)
 from tf_kfacprune.graph.rules.contractions import ContractionRule
-from tf_kfacprune.graph.rules.registry import register_internal_rule
+from tf_kfacprune.graph.rules.registry import register_channel_rule, register_internal_rule
 
 __all__: list[str] = []
 
@@ -36,9 +47,13 @@ class ProductRule(ContractionRule):
         raise NotImplementedError
 
     def operands(self, call: Call) -> tuple[Any, Any] | None:
-        """The two tensors, or None if there are not two of them."""
-        both = [leaf for leaf in call.args if isinstance(leaf, Value)]
+        """The two tensors, of which one may be a constant, or None if there are not two of them."""
+        both = [leaf for leaf in call.args if hasattr(leaf, "shape")]
         return (both[0], both[1]) if len(both) == 2 == len(call.args) else None
+
+    def again(self, call: Call, args: Any) -> Any:
+        """The product of other operands."""
+        raise NotImplementedError
 
     def read_axes(self, call: Call) -> Mapping[Value, set[int]]:
         known, letters = self.operands(call), self.letters(call)
@@ -46,11 +61,16 @@ class ProductRule(ContractionRule):
             return {}
         first, second, made = letters
         summed = (set(first) & set(second)) - set(made)
-        return {known[0]: {first.index(letter) for letter in summed}}
+        read = {first.index(letter) for letter in summed}
+        return {known[0]: read} if all(isinstance(value, Value) for value in known) else {}
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         known, letters = self.operands(call), self.letters(call)
-        if known is None or letters is None or known[0] is known[1]:
+        if known is None or letters is None:
+            return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
+        if not all(isinstance(value, Value) for value in known):
+            return self._with_constant(call, flow, known, letters)
+        if known[0] is known[1] and not _is_square(letters):
             return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
         first, second, made = letters
         self._produce(call, flow, known, letters)
@@ -61,6 +81,8 @@ class ProductRule(ContractionRule):
                 other = flow.of(known[1])[second.index(letter)]
                 if letter in made:
                     labels = self._coupled(call, flow, known, letter, letters)
+                elif known[0] is known[1]:  # one gate may not stand on both
+                    flow.read_statistic(call, known[0], k, "sum")
                 elif labels is not None and other is not None:
                     flow.read(call, known[0], k, letter)
                     flow.unite(flow.base(labels), flow.base(other), call.path)
@@ -75,6 +97,43 @@ class ProductRule(ContractionRule):
                 if letter not in made:
                     flow.freeze(axes[letter], reasons.REDUCED, call.path)
         return [[axes[letter] for letter in made]]
+
+    def _with_constant(
+        self, call: Call, flow: LabelFlow, known: tuple[Any, Any], letters: Letters
+    ) -> Sequence[Axes]:
+        """A product with an array constant: axes that are summed over are frozen, others pass."""
+        number = 0 if isinstance(known[0], Value) else 1
+        value, constant, own, others = known[number], known[1 - number], letters[number], letters
+        axes: dict[str, Any] = dict(zip(own, flow.of(value), strict=True))
+        for k, letter in enumerate(own):
+            if letter not in others[2]:
+                flow.freeze(axes[letter], reasons.REDUCED, call.path)
+            elif value.shape[k] == 1:
+                flow.freeze(axes[letter], reasons.BROADCAST, call.path)
+                axes[letter] = None
+        rank = len(others[1 - number])
+        for k, letter in enumerate(others[1 - number]):
+            if letter in others[2] and letter not in own:
+                axes[letter] = follow_constant(constant, k - rank, call, flow, letter)
+        return [[axes[letter] for letter in others[2]]]
+
+    def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
+        known, letters = self.operands(call), self.letters(call)
+        if known is None or letters is None or all(isinstance(value, Value) for value in known):
+            return NotImplemented
+        number = 1 if isinstance(known[0], Value) else 0
+        made, operands = letters[2], list(args)
+        operands[number] = cut_constant(
+            known[number],
+            {
+                k: removal.kept(call.outputs[0], made.index(letter))
+                for k, letter in enumerate(letters[number])
+                if letter in made
+            },
+        )
+        if operands[number] is known[number]:
+            return NotImplemented
+        return self.again(call, operands)
 
     def _coupled(
         self, call: Call, flow: LabelFlow, known: tuple[Value, Value], letter: str, letters: Letters
@@ -100,7 +159,7 @@ class ProductRule(ContractionRule):
 
     def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
         known, letters = self.operands(call), self.letters(call)
-        if known is None or letters is None:
+        if known is None or letters is None or not all(isinstance(v, Value) for v in known):
             return []
         # As everywhere, products of data with data (scores of attention) are not counted.
         fixed = [None not in value.shape for value in known]
@@ -114,13 +173,18 @@ class ProductRule(ContractionRule):
         return [[*extents(known[data], flow, places), *kernel]]
 
 
+def _is_square(letters: Letters) -> bool:
+    """Whether a product of a tensor with itself takes every axis that is in both for the same."""
+    first, second, _ = letters
+    return all(first.index(x) == second.index(x) for x in first if x in second)
+
+
 @register_internal_rule("Einsum")
 class EinsumRule(ProductRule):
     """`keras.ops.einsum` of two tensors: axes summed over are read, shared ones are coupled."""
 
-    def operands(self, call: Call) -> tuple[Any, Any] | None:
-        both = call.inputs
-        return (both[0], both[1]) if len(both) == 2 else None
+    def again(self, call: Call, args: Any) -> Any:
+        return ops.einsum(call.operation.subscripts, *args)
 
     def letters(self, call: Call) -> Letters | None:
         equation = getattr(call.operation, "subscripts", "").replace(" ", "")
@@ -144,6 +208,73 @@ class MatmulRule(ProductRule):
         batch = "abcdefgh"[: ranks[0] - 2]
         shared = batch if ranks[1] == ranks[0] else ""
         return f"{batch}mk", f"{shared}kn", f"{batch}mn"
+
+    def again(self, call: Call, args: Any) -> Any:
+        return ops.matmul(*args)
+
+
+@register_internal_rule("Outer")
+class OuterRule(ProductRule):
+    """`keras.ops.outer` of two vectors: the channels of both pass."""
+
+    def letters(self, call: Call) -> Letters | None:
+        known = self.operands(call)
+        is_known = known is not None and all(len(value.shape) == 1 for value in known)
+        return ("m", "n", "mn") if is_known else None
+
+    def again(self, call: Call, args: Any) -> Any:
+        return ops.outer(*args)
+
+
+@register_channel_rule(layers.Dot)
+class DotRule(ProductRule):
+    """`Dot`: the channels that it sums over are coupled and read, the others pass.
+
+    Normalized, it reads them inside: those that are present make up the norms.
+    """
+
+    def operands(self, call: Call) -> tuple[Any, Any] | None:
+        both = call.inputs
+        return (both[0], both[1]) if len(both) == 2 else None
+
+    def letters(self, call: Call) -> Letters | None:
+        known = self.operands(call)
+        if known is None:
+            return None
+        ranks = [len(value.shape) for value in known]
+        axes = _summed_axes(call.operation, ranks)
+        first = string.ascii_lowercase[: ranks[0]]
+        second = list(string.ascii_uppercase[: ranks[1]])
+        second[0], second[axes[1]] = first[0], first[axes[0]]
+        rest = [x for x in (*first, *second[1:]) if x != first[axes[0]]]
+        return first, "".join(second), "".join(rest)
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        rank, known, letters = len(call.outputs[0].shape), self.operands(call), self.letters(call)
+        if not call.operation.normalize or known is None or letters is None:
+            (axes,) = super().propagate(call, flow)
+            return [[*axes, *[None] * (rank - len(axes))]]  # two vectors make one of one entry
+        first, second, made = letters
+        (summed,) = set(first[1:]) & set(second[1:])
+        passed = dict(zip(second, flow.of(known[1]), strict=True))
+        other = passed[summed]
+        passed |= dict(zip(first, flow.of(known[0]), strict=True))
+        labels = flow.unite(passed[summed], other, call.path)
+        flow.read_inside(call, "dim", flow.role(call.operation, "dim", labels, call.path))
+        axes = [passed[letter] for letter in made]
+        return [[*axes, *[None] * (rank - len(axes))]]
+
+    def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
+        axes = _summed_axes(layer, [len(x.shape) for x in args[0]])
+        present = gates["dim"].present
+        both = [x * along(present, axis, x) for x, axis in zip(args[0], axes, strict=True)]
+        return layer(both, **kwargs)
+
+
+def _summed_axes(layer: layers.Dot, ranks: Sequence[int]) -> list[int]:
+    """The axes of its two operands over which a `Dot` layer sums."""
+    axes = (layer.axes, layer.axes) if isinstance(layer.axes, int) else layer.axes
+    return [axis % rank for axis, rank in zip(axes, ranks, strict=True)]
 
 
 @register_internal_rule("DotProductAttention")

@@ -41,7 +41,7 @@ def register_channel_rule(*layer_classes: type) -> Callable[[RuleClass], RuleCla
     Raises:
         InvalidArgumentError: If something else than an operation class or a rule is given.
 
-    Example:
+    Examples:
         >>> @kp.register_channel_rule(MyActivation)
         ... class MyActivationRule(kp.ChannelRule):
         ...     def propagate(self, call, flow):

@@ -140,6 +140,8 @@ class RepeatRule(IndexRule):
 
 
 _STATISTICS = {
+    "All": "all",
+    "Any": "any",
     "Mean": "mean",
     "Norm": "sum",  # of absolute values, or of squares
     "Std": "variance",
@@ -148,11 +150,14 @@ _STATISTICS = {
 }
 
 
-@register_internal_rule("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Prod", "Std", "Var", "Norm")
+@register_internal_rule(
+    *("All", "Any", "Mean", "Sum", "Max", "Min", "Amax", "Amin", "Prod", "Std", "Var", "Norm")
+)
 class ReductionRule(ChannelRule):
     """Reductions over positions pass channels; sums, means and variances over channels read them.
 
-    So do norms of order 1 or 2. A product, a largest or a smallest over channels freezes them.
+    So do norms of order 1 or 2, `any` and `all`. A product, a largest or a smallest over channels
+    freezes them.
     """
 
     def reduced(self, call: Call) -> set[int]:

@@ -1,16 +1,17 @@
-"""Channel rules for sequence layers: embeddings, repetition."""
+"""Channel rules for sequence layers: embeddings, repetition, masks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from keras import layers
+import numpy as np
+from keras import layers, ops
 
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, Extent, Roles, extents
+from tf_kfacprune.graph.rules.base import ChannelRule, Extent, Gates, Roles, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
 from tf_kfacprune.graph.rules.registry import register_channel_rule
 
@@ -87,3 +88,21 @@ class RepeatVectorRule(ChannelRule):
 
     def is_homogeneous(self, call: Call) -> bool:
         return True
+
+
+@register_channel_rule(layers.Masking)
+class MaskingRule(ChannelRule):
+    """`Masking`: the channels that stay decide which steps are masked."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        layer, axes = call.operation, flow.of(call.inputs[0])
+        if np.ndim(layer.mask_value) == 0 and np.isfinite(layer.mask_value):
+            flow.read_inside(call, "channels", flow.role(layer, "channels", axes[-1], call.path))
+        else:
+            flow.freeze(axes[-1], reasons.REDUCED, call.path)
+        return [axes]
+
+    def call_gated(self, layer: Any, gates: Gates, args: Any, kwargs: Any) -> Any:
+        present = gates["channels"].present > 0
+        # With the value of a masked step, a closed channel does not speak against masking.
+        return layer(ops.where(present, args[0], ops.cast(layer.mask_value, args[0].dtype)))

@@ -49,9 +49,9 @@ class SplitRule(ChannelRule):
 
 @register_internal_rule("GetItem")
 class GetItemRule(ChannelRule):
-    """`x[..., a:b]` and its like: a range of channels forms a group, single ones are frozen.
+    """`x[..., a:b:c]` and its like: a range of channels forms a group, single ones are frozen.
 
-    `None` in the key makes a new axis. Steps are for axes of positions.
+    `None` in the key makes a new axis.
     """
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
@@ -73,9 +73,6 @@ class GetItemRule(ChannelRule):
                 if not (is_uniform and key == 0):  # else any channel will do
                     flow.freeze(labels, reasons.PICKED, call.path)
                 continue
-            if not _is_contiguous(key):
-                flow.freeze(labels, reasons.PICKED, call.path)
-                labels = None
             part = None if labels is None else labels[key]
             if labels is not None and part is not None and len(part) < len(labels):
                 flow.separate(part)
@@ -91,17 +88,20 @@ class GetItemRule(ChannelRule):
         if keys is None:
             return NotImplemented
         moved: list[int | slice | None] = []
-        axis = -1
+        axis, tensor = -1, args[0]
         for key in keys:
             axis += key is not None
             kept = None if key is None else removal.kept(value, axis)
-            if kept is not None and isinstance(key, slice):
-                picked = np.intersect1d(np.arange(value.shape[axis] or 0)[key], kept)
-                first, last = np.searchsorted(kept, picked[[0, -1]])
-                moved.append(slice(int(first), int(last) + 1))
-            else:
+            if kept is None or not isinstance(key, slice):
                 moved.append(key)
-        return args[0][tuple(moved)]
+                continue
+            picked = np.arange(value.shape[axis] or 0)[key]
+            picked = np.searchsorted(kept, picked[np.isin(picked, kept)])
+            moved.append(_as_slice(picked))
+            if moved[-1] is None:  # not the key of a new axis
+                moved[-1] = slice(None)
+                tensor = ops.take(tensor, picked.tolist(), axis=axis)
+        return tensor[tuple(moved)]
 
 
 def _keys(call: Call, rank: int) -> list[int | slice | None] | None:
@@ -121,8 +121,15 @@ def _is_plain(key: slice) -> bool:
     return all(isinstance(end, (int, type(None))) for end in (key.start, key.stop, key.step))
 
 
-def _is_contiguous(key: slice) -> bool:
-    return key.step in (None, 1)
+def _as_slice(positions: np.ndarray) -> slice | None:
+    """The slice that picks the given positions in order, or None if they have no fixed distance."""
+    first, last = int(positions[0]), int(positions[-1])
+    steps = np.unique(np.diff(positions))
+    if len(steps) > 1:
+        return None
+    step = int(steps[0]) if len(steps) else 1
+    stop = last + (1 if step > 0 else -1)
+    return slice(first, stop if stop >= 0 else None, step)
 
 
 @register_internal_rule("Take")

@@ -1,11 +1,12 @@
-"""Channel rule for `TimeDistributed`, which applies a layer to every step of a sequence.
+"""Channel rules for layers around another layer, whose own rule does the work.
 
-The wrapped layer's own rule does the work, on a call without the time axis.
+`TimeDistributed` applies it to every step of a sequence: its rule gets a call without time axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import string
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -91,3 +92,61 @@ def _without_time(value: Value, shape: Sequence[int | None]) -> Value:
 
 def _without_time_axis(axes: Axes) -> Axes:
     return [axes[0], *axes[2:]]
+
+
+@register_channel_rule(layers.SpectralNormalization)
+class SpectralNormalizationRule(ContractionRule):
+    """`SpectralNormalization`: as the wrapped layer, whose kernel it scales in training."""
+
+    def folded_roles(self, name: str) -> tuple[str, ...]:
+        letters = (f"in_{letter}" for letter in string.ascii_letters)  # of an `EinsumDense`
+        return ("in", *letters) if name == f"{_PREFIX}kernel" else ()
+
+    def inner(self, call: Call) -> Call:
+        """The call of the wrapped layer."""
+        kwargs = {key: value for key, value in call.kwargs.items() if key != "training"}
+        return Call(call.operation.layer, call.args, kwargs, call.outputs, call.path)
+
+    def channel_axis(self, call: Call) -> int:
+        rule = rule_for(call.operation.layer)
+        return rule.channel_axis(self.inner(call)) if isinstance(rule, ContractionRule) else -1
+
+    def read_axes(self, call: Call) -> Mapping[Value, set[int]]:
+        return rule_for(call.operation.layer).read_axes(self.inner(call))
+
+    def out_size(self, layer: Any) -> int:
+        rule = rule_for(layer.layer)
+        return rule.out_size(layer.layer) if isinstance(rule, ContractionRule) else 0
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        layer, value, inner = call.operation, call.inputs[0], self.inner(call)
+        rule = rule_for(layer.layer)
+        if type(rule).call_gated is not ChannelRule.call_gated:
+            return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
+        first = len(flow.readings)
+        axes = rule.propagate(inner, flow)
+        flow.readings[first:] = [replace(reading, call=call) for reading in flow.readings[first:]]
+        if (inner, value) in flow.selections:
+            flow.selections[call, value] = flow.selections.pop((inner, value))
+        flow.share_roles(layer, layer.layer)
+        return axes
+
+    def weight_roles(self, layer: Any) -> Roles:
+        roles = rule_for(layer.layer).weight_roles(layer.layer)
+        columns = roles.get("kernel", roles.get("embeddings", (None,)))[-1]
+        inner = {_PREFIX + name: axes for name, axes in roles.items()}
+        return {**inner, "vector_u": (None, columns)}
+
+    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
+        inner = config["layer"]
+        inner.pop("build_config", None)
+        rule_for(layer.layer).edit_config(layer.layer, inner["config"], count, shape)
+
+    def fold(
+        self, layer: Any, name: str, role: str, kernel: np.ndarray, scale: np.ndarray
+    ) -> np.ndarray:
+        inner = layer.layer
+        return rule_for(inner).fold(inner, name.removeprefix(_PREFIX), role, kernel, scale)
+
+    def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
+        return rule_for(call.operation.layer).macs(self.inner(call), flow)

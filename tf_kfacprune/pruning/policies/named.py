@@ -46,7 +46,7 @@ def ScheduledClosing(criterion: str = "kfac", every: int = 20) -> ScheduledPolic
     Raises:
         InvalidArgumentError: If an argument has the wrong type or value.
 
-    Example:
+    Examples:
         >>> policy = kp.ScheduledClosing("taylor", every=20)
     """
     known = isinstance(criterion, str) and criterion in _SALIENCIES

@@ -104,7 +104,7 @@ class KFACSaliency(ScheduledPolicy):
     Raises:
         InvalidArgumentError: If an argument has the wrong type or value.
 
-    Example:
+    Examples:
         >>> policy = kp.KFACSaliency(every=20)
         >>> pm = kp.PrunableModel(network, kp.Budget(macs=0.1), policy=policy)
 
