@@ -15,7 +15,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from tables import budgets, channels, deploy, flatness, frontier, optimizer  # noqa: E402
+from tables import (  # noqa: E402
+    budgets,
+    channels,
+    deploy,
+    flatness,
+    frontier,
+    latency,
+    optimizer,
+)
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -35,6 +43,7 @@ TABLES = {
     "corruptions_pruned": lambda: flatness.corruptions_table("prune"),
     "tracking": flatness.tracking_table,
     "budgets": budgets.budgets_table,
+    "latency": latency.latency_table,
     "step_cost": optimizer.step_cost_table,
     "location_cost": optimizer.location_cost_table,
     "real_networks": optimizer.real_networks_table,

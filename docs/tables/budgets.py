@@ -13,7 +13,7 @@ def budgets_table():
         row = [
             f"`{key['network']}`",
             f"{key['policy']}, {key['optimizer']}, {key['epochs']} x {key['images']}",
-            key["measure"],
+            key["measure"] + (f" of {key['latency_of']}" if "latency_of" in key else ""),
             f"{key['asked']:g}",
             len(runs),
         ]

@@ -9,7 +9,8 @@ import pytest
 import tf_kfacprune as kp
 from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import NeuronGate
-from tf_kfacprune.graph import reasons
+from tf_kfacprune.graph import LatencyTable, analyze, layer_signature, reasons
+from tf_kfacprune.graph.latency import LayerTimes
 from tf_kfacprune.reporting import inspect
 
 
@@ -158,6 +159,23 @@ def test_model_without_prunable_neurons_shows_only_reasons():
     assert "0 neurons can be pruned" in text
     assert "Neurons that can be pruned" not in text
     assert np.isclose(inspect(model).least_macs, 1.0)
+
+
+def test_the_latency_is_shown_with_what_it_is_of():
+    inputs = keras.Input((8,), name="x")
+    net = keras.Model(
+        inputs, keras.layers.Dense(4, name="logits")(keras.layers.Dense(16, name="fc")(inputs))
+    )
+    calls = [call for call in analyze(net).graph.calls if call.path in ("fc", "logits")]
+    rows = {layer_signature(call): LayerTimes(constant=2.0) for call in calls}
+    table = LatencyTable("a processor", rows, of="int8", overhead=0.5)
+    inspection = inspect(net, latency_table=table)
+    assert (inspection.latency, inspection.latency_of) == (4.5, "int8")
+    assert "int8 file takes 4.5 microseconds on a processor" in " ".join(str(inspection).split())
+    assert (
+        inspect(kp.PrunableModel(net, kp.Budget(latency=1.0), latency_table=table)).latency == 4.5
+    )
+    assert inspect(net).latency is None
 
 
 class WithMaskToken(keras.layers.Layer):

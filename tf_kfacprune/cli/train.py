@@ -110,7 +110,9 @@ class _Run:
         values, network, budget = self._values, self._network, self._budget
         table = None
         if budget is not None and budget.latency is not None:
-            table = self._kept.remembered("latency_table", lambda: latency_table(network))
+            table = self._kept.remembered(
+                "latency_table", lambda: latency_table(network, of=values.latency_of)
+            )
         with naming(*map(train_flags.flag_of, _targets(values)), of=BudgetError):
             model = PrunableModel(
                 network,

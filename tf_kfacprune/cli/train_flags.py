@@ -12,6 +12,7 @@ from tf_kfacprune.cli.shared import (
     add_overwrite_flag,
     add_selection_flags,
 )
+from tf_kfacprune.graph.latency import LATENCY_OF
 from tf_kfacprune.pruning import POLICIES
 
 __all__ = ["BOARD", "MEASURES", "OPTIMIZERS", "define", "flag_of"]
@@ -90,6 +91,13 @@ def _define_pruning(values: flags.FlagValues) -> None:
             above=0,
             upper=None if absolute else 1,
         )
+    flags.DEFINE_enum(
+        "latency_of",
+        "float32",
+        LATENCY_OF,
+        "Which .tflite file --budget_latency bounds.",
+        flag_values=values,
+    )
     for measure, meaning in zip(
         BOARD,
         (

@@ -1,73 +1,74 @@
 """Measures how long each layer of a model takes on this machine, for budgets of latency.
 
-Every distinct layer with weights is converted on its own, at several numbers of input and output
-channels, and timed by LiteRT. A sum of terms that rise with these numbers is fitted to the times
-(see `tf_kfacprune.graph.latency`). What the whole model takes beyond its layers is spread over the
-values that its layers without weights read.
+Every distinct layer is converted on its own, with several numbers of input and output channels
+(`probes`), and timed by LiteRT; curves are laid through the times (`latency_curves`). The whole
+model is timed as well: layers take longer or shorter together than alone, and all curves are
+multiplied by that ratio.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import keras
 import numpy as np
-from keras import layers, tree
+from keras import layers
 
-from tf_kfacprune.errors import ExportError
+from tf_kfacprune.errors import ExportError, InvalidArgumentError
 from tf_kfacprune.export.atomic import write_bytes
+from tf_kfacprune.export.branches import branches
 from tf_kfacprune.export.conversion import convert
+from tf_kfacprune.export.latency_curves import layer_times
+from tf_kfacprune.export.probes import FIXED, LayerProbes
 from tf_kfacprune.export.running import litert_job
+from tf_kfacprune.export.samples import random_examples
 from tf_kfacprune.export.serving import Signature, check_exportable
 from tf_kfacprune.graph import (
-    Call,
     ChannelGraph,
-    ContractionRule,
     CostModel,
     LatencyTable,
-    Value,
     analyze,
     layer_signature,
-    rule_for,
 )
+from tf_kfacprune.graph.latency import LATENCY_OF, takes_time
 
 __all__ = ["latency_table"]
 
-# Shares of the input and output channels at which a layer is timed.
-_WIDTHS = ((1.0, 1.0), (1.0, 0.25), (0.25, 1.0), (0.5, 0.5), (0.25, 0.25))
-_BLOCKS, _RUNS, _BLOCK_SECONDS = 15, 50, 0.02
+# The fastest of these blocks are those that nothing else disturbed.
+_BLOCKS, _RUNS, _BLOCK_SECONDS, _FASTEST = 30, 15, 0.015, 0.1
+# So much is converted at once. Packed weights are held several times over.
+_PROBES_AT_ONCE, _WEIGHTS_AT_ONCE = 60, 10_000_000
+_EXAMPLES = 4  # to calibrate int8 with: times do not depend on them
 
-# Layers that can be built with fewer channels by their configuration alone.
-_RESIZABLE = (
-    *(layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D),
-    *(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose),
-    *(layers.SeparableConv1D, layers.SeparableConv2D),
-)
+# Raised when what is measured changes: files of other formats are measured again.
+_FORMAT = 2
 
 
 def latency_table(
     model: keras.Model,
     *,
+    of: str = "float32",
     refresh: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> LatencyTable:
     """Times of the layers of a model, with LiteRT on one thread of this machine, batch 1.
 
-    Measured times are kept in a file per processor, so that the next call is quick. They are as
-    good as the machine is quiet while they are taken.
+    Takes a few seconds for each distinct layer. Measured times are kept in a file per processor, so
+    that the next call is quick. They are as good as the machine is quiet while they are taken.
 
     Args:
         model: A built Sequential or Functional model without gates: the one to be pruned.
+        of: Which file `Budget(latency=...)` is to bound with this table: `"float32"`, or `"int8"`
+            for the full int8 file, whose layers gain differently.
         refresh: Measure again what has been measured before.
         cache_dir: Folder of the file; by default `.cache/tf_kfacprune` in the home folder.
 
@@ -75,183 +76,172 @@ def latency_table(
         The table, for `PrunableModel(model, budget=Budget(latency=...), latency_table=...)`.
 
     Raises:
+        InvalidArgumentError: If `of` is neither of these.
         UnsupportedModelError: If the model has gates or no symbolic inputs.
         ExportError: If a layer cannot be converted or timed, or the file cannot be written.
 
     Examples:
-        >>> table = kp.export.latency_table(network)
+        >>> table = kp.export.latency_table(network, of="int8")
         >>> pm = kp.PrunableModel(network, kp.Budget(latency=0.3), latency_table=table)
     """
+    if of not in LATENCY_OF:
+        raise InvalidArgumentError(
+            f"Argument `of` of latency_table must be one of {LATENCY_OF}. Received: of={of!r}"
+        )
     check_exportable(model, batch_size=1)
     channels = analyze(model)
-    calls = {
-        layer_signature(call): call
+    probes = {
+        layer_signature(call): LayerProbes.of(call, channels)
         for call in channels.graph.calls
-        if isinstance(call.operation, keras.Layer)
-        and list(rule_for(call.operation).macs(call, channels.flow))
+        if isinstance(call.operation, keras.Layer) and takes_time(call)
     }
-    cache = _Cache(cache_dir, refresh)
-    rows = {name: cache.get(name, lambda c=call: _layer_row(c)) for name, call in calls.items()}
-    totals = cache.get(_fingerprint(channels), lambda: _total_times([model]))
-    cache.save()
-    overhead, (total,) = totals[0], totals[1:]
-    return _calibrated(channels, cache.processor, rows, overhead, total)
+    cache = _Cache(cache_dir, of, refresh)
+    missing = {name: layer for name, layer in probes.items() if name not in cache}
+    for part in _parts(missing):
+        cache.add(_measured(part, of))
+    whole = _fingerprint(channels)
+    if whole not in cache:
+        content = _converted(model, of)
+        overhead, total = _total_times([_converted(_nothing(), of), content])
+        cache.add({whole: [[0, 0, overhead], [1, 1, total]]})
+    (*_, overhead), (*_, total) = cache[whole]
+    rows = {
+        name: layer_times({(int(n), int(m)): time for n, m, time in cache[name]}) for name in probes
+    }
+    return _calibrated(channels, LatencyTable(cache.processor, rows, of, 1.0, overhead), total)
 
 
 class _Cache:
     """The file of measured numbers for this processor and version of LiteRT.
 
+    It holds what was measured, not what was made of it: for each layer rows of channels read,
+    channels created, microseconds; for a whole model the time of nothing, and its own.
+
     Attributes:
         processor: Name of the processor.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, refresh: bool) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, of: str, refresh: bool) -> None:
         self.processor = _processor()
         base = Path.home() / ".cache" / "tf_kfacprune" if folder is None else Path(folder)
         key = f"{self.processor} litert {importlib.metadata.version('ai-edge-litert')}"
         self._path = base / f"latency_{re.sub(r'[^A-Za-z0-9.]+', '_', key)}.json"
-        self._known: dict[str, list[float]] = {}
-        if self._path.is_file():
-            try:
-                self._known = json.loads(self._path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ExportError(
-                    f"{self._path} is not a file of latencies: {error}. Delete it, or choose "
-                    "another cache_dir."
-                ) from error
-        self._refresh = refresh
-        self._changed = False
+        self._of, self._refresh = of, refresh
+        self._known = self._read()
+        self._fresh: set[str] = set()
 
-    def get(self, name: str, measure: Any) -> list[float]:
-        """The numbers under a name, measured if they are unknown or to be refreshed."""
-        if self._refresh or name not in self._known:
-            self._known[name] = measure()
-            self._changed = True
-        return self._known[name]
+    def _read(self) -> dict[str, dict[str, list[list[float]]]]:
+        empty: dict[str, dict[str, list[list[float]]]] = {of: {} for of in LATENCY_OF}
+        if not self._path.is_file():
+            return empty
+        try:
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ExportError(
+                f"{self._path} is not a file of latencies: {error}. Delete it, or choose "
+                "another cache_dir."
+            ) from error
+        return stored["times"] if stored.get("format") == _FORMAT else empty
 
-    def save(self) -> None:
-        """Writes the file, whole or not at all, if something new was measured."""
-        if self._changed:
-            text = json.dumps(self._known, indent=1, sort_keys=True)
-            write_bytes(self._path, f"{text}\n".encode(), overwrite=True)
+    def __contains__(self, name: str) -> bool:
+        return name in (self._fresh if self._refresh else self._known[self._of])
+
+    def __getitem__(self, name: str) -> list[list[float]]:
+        return self._known[self._of][name]
+
+    def add(self, measured: dict[str, list[list[float]]]) -> None:
+        """Writes the file with what was measured, whole or not at all."""
+        self._known[self._of].update(measured)
+        self._fresh.update(measured)
+        text = json.dumps({"format": _FORMAT, "times": self._known}, indent=1, sort_keys=True)
+        write_bytes(self._path, f"{text}\n".encode(), overwrite=True)
 
 
-def _calibrated(
-    channels: ChannelGraph,
-    processor: str,
-    rows: dict[str, list[float]],
-    overhead: float,
-    total: float,
-) -> LatencyTable:
+def _calibrated(channels: ChannelGraph, table: LatencyTable, total: float) -> LatencyTable:
     """The table whose time for the dense model is the measured one."""
-
-    def dense(table: LatencyTable) -> float:
-        return CostModel(channels, latency_table=table).dense("latency")
-
-    weighted = LatencyTable(processor, {n: tuple(row) for n, row in rows.items()}, 0.0, overhead)
-    of_weighted = dense(weighted)
-    values = dense(LatencyTable(processor, weighted.layers, 1.0, overhead)) - of_weighted
-    if total >= of_weighted and values > 0:
-        per_value = (total - of_weighted) / values
-        return LatencyTable(processor, weighted.layers, per_value, overhead)
-    # Alone, layers take longer than together.
-    factor = max(total - overhead, 0.0) / max(of_weighted - overhead, 1e-9)
-    scaled = {name: tuple(factor * t for t in row) for name, row in weighted.layers.items()}
-    return LatencyTable(processor, scaled, 0.0, overhead)
+    alone = CostModel(channels, latency_table=table).dense("latency") - table.overhead
+    scale = max(total - table.overhead, 0.0) / max(alone, 1e-9)
+    return replace(table, scale=scale)
 
 
-def _layer_row(call: Call) -> list[float]:
-    """Coefficients of a layer: constant, per MAC, per input and output channel."""
-    widths = _WIDTHS if _is_resizable(call.operation) else _WIDTHS[:1]
-    probes = [_probe(call, *width) for width in widths]
-    overhead, *times = _total_times(probes)
-    own = np.maximum(np.array(times) - overhead, 1e-3)
-    columns = np.array([_columns(probe) for probe in probes])
-    if len(probes) == 1:
-        columns[:, 2:] = 0.0
-    return nonnegative_fit(columns, own).tolist()
+def _parts(probes: dict[str, LayerProbes]) -> Iterator[dict[str, LayerProbes]]:
+    """Layers that are measured together."""
+    part: dict[str, LayerProbes] = {}
+    count = weights = 0
+    for name, layer in probes.items():
+        more = len(layer.channels())
+        heavy = more * layer.call.operation.count_params() // 3
+        is_alone = layer.dense == FIXED  # it may have loops, and cannot be cut out of a file
+        if part and (
+            is_alone or count + more > _PROBES_AT_ONCE or weights + heavy > _WEIGHTS_AT_ONCE
+        ):
+            yield part
+            part, count, weights = {}, 0, 0
+        if is_alone:
+            yield {name: layer}
+            continue
+        part[name] = layer
+        count, weights = count + more, weights + heavy
+    if part:
+        yield part
 
 
-def _is_resizable(layer: Any) -> bool:
-    return type(layer) in _RESIZABLE and getattr(layer, "groups", 1) == 1
-
-
-def _probe(call: Call, share_in: float, share_out: float) -> keras.Model:
-    """A model of one layer, with shares of its input and output channels."""
-    layer, rule = call.operation, rule_for(call.operation)
-    config = layer.get_config()
-    shapes = {value: list(value.shape[1:]) for value in call.inputs}
-    if _is_resizable(layer) and isinstance(rule, ContractionRule):
-        (value,) = call.inputs
-        axis = rule.channel_axis(call) - 1
-        shapes[value][axis] = max(1, round(share_in * (shapes[value][axis] or 1)))
-        out = max(1, round(share_out * rule.out_size(layer)))
-        rule.edit_config(layer, config, lambda role: out if role == "out" else None, ())
-    inputs = {v: keras.Input(shape, dtype=v.dtype) for v, shape in shapes.items()}
-
-    def fill(leaf: Any) -> Any:
-        return inputs.get(leaf) if isinstance(leaf, Value) else leaf
-
-    args, kwargs = tree.map_structure(fill, (call.args, call.without_gates(call.kwargs)))
-    outputs = type(layer).from_config(config)(*args, **kwargs)
-    return keras.Model(list(inputs.values()), outputs, name="probe")
-
-
-def _columns(probe: keras.Model) -> tuple[float, float, float, float]:
-    """What the times of a one-layer model depend on."""
-    (call, *_) = [c for c in analyze(probe).graph.calls if c.operation.weights]
-    macs = CostModel(analyze(probe)).dense("macs")
-    read, created = (value.shape[-1] or 1 for value in (call.inputs[0], call.outputs[0]))
-    return 1.0, float(macs), float(read), float(created)
-
-
-def nonnegative_fit(columns: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Coefficients >= 0 with the least squares of relative errors.
-
-    Args:
-        columns: What the times depend on, shape `(points, k)`, k small.
-        times: Measured times, positive, shape `(points,)`.
-
-    Returns:
-        Coefficients of shape `(k,)`.
-    """
-    weighted = columns / times[:, None]
-    best, least = np.zeros(columns.shape[1]), np.inf
-    chosen = [k for k in range(columns.shape[1]) if columns[:, k].any()]
-    subsets = itertools.chain.from_iterable(
-        itertools.combinations(chosen, size) for size in range(1, min(len(chosen), len(times)) + 1)
+def _measured(part: dict[str, LayerProbes], of: str) -> dict[str, list[list[float]]]:
+    """Rows of channels read, channels created and microseconds for each layer."""
+    asked = [(name, channels) for name, layer in part.items() for channels in layer.channels()]
+    built = [part[name].build(channels) for name, channels in asked]
+    probes = keras.Model(
+        [tensor for inputs, _ in built for tensor in inputs],
+        [output for _, output in built],
+        name="probes",
     )
-    for subset in map(list, subsets):
-        solution, *_ = np.linalg.lstsq(weighted[:, subset], np.ones(len(times)), rcond=None)
-        error = float(np.sum((weighted[:, subset] @ solution - 1.0) ** 2))
-        if (solution >= 0).all() and error < least - 1e-12:
-            best, least = np.zeros(columns.shape[1]), error
-            best[subset] = solution
-    return best
+    try:
+        content = _converted(probes, of)
+    except ExportError as error:
+        paths = ", ".join(layer.call.path for layer in part.values())
+        raise ExportError(
+            f"The time of these layers cannot be measured: {paths}. {error}"
+        ) from error
+    outputs = Signature.of(probes, 1).outputs
+    files = [content] if len(outputs) == 1 else branches(content, outputs)
+    overhead, *times = _total_times([_converted(_nothing(), of), *files])
+    rows: dict[str, list[list[float]]] = {name: [] for name in part}
+    for (name, channels), time in zip(asked, times, strict=True):
+        rows[name].append([*channels, max(time - overhead, 0.0)])
+    return rows
 
 
-def _total_times(models: Sequence[keras.Model]) -> list[float]:
-    """Microseconds of calling nothing, then of each model."""
-    nothing = keras.Input((1,), name="nothing")
-    empty = keras.Model(nothing, layers.ReLU()(nothing), name="empty")
+def _nothing() -> keras.Model:
+    inputs = keras.Input((1,), name="nothing")
+    return keras.Model(inputs, layers.ReLU()(inputs), name="empty")
+
+
+def _converted(model: keras.Model, of: str) -> bytes:
+    """The file of a model; in int8, calibrated with random numbers."""
+    signature = Signature.of(model, 1)
+    if of == "float32":
+        return convert(model, signature)
+    return convert(model, signature, of, representative=random_examples(signature, _EXAMPLES))
+
+
+def _total_times(files: Sequence[bytes]) -> list[float]:
+    """Microseconds of each file."""
     with tempfile.TemporaryDirectory() as folder:
-        files = []
-        for number, model in enumerate([empty, *models]):
-            file = Path(folder) / f"{number}.tflite"
-            file.write_bytes(convert(model, Signature.of(model, 1)))
-            files.append(os.fspath(file))
+        paths = []
+        for number, content in enumerate(files):
+            path = Path(folder) / f"{number}.tflite"
+            path.write_bytes(content)
+            paths.append(os.fspath(path))
         job = {
-            "files": files,
+            "files": paths,
             "threads": 1,
             "batch_size": 1,
             "blocks": _BLOCKS,
             "runs": _RUNS,
             "block_seconds": _BLOCK_SECONDS,
         }
-        names = ", ".join(model.name for model in models)
-        times = litert_job("time", job, what=names)["microseconds"]
-    # The fastest blocks are those that nothing else disturbed.
-    return np.quantile(times, 0.25, axis=0).tolist()
+        times = litert_job("time", job, what="a layer")["microseconds"]
+    return np.quantile(times, _FASTEST, axis=0).tolist()
 
 
 def _fingerprint(channels: ChannelGraph) -> str:

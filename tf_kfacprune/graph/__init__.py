@@ -5,7 +5,7 @@ from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.channel_graph import ChannelGraph, Edge, Frozen, NeuronGroup, analyze
 from tf_kfacprune.graph.cost import CostModel
 from tf_kfacprune.graph.labels import LabelFlow
-from tf_kfacprune.graph.latency import LatencyTable, layer_signature, values_read
+from tf_kfacprune.graph.latency import LatencyTable, layer_signature
 from tf_kfacprune.graph.opening import keep_opaque, opaque_layers, trace_opened
 from tf_kfacprune.graph.reachability import check_countable, what_stays
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, register_channel_rule, rule_for
@@ -39,6 +39,5 @@ __all__ = [
     "trace",
     "trace_opened",
     "unread_weights",
-    "values_read",
     "what_stays",
 ]

@@ -4,8 +4,8 @@ One byte per weight and four per bias, 12 bytes for the scale and zero point of 
 kernel and again of its bias, and the records of operations and tensors, with a name for each
 tensor. The sizes of records were fitted to 34 files of the converter of TensorFlow 2.21, batch size
 1, and then raised by 16 bytes for each tensor, so that files of the networks of the zoo are no
-larger than predicted, and at most 3 % smaller (where depthwise convolutions have biases). The entry
-that says where activations lie (`export.memory_plan`) is counted for every file.
+larger than predicted. The entry that says where activations lie (`export.memory_plan`) is counted
+for every file: one without it is some hundred bytes smaller than predicted, 3 % of 18 kB.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tf_kfacprune.graph.rules import Extent
 __all__ = ["Int8Bytes"]
 
 _FILE = 520  # header, signature, and about three kinds of operations
-_PLAN, _PLANNED = 112, 4  # the entry, and each tensor in it
+_PLAN, _PLANNED = 200, 8  # the entry, and for each tensor its place and one more for its buffer
 _STEP, _CONSTANT = 168, 107  # an operation with its result, and a tensor that the file holds
 _CHANNEL = 12  # scale and zero point of a channel
 _BIAS = 4

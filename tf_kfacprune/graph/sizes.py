@@ -13,12 +13,30 @@ from keras import ops
 
 from tf_kfacprune.graph.branches import Branches
 from tf_kfacprune.graph.channel_graph import ChannelGraph
+from tf_kfacprune.graph.curves import Curve, Curves
 from tf_kfacprune.graph.rules import Extent
 
-__all__ = ["Sizes", "Stack", "Term"]
+__all__ = ["Curved", "Factor", "Sizes", "Stack", "Term"]
 
 # A coefficient and the numbers of the sizes it is multiplied by.
 Term = tuple[float, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Curved:
+    """A function of an extent.
+
+    Attributes:
+        extent: The extent.
+        curve: The function.
+    """
+
+    extent: Extent
+    curve: Curve
+
+
+# What a product is made of: a coefficient, an extent, or a function of one.
+Factor = Extent | float | Curved
 
 
 @dataclass(frozen=True)
@@ -65,8 +83,9 @@ _ONE = 0  # the size that is always 1, for products of fewer sizes than others
 
 
 class Sizes:
-    """The sizes of a model, each stored once, and the presence of its residual branches.
+    """The sizes of a model, functions of them, and the presence of its residual branches.
 
+    Each is stored once. A function of a size has a number like the sizes themselves.
     Sizes are numbered from 0; the presence factors lie behind all of them and are numbered from
     the end: -1, -2...
 
@@ -86,19 +105,22 @@ class Sizes:
         self._fixed: list[float] = [1.0]
         self._members: list[np.ndarray] = [np.zeros(0, int)]
         self._counts: list[np.ndarray] = [np.zeros(0)]
+        self._curves: dict[int, Curve] = {}
 
     def presence(self, groups: Iterable[int]) -> list[int]:
         """Numbers of the presence factors of groups that may close completely."""
         return [-1 - self._deciding.index(group) for group in groups]
 
-    def term(self, product: Sequence[Extent | float], factors: Sequence[int] = ()) -> Term:
-        """A product of extents and of sizes that have a number already."""
+    def term(self, product: Sequence[Factor], factors: Sequence[int] = ()) -> Term:
+        """A product of extents, functions of them, and sizes that have a number already."""
         coefficient, sizes = 1.0, [*factors]
-        for extent in product:
+        for factor in product:
+            extent = factor.extent if isinstance(factor, Curved) else factor
+            curve = factor.curve if isinstance(factor, Curved) else None
             if isinstance(extent, np.ndarray):
-                sizes.append(self._number(self.channels.neurons(extent)))
+                sizes.append(self._number(self.channels.neurons(extent), curve))
             else:
-                coefficient *= extent
+                coefficient *= extent if curve is None else curve.at(extent)
         return coefficient, tuple(sizes)
 
     def complete(self) -> None:
@@ -109,6 +131,11 @@ class Sizes:
         self._weight = np.concatenate(self._counts)
         self._offset = np.array(self._fixed)
         self._deciding_neurons = self._padded_members()
+        self._curved = np.array(list(self._curves), "int32")
+        self._of_curved = Curves(list(self._curves.values()))
+        # Where each size stands once the values of curves are appended.
+        self._place = np.arange(len(self._fixed), dtype="int32")
+        self._place[self._curved] = len(self._fixed) + np.arange(len(self._curved))
 
     def stack(self, terms: Sequence[Term], alternatives: Sequence[Sequence[Term]] = ()) -> Stack:
         """A sum of products, with alternatives the largest of which counts beside it."""
@@ -131,6 +158,9 @@ class Sizes:
         open_counts = ops.take(openness, self._gather) * ops.cast(self._weight, dtype)
         summed = ops.segment_sum(open_counts, self._owner, num_segments=len(self._fixed))
         sizes = summed + ops.cast(self._offset, dtype)
+        if self._curves:
+            values = self._of_curved.tensor(ops.take(sizes, self._curved))
+            sizes = ops.take(ops.concatenate([sizes, values]), self._place)
         if not self._deciding:
             return sizes
         members = ops.take(ops.append(openness, ops.zeros(1, dtype)), self._deciding_neurons)
@@ -140,21 +170,26 @@ class Sizes:
         """All sizes in NumPy, float64."""
         open_counts = openness[self._gather] * self._weight
         sizes = self._offset + np.bincount(self._owner, open_counts, minlength=len(self._fixed))
+        if self._curves:
+            sizes[self._curved] = self._of_curved.exact(sizes[self._curved])
         members = np.append(openness, 0.0)[self._deciding_neurons]
         return np.concatenate([sizes, 1.0 - np.prod(1.0 - members, axis=1)])
 
-    def _number(self, neurons: np.ndarray) -> int:
-        """The number of a size, equal for equal arrays of neurons."""
+    def _number(self, neurons: np.ndarray, curve: Curve | None = None) -> int:
+        """The number of a size, or of a function of it; equal for equal neurons and functions."""
         members, counts = np.unique(neurons, return_counts=True)
         prunable = members < self.channels.num_neurons
         fixed = float(counts[~prunable].sum())
         members, counts = members[prunable], counts[prunable].astype(float)
         key = members.tobytes() + counts.tobytes() + np.float64(fixed).tobytes()
+        key += repr(curve).encode()
         if key not in self._numbers:
             self._numbers[key] = len(self._fixed)
             self._fixed.append(fixed)
             self._members.append(members)
             self._counts.append(counts)
+            if curve is not None:
+                self._curves[self._numbers[key]] = curve
         return self._numbers[key]
 
     def _padded_members(self) -> np.ndarray:

@@ -39,9 +39,10 @@ class Budget:
         bytes: Size of the float32 `.tflite` file that `kp.export.tflite` writes of the compact
             model: a fraction in (0, 1], or a whole number of bytes above 1. Predicted from the
             layers, to one or two per cent.
-        latency: Time of one inference of that file, batch 1 on one thread: a fraction in (0, 1],
-            or microseconds above 1. Predicted from times that `kp.export.latency_table` measured;
-            `PrunableModel` needs that table.
+        latency: Time of one inference, batch 1 on one thread: a fraction in (0, 1], or microseconds
+            above 1. Predicted from times that `kp.export.latency_table` measured, and of the file
+            that the table is of: float32, or int8 with ``of="int8"``. `PrunableModel` needs that
+            table.
         flash: Size of the int8 `.tflite` file that `kp.export.tflite` writes with
             ``quantization="int8", batch_size=1``: a fraction in (0, 1], or a whole number of bytes
             above 1. Predicted from the layers: within one per cent for the dense built-in networks.

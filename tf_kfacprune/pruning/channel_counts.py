@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +25,7 @@ __all__ = ["GateGroups"]
 
 # Attention heads are no channels of their own: heads times dimensions are, and dimensions round.
 _NOT_ROUNDED = ":heads"
+_TWO = ", or two where one would take longer"
 
 
 class GateGroups:
@@ -40,6 +43,8 @@ class GateGroups:
             that stays whole, with a warning: its hardware cost would not fall.
         min_channels: Keep at least so many channels per group (all, if it has fewer). None means
             one, unless the group lies in a residual branch that may be removed as a whole.
+        measures: What the budget bounds. A group keeps two channels where one would cost more:
+            convolutions from one channel to one may take longer than from one to sixteen.
 
     Raises:
         InvalidArgumentError: If an argument is no positive integer, or something is asked of a
@@ -47,7 +52,11 @@ class GateGroups:
     """
 
     def __init__(
-        self, gated: GatedNetwork, round_to: int | None = None, min_channels: int | None = None
+        self,
+        gated: GatedNetwork,
+        round_to: int | None = None,
+        min_channels: int | None = None,
+        measures: Iterable[str] = (),
     ) -> None:
         for name, value in (("round_to", round_to), ("min_channels", min_channels)):
             require_count("PrunableModel", name, value, optional=True)
@@ -83,6 +92,7 @@ class GateGroups:
                 counts = OpenCounts(group.size, 0, counts.step if counts else group.size)
             self.counts.append(counts or OpenCounts(group.size, least=group.size))
         self.least = [counts.least for counts in self.counts]
+        self._keep_two_where_cheaper(gated, measures)
         # Gates on channels that cannot be removed come last: closing them would save nothing.
         idle = np.bincount(of_gate, minlength=len(self.counts))[len(self.counts) :]
         self.counts += [OpenCounts(int(size), least=int(size)) for size in idle]
@@ -92,6 +102,18 @@ class GateGroups:
                 f"channels to be pruned in such steps and stay whole: {', '.join(whole)}.",
                 stacklevel=3,
             )
+
+    def _keep_two_where_cheaper(self, gated: GatedNetwork, measures: Iterable[str]) -> None:
+        # Of all measures only this one may fall where a gate opens.
+        if "latency" not in measures:
+            return
+        for number, counts in enumerate(self.counts):
+            two = [*self.least[:number], 2, *self.least[number + 1 :]]
+            if (counts.least, counts.step) != (1, 1) or counts.size < 2:
+                continue
+            if gated.cost.least("latency", two) < gated.cost.least("latency", self.least):
+                self.counts[number], self.least = replace(counts, least=2), two
+                self.floor = self.floor.removesuffix(_TWO) + _TWO
 
 
 def _groups_of_gates(gated: GatedNetwork) -> np.ndarray | None:

@@ -92,7 +92,9 @@ def land_on_budget(
     below the budget exchanges blocks of one group for those of others if that brings it closer.
 
     Opening gates only ever raises the cost, so that what does not fit once will not fit later, and
-    bisection finds it: at most one bisection per group. Runs inside a `tf.function`.
+    bisection finds it: at most one bisection per group. Runs inside a `tf.function`. (A latency may
+    fall a little where channels become aligned. It is obeyed all the same: bisection ends at a
+    place that was tried and fits.)
 
     Args:
         scores: How much each gate deserves to stay open, shape `(n,)`.

@@ -15,6 +15,7 @@ from tf_kfacprune.gates import GatedNetwork, GateSource
 from tf_kfacprune.graph import (
     ChannelGraph,
     CostModel,
+    LatencyTable,
     analyze,
     opaque_layers,
     reasons,
@@ -117,6 +118,9 @@ class Inspection(Rendered):
         opaque: layers without a channel rule that could not be opened, with the reason.
         unread: weights that no call reads, with their numbers of entries. They are in no count, and
             the compact model is without them.
+        latency: microseconds of one inference, as predicted; None without a table of latencies.
+        latency_of: of which file: ``"float32"`` or ``"int8"``.
+        processor: on which processor.
     """
 
     name: str
@@ -132,6 +136,9 @@ class Inspection(Rendered):
     opened: tuple[tuple[str, str], ...] = ()
     opaque: tuple[OpaqueLayer, ...] = ()
     unread: tuple[tuple[str, int], ...] = ()
+    latency: float | None = None
+    latency_of: str | None = None
+    processor: str | None = None
 
     @property
     def num_neurons(self) -> int:
@@ -149,6 +156,11 @@ class Inspection(Rendered):
             f"On a microcontroller, in int8: {self.flash:,} bytes of flash and {self.ram:,} bytes "
             f"of RAM, most of them at {self.ram_peak}.",
         ]
+        if self.latency is not None:
+            parts.append(
+                f"One inference of the {self.latency_of} file takes {self.latency:.1f} "
+                f"microseconds on {self.processor}."
+            )
         if self.opened:
             names = tuple(f"{path} ({kind})" for path, kind in self.opened)
             parts.append(f"Custom layers that were opened: {_shown(names)}.")
@@ -237,6 +249,7 @@ def inspect(
     prune_inputs: bool = False,
     include: Sequence[Any] | None = None,
     exclude: Sequence[Any] = (),
+    latency_table: LatencyTable | None = None,
 ) -> Inspection:
     """Shows what can be pruned in a model, what cannot and why, and what it would save.
 
@@ -247,6 +260,8 @@ def inspect(
         include: layers that may lose neurons: names, regular expressions or layers; by default
             all.
         exclude: layers that keep all their neurons, likewise; wins over ``include``.
+        latency_table: measured times of the layers, from `kp.export.latency_table`, to show the
+            latency, too; by default that of the `PrunableModel`.
 
     Returns:
         An inspection that prints as tables.
@@ -265,7 +280,8 @@ def inspect(
         16
     """
     net = getattr(model, "net", model)
-    channels, cost = _analysis(net, prune_inputs, include, exclude)
+    table = latency_table or getattr(model, "latency_table", None)
+    channels, cost = _analysis(net, prune_inputs, include, exclude, table)
     graph, everything = channels.graph, np.ones(channels.num_neurons)
     return Inspection(
         name=net.name,
@@ -287,22 +303,29 @@ def inspect(
             for o in opaque_layers(graph)
         ),
         unread=tuple((w.path, math.prod(w.shape)) for w in unread_weights(graph)),
+        latency=None if table is None else cost.dense("latency"),
+        latency_of=None if table is None else table.of,
+        processor=None if table is None else table.processor,
     )
 
 
 def _analysis(
-    net: Any, prune_inputs: bool, include: Sequence[Any] | None, exclude: Sequence[Any]
+    net: Any,
+    prune_inputs: bool,
+    include: Sequence[Any] | None,
+    exclude: Sequence[Any],
+    table: LatencyTable | None,
 ) -> tuple[ChannelGraph, CostModel]:
     has_gates = any(isinstance(layer, GateSource) for layer in layers_within(net))
     if not has_gates:
         channels = analyze(net, prune_inputs=prune_inputs, include=include, exclude=exclude)
-        return channels, CostModel(channels)
+        return channels, CostModel(channels, latency_table=table)
     if prune_inputs or exclude or include is not None:
         raise UnsupportedModelError(
             f"Model {net.name!r} already has gates, which decide what is pruned: leave out "
             "prune_inputs, include and exclude, or inspect the model without gates."
         )
-    gated = GatedNetwork(net)
+    gated = GatedNetwork(net, table)
     return gated.channels, gated.cost
 
 

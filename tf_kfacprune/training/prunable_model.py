@@ -81,8 +81,8 @@ class PrunableModel(KFACModel):
         shrink: Whether a settled network is trained on through a compact copy, where that pays:
             with a constant learning rate, on one device, with a thousand steps or more to go.
             The copy's optimizer starts anew.
-        latency_table: Times of the layers on your machine, from `kp.export.latency_table(model)`;
-            needed for a budget of latency.
+        latency_table: Times of the layers on your machine, from `kp.export.latency_table(model)`,
+            for the int8 file with ``of="int8"``; needed for a budget of latency.
         max_skipped_steps: A batch with NaN or infinite values is skipped; so many in a row end
             the training with an error.
         seed: Seed of gate noise and label sampling, or None for a random one.
@@ -154,7 +154,7 @@ class PrunableModel(KFACModel):
         gated = GatedNetwork(model, latency_table) if has_gates else None
         groups = None
         if budget is not None and gated is not None:
-            groups = GateGroups(gated, round_to, min_channels)
+            groups = GateGroups(gated, round_to, min_channels, budget.targets)
             _check_reachable(budget, gated, groups)
         if curvature is not None and curvature.strength > 0:
             check_second_derivatives(model, training=True, mended=mends)
