@@ -161,7 +161,7 @@ class _Replay:
             config.update({key: operation.activation for key in ("activation",) if key in config})
         try:
             return type(operation).from_config({**config, "name": name})
-        except (NotImplementedError, TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 (whatever a user's own code raises)
             if not is_edited and not self._is_touched(operation):
                 return operation  # as it is; some layers do not survive their own config
             raise UnsupportedModelError(
@@ -202,7 +202,7 @@ class _Replay:
 def _config(layer: keras.Layer) -> dict[str, Any]:
     try:
         return layer.get_config()
-    except NotImplementedError:
+    except Exception:  # noqa: BLE001 (whatever a user's own code raises)
         return {}
 
 

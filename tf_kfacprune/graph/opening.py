@@ -26,9 +26,9 @@ from keras import ops, tree
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Value
-from tf_kfacprune.graph.opened_equality import describe_error, why_different
+from tf_kfacprune.graph.opened_equality import describe_error, is_noise, why_different
 from tf_kfacprune.graph.recording import Recording
-from tf_kfacprune.graph.rules.registry import has_rule
+from tf_kfacprune.graph.rules.registry import has_rule, take_rule_of
 from tf_kfacprune.graph.tracer import Graph, Opened, calls_of, inherit_training, settings_of, trace
 from tf_kfacprune.graph.weight_layer import Weight
 
@@ -141,7 +141,7 @@ def open_layer(
 
     Returns:
         The inside of the call, or the reason why it stays closed, or None for operations and for
-        layers with a channel rule.
+        layers with a channel rule or that add noise in training and nothing in inference.
     """
     if not isinstance(layer, keras.Layer) or has_rule(layer) or not layer.built:
         return None
@@ -150,7 +150,10 @@ def open_layer(
     # Past Keras' tracking, which would take the recorded graph for a part of the layer.
     known: _Openings = vars(layer).setdefault(_CACHE, _Openings())
     if call not in known.by_call:
-        known.by_call[call] = _open(layer, args, kwargs, masks)
+        found = _open(layer, args, kwargs, masks)
+        if found is None:
+            return None
+        known.by_call[call] = found
     return known.by_call[call]
 
 
@@ -166,12 +169,15 @@ class _Openings:
 
 def _open(
     layer: keras.Layer, args: Any, kwargs: dict[str, Any], masks: Sequence[Any]
-) -> Opened | str:
+) -> Opened | str | None:
     if layer.activity_regularizer is not None:
         return REGULARIZED
     recording = Recording(layer, args, kwargs, masks)
     try:
         opened = recording.record(training=False)
+        if opened is not None and is_noise(recording, opened):
+            take_rule_of(layer, keras.layers.Dropout)
+            return None
         if opened is not None and recording.depends_on_mode(opened):
             in_training = recording.record(training=True)
             handed_down = None if in_training is None else _differences(opened, in_training)

@@ -12,6 +12,7 @@ from keras import ops, tree
 
 from tf_kfacprune.graph.rules.substitution import substituted
 from tf_kfacprune.graph.symbolic_sizes import symbolic_sizes
+from tf_kfacprune.graph.tensorflow_functions import expressed_by_keras
 from tf_kfacprune.graph.tracer import (
     Opened,
     calls_of,
@@ -91,6 +92,7 @@ class Recording:
         with (
             _symbolic_weights(self.layer, place),
             symbolic_sizes(),
+            expressed_by_keras(),
             _recorded_layers(self.layer, place),
             calls_without_trailing_none(),
             in_mode(self.layer, training),
@@ -170,8 +172,9 @@ def _recorded_layers(layer: keras.Layer, place: keras.KerasTensor) -> Iterator[N
 
     Layers with weights that are called on constants (an embedding of positions) would be run at
     once: the constants are made symbolic. Layers whose own inference of shapes does not know an
-    argument of their `call` infer them from `call`. A weight of another layer that an operation
-    reads is put into a `Weight` layer, as the layer's own are.
+    argument of their `call`, or was inherited from a class with another `call`, infer them from
+    `call`. A weight of another layer that an operation reads is put into a `Weight` layer, as the
+    layer's own are.
     """
     policy = layer.dtype_policy
     call, symbolic_call = keras.Layer.__call__, keras.Layer.symbolic_call
@@ -197,9 +200,11 @@ def _recorded_layers(layer: keras.Layer, place: keras.KerasTensor) -> Iterator[N
 
     def inferred_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return symbolic_call(layer, *args, **kwargs)
+            if not _shapes_are_of_another_call(type(layer)):
+                return symbolic_call(layer, *args, **kwargs)
         except TypeError:
-            return keras.Operation.compute_output_spec(layer, *args, **kwargs)
+            pass
+        return keras.Operation.compute_output_spec(layer, *args, **kwargs)
 
     def owned(leaf: Any) -> Any:
         if not isinstance(leaf, keras.Variable):
@@ -219,6 +224,23 @@ def _recorded_layers(layer: keras.Layer, place: keras.KerasTensor) -> Iterator[N
     finally:
         keras.Layer.__call__, keras.Layer.symbolic_call = call, symbolic_call
         keras.Operation.symbolic_call = operate
+
+
+def _shapes_are_of_another_call(kind: type) -> bool:
+    """Whether a class has a `call` of its own but inherits how shapes are inferred."""
+    for base in kind.__mro__:
+        if base is keras.Layer or "compute_output_shape" in vars(base):
+            return False
+        if "compute_output_spec" in vars(base):
+            return False
+        if "call" in vars(base):
+            later = kind.__mro__[kind.__mro__.index(base) + 1 :]
+            return any(
+                name in vars(other)
+                for other in later[: later.index(keras.Layer)]
+                for name in ("compute_output_shape", "compute_output_spec")
+            )
+    return False
 
 
 def _symbolic_constant(leaf: Any, place: keras.KerasTensor) -> Any:

@@ -8,7 +8,9 @@ entries, cut out of `zeros_like(x)`,
 
     n = sum(z + 1),    arange(n) = cumsum(z + 1) - 1,    zeros((n, 4)) = z[:, None] + zeros((1, 4)),
 
-    broadcast_to(x, shape) = x - zeros(shape),    x[:n] = take(x, arange(n)).
+    broadcast_to(x, shape) = x - zeros(shape),    x[:n] = take(x, arange(n)),
+
+    reshape(x, (m, n, 4)) = take(reshape(x, (-1, 4)), n arange(m)[:, None] + arange(n)).
 
 Zeros are subtracted, not added: Keras takes a summand with one axis longer than 1 for a bias, and
 adds it along another axis where the sizes happen to agree.
@@ -18,6 +20,7 @@ layer stays closed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +35,8 @@ __all__ = ["symbolic_sizes"]
 
 
 _REPLACED = (
-    *("shape", "arange", "reshape", "broadcast_to", "tile", "zeros", "ones", "full", "slice"),
+    *("shape", "arange", "reshape", "broadcast_to", "tile", "repeat"),
+    *("zeros", "ones", "full", "slice"),
 )
 
 
@@ -97,15 +101,27 @@ class _Sizes:
             return NotImplemented
         if not _is_symbolic(x):
             x = ops.convert_to_tensor(x)
-        free = [k for k, n in enumerate(newshape) if _is_symbolic(n) or n in (None, -1)]
-        target = [-1 if k in free else int(n) for k, n in enumerate(newshape)]
+        target = self._with_known_size(x, list(newshape))
+        free = [k for k, n in enumerate(target) if _is_symbolic(n) or n in (None, -1)]
+        fixed = [-1 if k in free else int(n) for k, n in enumerate(target)]
         if len(free) == 1:
-            return original(x, target)
-        is_batch = free[0] == 0 and self._is_batch(newshape[0], x)
-        if len(free) == 2 and is_batch and _is_symbolic(x):
+            return original(x, fixed)
+        is_batch = free[0] == 0 and self._is_batch(target[0], x) and _is_symbolic(x)
+        # Fewer unknown sizes than asked for: the first of them is split.
+        if is_batch and sum(n is None for n in x.shape) >= len(free):
+            run = free[1:]
+        else:
+            run, is_batch = free, False
+        first, last = run[0], run[-1]
+        if run != [*range(first, last + 1)] or not (is_batch or first == 0):
+            raise _unsupported("reshape", newshape)
+        merged = [*fixed[:first], -1, *fixed[last + 1 :]]
+        if is_batch:
             dtype = x.dtype if "float" in x.dtype else None
-            return layers.Reshape(target[1:], dtype=dtype)(x)
-        raise _unsupported("reshape", newshape)
+            x = layers.Reshape(merged[1:], dtype=dtype)(x)
+        else:
+            x = original(x, merged)
+        return x if len(run) == 1 else ops.take(x, self._numbered(target[first : last + 1]), first)
 
     def broadcast_to(self, original: Any, x: Any, shape: Any) -> Any:
         if not any(map(_is_symbolic, shape)):
@@ -125,6 +141,15 @@ class _Sizes:
         x = x if all(n == 1 for n in fixed) else original(x, fixed)
         shape = [n if _is_symbolic(n) else m * n for n, m in zip(repeats, own, strict=True)]
         return self.broadcast_to(None, x, shape)
+
+    def repeat(self, original: Any, x: Any, repeats: Any, axis: Any = None) -> Any:
+        if not _is_symbolic(repeats):
+            return NotImplemented
+        if axis is None or x.shape[axis] != 1:
+            raise _unsupported("repeat", repeats)
+        shape: list[Any] = [1] * len(x.shape)
+        shape[axis] = repeats
+        return self.tile(None, x, shape)
 
     def zeros(self, original: Any, shape: Any, dtype: Any = None) -> Any:
         if not any(map(_is_symbolic, _as_tuple(shape))):
@@ -150,9 +175,9 @@ class _Sizes:
         return inputs
 
     def item(self, original: Any, x: Any, key: Any) -> Any:
-        keys = key if isinstance(key, tuple) else (key,)
+        keys = tuple(key) if isinstance(key, (tuple, list)) else (key,)
         if not any(isinstance(k, slice) and _is_symbolic(k.stop) for k in keys):
-            return NotImplemented
+            return original(x, key if isinstance(key, int) else keys)  # Keras wants tuples
         if Ellipsis in keys or not all(isinstance(k, slice) for k in keys):
             raise _unsupported("x[...]", key)
         for axis, k in enumerate(keys):
@@ -191,6 +216,26 @@ class _Sizes:
         """Whether a size is that of a batch axis, as the first axis of a tensor is."""
         is_first = size is None or self._axis_of.get(id(size), (None, None))[1] == 0
         return is_first and x.shape[0] is None
+
+    def _with_known_size(self, x: Any, target: list[Any]) -> list[Any]:
+        """A target shape with a number in place of -1, where that is the only size to be found."""
+        asked = [k for k, n in enumerate(target) if not _is_symbolic(n) and n in (None, -1)]
+        unknown = sum(n is None for n in x.shape)
+        if len(asked) == 1 and unknown == sum(map(_is_symbolic, target)):
+            entries = math.prod(n for n in x.shape if n is not None)
+            others = math.prod(n for n in target if not _is_symbolic(n) and n not in (None, -1))
+            if others and entries % others == 0:
+                target[asked[0]] = entries // others
+        return target
+
+    def _numbered(self, shape: Sequence[Any]) -> Any:
+        """The numbers 0, 1, ... in an array of a shape, row by row."""
+        numbers: Any = 0
+        for axis, size in enumerate(shape):
+            place = ops.cumsum(self._along(size) + 1) - 1
+            others = [k for k in range(len(shape)) if k != axis]
+            numbers = numbers * size + ops.expand_dims(place, others)
+        return numbers
 
     def _zeros_of(self, shape: Sequence[Any], dtype: Any) -> Any:
         fixed = [1 if _is_symbolic(n) else n for n in shape]
