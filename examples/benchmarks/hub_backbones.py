@@ -543,10 +543,11 @@ BACKBONES = {
     ),
     "ResNet": lambda: _resnet(block="bottleneck_block", image_shape=(32, 32, 3)),
     "RetinaNet": lambda: HUB.RetinaNetBackbone(
-        image_encoder=_resnet((64, 64, 64, 64), "bottleneck_block", image_shape=(128, 128, 3)),
+        image_encoder=_resnet((64, 64, 64, 64), "bottleneck_block"),
         min_level=3,
         max_level=7,
         use_p5=True,
+        image_shape=(128, 128, 3),
     ),
     "Roberta": lambda: HUB.RobertaBackbone(**_LIMITED),
     "RoformerV2": lambda: HUB.RoformerV2Backbone(**_HEADS, head_size=8),

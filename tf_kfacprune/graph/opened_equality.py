@@ -17,8 +17,6 @@ from tf_kfacprune.graph.tracer import Opened, mask_of, set_mask
 __all__ = ["is_noise", "why_different"]
 
 _BATCH, _SIZES = 3, (6, 32)  # of random inputs; stand-ins for axes of unknown size
-# Whether the batch is the first axis, or the first of unknown size (of several stacked tensors).
-_ATTEMPTS = [(stacked, size) for stacked in (False, True) for size in _SIZES]
 # What another order of summation may cause, relative to the largest value, by element type.
 _TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -130,7 +128,8 @@ def _inputs_that_fit(
 ) -> list[Any]:
     """Random inputs on which the layer can be called."""
     start = _values(variables)
-    for attempt, (stacked, size) in enumerate(_ATTEMPTS, start=1):
+    attempts = _attempts(variables)
+    for attempt, (stacked, size) in enumerate(attempts, start=1):
         rng = np.random.default_rng(0)
         tensors = [_draw(rng, tensor, size, stacked) for tensor in recording.inputs]
         masks = iter([_draw(rng, mask, size, stacked) for mask in recording.masks])
@@ -140,13 +139,23 @@ def _inputs_that_fit(
         try:
             layer(tensors, training=False)
         except Exception:
-            if attempt == len(_ATTEMPTS):
+            if attempt == len(attempts):
                 raise
             continue
         finally:
             _assign(variables, start)
         break
     return tensors
+
+
+def _attempts(variables: Sequence[keras.Variable]) -> list[tuple[bool, int]]:
+    """What unknown sizes may be: whether tensors are stacked before their batch axis; a size.
+
+    Sizes of weights are tried, too: some layers take sequences of one length alone.
+    """
+    own = {size for variable in variables for size in variable.shape if 1 < size < 1000}
+    sizes = [*_SIZES, *sorted(own - {*_SIZES})]
+    return [(stacked, size) for size in sizes for stacked in (False, True)]
 
 
 def _draw(rng: np.random.Generator, tensor: Any, size: int, stacked: bool) -> Any:

@@ -172,11 +172,19 @@ def _open(
 ) -> Opened | str | None:
     if layer.activity_regularizer is not None:
         return REGULARIZED
-    recording = Recording(layer, args, kwargs, masks)
+    found = _recorded(Recording(layer, args, kwargs, masks))
+    if isinstance(found, str):
+        # A layer inside may be mistaken about the shape of what it returns.
+        second = _recorded(Recording(layer, args, kwargs, masks, trusts_shapes=False))
+        return found if isinstance(second, str) else second
+    return found
+
+
+def _recorded(recording: Recording) -> Opened | str | None:
     try:
         opened = recording.record(training=False)
         if opened is not None and is_noise(recording, opened):
-            take_rule_of(layer, keras.layers.Dropout)
+            take_rule_of(recording.layer, keras.layers.Dropout)
             return None
         if opened is not None and recording.depends_on_mode(opened):
             in_training = recording.record(training=True)
@@ -249,8 +257,10 @@ def _same(first: Any, second: Any, twin: dict[Value, Value]) -> bool:
 
 
 def _same_leaf(a: Any, b: Any, twin: dict[Value, Value]) -> bool:
-    if isinstance(b, Value) or a is b:
+    if isinstance(b, Value):
         return a is twin.get(b, b)
+    if a is b:
+        return True
     if hasattr(a, "shape") and hasattr(b, "shape"):
         return np.array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
     return type(a) is type(b) and bool(a == b)

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from tf_kfacprune.graph.rules.registry import has_rule
 from tf_kfacprune.graph.rules.substitution import substituted
 from tf_kfacprune.graph.symbolic_sizes import symbolic_sizes
 from tf_kfacprune.graph.tensorflow_functions import expressed_by_keras
@@ -45,12 +46,20 @@ class Recording:
         args: Positional arguments of the call, symbolic tensors and settings.
         kwargs: Keyword arguments, likewise.
         masks: For each symbolic tensor of the arguments its Keras mask, or None.
+        trusts_shapes: Whether layers inside are asked for the shapes of what they return; if not,
+            their `call` is run to see.
     """
 
     def __init__(
-        self, layer: keras.Layer, args: Any, kwargs: dict[str, Any], masks: Sequence[Any]
+        self,
+        layer: keras.Layer,
+        args: Any,
+        kwargs: dict[str, Any],
+        masks: Sequence[Any],
+        trusts_shapes: bool = True,
     ) -> None:
         self.layer = layer
+        self.trusts_shapes = trusts_shapes
         self.takes_training = "training" in inspect.signature(layer.call).parameters
         self._arguments = (args, {k: v for k, v in kwargs.items() if k != "training"})
         tensors = [leaf for leaf in tree.flatten(self._arguments) if is_symbolic(leaf)]
@@ -93,7 +102,7 @@ class Recording:
             _symbolic_weights(self.layer, place),
             symbolic_sizes(),
             expressed_by_keras(),
-            _recorded_layers(self.layer, place),
+            _recorded_layers(self.layer, place, self.trusts_shapes),
             calls_without_trailing_none(),
             in_mode(self.layer, training),
         ):
@@ -167,14 +176,15 @@ def _symbolic_weights(layer: Any, place: keras.KerasTensor) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded_layers(layer: keras.Layer, place: keras.KerasTensor) -> Iterator[None]:
+def _recorded_layers(
+    layer: keras.Layer, place: keras.KerasTensor, trusts_shapes: bool
+) -> Iterator[None]:
     """Records what Keras would not.
 
     Layers with weights that are called on constants (an embedding of positions) would be run at
     once: the constants are made symbolic. Layers whose own inference of shapes does not know an
-    argument of their `call`, or was inherited from a class with another `call`, infer them from
-    `call`. A weight of another layer that an operation reads is put into a `Weight` layer, as the
-    layer's own are.
+    argument of their `call`, or is not to be trusted, infer them from `call`. A weight of another
+    layer that an operation reads is put into a `Weight` layer, as the layer's own are.
     """
     policy = layer.dtype_policy
     call, symbolic_call = keras.Layer.__call__, keras.Layer.symbolic_call
@@ -200,7 +210,7 @@ def _recorded_layers(layer: keras.Layer, place: keras.KerasTensor) -> Iterator[N
 
     def inferred_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            if not _shapes_are_of_another_call(type(layer)):
+            if trusts_shapes or has_rule(layer):
                 return symbolic_call(layer, *args, **kwargs)
         except TypeError:
             pass
@@ -224,23 +234,6 @@ def _recorded_layers(layer: keras.Layer, place: keras.KerasTensor) -> Iterator[N
     finally:
         keras.Layer.__call__, keras.Layer.symbolic_call = call, symbolic_call
         keras.Operation.symbolic_call = operate
-
-
-def _shapes_are_of_another_call(kind: type) -> bool:
-    """Whether a class has a `call` of its own but inherits how shapes are inferred."""
-    for base in kind.__mro__:
-        if base is keras.Layer or "compute_output_shape" in vars(base):
-            return False
-        if "compute_output_spec" in vars(base):
-            return False
-        if "call" in vars(base):
-            later = kind.__mro__[kind.__mro__.index(base) + 1 :]
-            return any(
-                name in vars(other)
-                for other in later[: later.index(keras.Layer)]
-                for name in ("compute_output_shape", "compute_output_spec")
-            )
-    return False
 
 
 def _symbolic_constant(leaf: Any, place: keras.KerasTensor) -> Any:

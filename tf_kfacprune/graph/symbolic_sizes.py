@@ -27,6 +27,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers, ops
 
 from tf_kfacprune.errors import UnsupportedModelError
@@ -35,7 +36,7 @@ __all__ = ["symbolic_sizes"]
 
 
 _REPLACED = (
-    *("shape", "arange", "reshape", "broadcast_to", "tile", "repeat"),
+    *("shape", "ndim", "arange", "reshape", "broadcast_to", "tile", "repeat"),
     *("zeros", "ones", "full", "slice"),
 )
 
@@ -45,16 +46,18 @@ def symbolic_sizes() -> Iterator[None]:
     """Makes sizes symbolic within a `with` block, for calls of `keras.ops` on symbolic tensors."""
     sizes = _Sizes()
     replaced: dict[str, Callable[..., Any]] = {name: getattr(ops, name) for name in _REPLACED}
-    item = keras.KerasTensor.__getitem__
+    items = {kind: kind.__getitem__ for kind in (keras.KerasTensor, tf.Tensor)}
     for name, original in replaced.items():
         setattr(ops, name, _dispatch(getattr(sizes, name), original))
-    keras.KerasTensor.__getitem__ = _dispatch(sizes.item, item)
+    for kind, item in items.items():
+        kind.__getitem__ = _dispatch(sizes.item, item)
     try:
         yield
     finally:
         for name, original in replaced.items():
             setattr(ops, name, original)
-        keras.KerasTensor.__getitem__ = item
+        for kind, item in items.items():
+            kind.__getitem__ = item
 
 
 def _dispatch(symbolic: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,6 +85,9 @@ class _Sizes:
         if not _is_symbolic(x):
             return NotImplemented
         return tuple(self._size(x, k) if n is None else n for k, n in enumerate(x.shape))
+
+    def ndim(self, original: Any, x: Any) -> Any:
+        return len(x.shape) if _is_symbolic(x) else NotImplemented
 
     def arange(
         self, original: Any, start: Any, stop: Any = None, step: Any = None, dtype: Any = None
@@ -177,7 +183,8 @@ class _Sizes:
     def item(self, original: Any, x: Any, key: Any) -> Any:
         keys = tuple(key) if isinstance(key, (tuple, list)) else (key,)
         if not any(isinstance(k, slice) and _is_symbolic(k.stop) for k in keys):
-            return original(x, key if isinstance(key, int) else keys)  # Keras wants tuples
+            is_wanted = isinstance(key, (int, tuple, list)) or not _is_symbolic(x)
+            return NotImplemented if is_wanted else original(x, keys)  # Keras wants a tuple
         if Ellipsis in keys or not all(isinstance(k, slice) for k in keys):
             raise _unsupported("x[...]", key)
         for axis, k in enumerate(keys):
@@ -218,14 +225,22 @@ class _Sizes:
         return is_first and x.shape[0] is None
 
     def _with_known_size(self, x: Any, target: list[Any]) -> list[Any]:
-        """A target shape with a number in place of -1, where that is the only size to be found."""
+        """A target shape with a number in place of -1, as far as can be told.
+
+        What is computed from sizes cannot be: the last axis is taken to stay as it is, which
+        shows afterwards if it is wrong.
+        """
         asked = [k for k, n in enumerate(target) if not _is_symbolic(n) and n in (None, -1)]
-        unknown = sum(n is None for n in x.shape)
-        if len(asked) == 1 and unknown == sum(map(_is_symbolic, target)):
+        sizes = [n for n in target if _is_symbolic(n)]
+        if len(asked) != 1 or not sizes:
+            return target
+        if all(id(n) in self._axis_of for n in sizes):
             entries = math.prod(n for n in x.shape if n is not None)
             others = math.prod(n for n in target if not _is_symbolic(n) and n not in (None, -1))
-            if others and entries % others == 0:
+            if len(sizes) == sum(n is None for n in x.shape) and others and entries % others == 0:
                 target[asked[0]] = entries // others
+        elif asked[0] == len(target) - 1:
+            target[-1] = x.shape[-1]
         return target
 
     def _numbered(self, shape: Sequence[Any]) -> Any:

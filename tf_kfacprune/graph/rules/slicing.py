@@ -49,9 +49,9 @@ class SplitRule(ChannelRule):
 
 @register_internal_rule("GetItem")
 class GetItemRule(ChannelRule):
-    """`x[..., a:b]` and its like: a range of channels forms a group, single ones are frozen.
+    """`x[..., a:b]`, `x[..., ::2]`: a range of channels forms a group, single ones are frozen.
 
-    `None` in the key makes a new axis. Steps are for axes of positions.
+    `None` in the key makes a new axis.
     """
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
@@ -73,9 +73,6 @@ class GetItemRule(ChannelRule):
                 if not (is_uniform and key == 0):  # else any channel will do
                     flow.freeze(labels, reasons.PICKED, call.path)
                 continue
-            if not _is_contiguous(key):
-                flow.freeze(labels, reasons.PICKED, call.path)
-                labels = None
             part = None if labels is None else labels[key]
             if labels is not None and part is not None and len(part) < len(labels):
                 flow.separate(part)
@@ -90,18 +87,21 @@ class GetItemRule(ChannelRule):
         keys = _keys(call, len(value.shape))
         if keys is None:
             return NotImplemented
-        moved: list[int | slice | None] = []
+        tensor, moved = args[0], []
         axis = -1
         for key in keys:
             axis += key is not None
             kept = None if key is None else removal.kept(value, axis)
             if kept is not None and isinstance(key, slice):
-                picked = np.intersect1d(np.arange(value.shape[axis] or 0)[key], kept)
-                first, last = np.searchsorted(kept, picked[[0, -1]])
-                moved.append(slice(int(first), int(last) + 1))
+                picked = np.arange(value.shape[axis] or 0)[key]
+                places = np.searchsorted(kept, picked[np.isin(picked, kept)])
+                moved.append(_as_slice(places, key, len(kept)))
+                if moved[-1] is None:
+                    tensor = ops.take(tensor, places.tolist(), axis=axis)
+                    moved[-1] = slice(None)
             else:
                 moved.append(key)
-        return args[0][tuple(moved)]
+        return tensor[tuple(moved)]
 
 
 def _keys(call: Call, rank: int) -> list[int | slice | None] | None:
@@ -121,8 +121,13 @@ def _is_plain(key: slice) -> bool:
     return all(isinstance(end, (int, type(None))) for end in (key.start, key.stop, key.step))
 
 
-def _is_contiguous(key: slice) -> bool:
-    return key.step in (None, 1)
+def _as_slice(places: np.ndarray, key: slice, size: int) -> slice | None:
+    """The range, or the slice with the same step, that picks these places; None if none does."""
+    first, last = int(places[0]), int(places[-1])
+    for found in (slice(first, last + 1), key):
+        if np.array_equal(np.arange(size)[found], places):
+            return found
+    return None
 
 
 @register_internal_rule("Take")
