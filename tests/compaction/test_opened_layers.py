@@ -245,7 +245,7 @@ def sizes():
         ),
         (learned_tokens, {"stem": 6, "ffn/dense": 5}),
         (windows_by_hand, {"stem": 6, "attention/qkv": 3}),
-        (grouped_attention, {"stem": 6, "attention/query": 2}),
+        (grouped_attention, {"stem": 6, "attention/query": 3, "attention/query:2": 2}),
         (merges_patches, {"stem": 6, "ffn/dense": 5, "merge/reduce": 4}),
         (picks_and_normalizes, {"stem": 6, "ffn/dense": 5}),
         (reads_anothers_weight, {"stem": 6}),

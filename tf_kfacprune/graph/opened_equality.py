@@ -16,7 +16,9 @@ from tf_kfacprune.graph.tracer import Opened, mask_of, set_mask
 
 __all__ = ["is_noise", "why_different"]
 
-_BATCH, _SIZES = 3, (6, 32)  # of random inputs; stand-ins for axes of unknown size
+# Of random inputs: their number, the number where it must be that of windows in images, stand-ins
+# for axes of unknown size.
+_BATCH, _WINDOWS, _SIZES = 3, 64, (6, 32)
 # What another order of summation may cause, relative to the largest value, by element type.
 _TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -129,17 +131,17 @@ def _inputs_that_fit(
     """Random inputs on which the layer can be called."""
     start = _values(variables)
     attempts = _attempts(variables)
-    for attempt, (stacked, size) in enumerate(attempts, start=1):
+    for number, attempt in enumerate(attempts, start=1):
         rng = np.random.default_rng(0)
-        tensors = [_draw(rng, tensor, size, stacked) for tensor in recording.inputs]
-        masks = iter([_draw(rng, mask, size, stacked) for mask in recording.masks])
+        tensors = [_draw(rng, tensor, *attempt) for tensor in recording.inputs]
+        masks = iter([_draw(rng, mask, *attempt) for mask in recording.masks])
         for tensor, is_masked in zip(tensors, recording.is_masked, strict=True):
             if is_masked:
                 set_mask(tensor, next(masks))
         try:
             layer(tensors, training=False)
         except Exception:
-            if attempt == len(attempts):
+            if number == len(attempts):
                 raise
             continue
         finally:
@@ -148,20 +150,21 @@ def _inputs_that_fit(
     return tensors
 
 
-def _attempts(variables: Sequence[keras.Variable]) -> list[tuple[bool, int]]:
-    """What unknown sizes may be: whether tensors are stacked before their batch axis; a size.
+def _attempts(variables: Sequence[keras.Variable]) -> list[tuple[int, int, bool]]:
+    """What unknown sizes may be: batch, size, whether tensors are stacked before their batch axis.
 
     Sizes of weights are tried, too: some layers take sequences of one length alone.
     """
     own = {size for variable in variables for size in variable.shape if 1 < size < 1000}
     sizes = [*_SIZES, *sorted(own - {*_SIZES})]
-    return [(stacked, size) for size in sizes for stacked in (False, True)]
+    stacked = [(_BATCH, size, stacked) for size in sizes for stacked in (False, True)]
+    return [*stacked, (_WINDOWS, _SIZES[0], False)]
 
 
-def _draw(rng: np.random.Generator, tensor: Any, size: int, stacked: bool) -> Any:
+def _draw(rng: np.random.Generator, tensor: Any, batch: int, size: int, stacked: bool) -> Any:
     shape = list(tensor.shape)
     if None in shape and (stacked or shape[0] is None):
-        shape[shape.index(None)] = _BATCH
+        shape[shape.index(None)] = batch
     shape = [size if n is None else n for n in shape]
     if "float" in tensor.dtype:
         array = rng.standard_normal(shape)
