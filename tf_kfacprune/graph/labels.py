@@ -367,9 +367,13 @@ class LabelFlow:
 
 
 def _of_assumed_size(graph: Graph) -> Graph:
-    """The graph for inputs of the first assumed sizes that it can be called on."""
+    """The graph for inputs of the first assumed sizes that it can be called on.
+
+    Some networks take sequences of one length alone, that of a table of positions among the weights.
+    """
+    tables = {weight.shape[0] for weight in graph.model.weights if len(weight.shape) == 2}
     error: Exception | None = None
-    for length in ASSUMED_LENGTHS:
+    for length in (*ASSUMED_LENGTHS, *sorted(tables)):
         try:
             return graph.retrace(partial(_assume_size, length))
         except Exception as found:  # noqa: BLE001 (whatever its layers raise)
@@ -377,7 +381,7 @@ def _of_assumed_size(graph: Graph) -> Graph:
     raise UnsupportedModelError(
         f"Model {graph.model.name!r} has inputs of unknown size and cannot be called on images of "
         f"{ASSUMED_IMAGE_SIZE} x {ASSUMED_IMAGE_SIZE} pixels or sequences of {ASSUMED_LENGTHS} "
-        f"entries, for which its cost would be stated: {error} Give its inputs a fixed shape."
+        f"entries, for which its cost would be stated: {error} Give its inputs fixed shapes."
     ) from error
 
 
