@@ -15,7 +15,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from tables import budgets, channels, deploy, flatness, frontier, optimizer  # noqa: E402
+from tables import (  # noqa: E402
+    budgets,
+    channels,
+    deploy,
+    flatness,
+    frontier,
+    optimizer,
+    transformers,
+)
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -25,6 +33,7 @@ TABLES = {
     "applications": channels.applications_table,
     "hub": channels.hub_table,
     "hub_summary": channels.hub_summary,
+    "transformers": transformers.transformers_table,
     "deploy_sizes": deploy.sizes_table,
     "deploy_times": deploy.times_table,
     "deploy_accuracy": deploy.accuracy_table,

@@ -161,7 +161,7 @@ class _Replay:
             config.update({key: operation.activation for key in ("activation",) if key in config})
         try:
             return type(operation).from_config({**config, "name": name})
-        except Exception as error:  # noqa: BLE001 (whatever a user's own code raises)
+        except Exception as error:
             if not is_edited and not self._is_touched(operation):
                 return operation  # as it is; some layers do not survive their own config
             raise UnsupportedModelError(

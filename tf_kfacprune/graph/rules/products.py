@@ -18,7 +18,7 @@ from keras import ops, tree
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
-from tf_kfacprune.graph.rules.base import ChannelRule, Extent, Removal, extents
+from tf_kfacprune.graph.rules.base import Extent, Removal, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
 from tf_kfacprune.graph.rules.registry import register_internal_rule
 
