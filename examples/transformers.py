@@ -70,10 +70,11 @@ def run() -> None:
     kp.export.tflite(small, out / "compact.tflite", **where)
     dense = network(FLAGS.task, FLAGS.hidden)  # for its size and time
     comparison = reporting.report(pm, small, dense=dense)
-    settings = ("task", "hidden", "epochs", "batch_size", "learning_rate", "weight_decay", "seed")
+    settings = ("hidden", "epochs", "batch_size", "learning_rate", "weight_decay", "seed")
     given = {name: FLAGS[name].value for name in settings}
     test = measured(small, x_test, y_test)
-    record = reporting.record(comparison, budget=budget.targets, test=test, **given)
+    given |= {"data": FLAGS.task, "budget": budget.targets, "test": test}
+    record = reporting.record(comparison, **given)
     reporting.write_json_atomic(out / "record.json", record, overwrite=FLAGS.overwrite)
     print(comparison)
     print(f"Loss {test['loss']:.4f}, error {100 * test['error']:.2f} %")

@@ -369,7 +369,7 @@ class LabelFlow:
 def _of_assumed_size(graph: Graph) -> Graph:
     """The graph for inputs of the first assumed sizes that it can be called on.
 
-    Some networks take sequences of one length alone, that of a table of positions among the weights.
+    Some networks take sequences of one length alone: that of a table of positions, a weight.
     """
     tables = {weight.shape[0] for weight in graph.model.weights if len(weight.shape) == 2}
     error: Exception | None = None

@@ -165,7 +165,7 @@ def _input(shape: Sequence[int | None], dtype: str) -> keras.KerasTensor:
 
 
 class _Weights:
-    """Symbolic tensors in place of weights, each made by a `Weight` layer with a name of its own."""
+    """Symbolic tensors in place of weights, made by `Weight` layers with names of their own."""
 
     def __init__(self, policy: Any, place: keras.KerasTensor) -> None:
         self._policy, self._place = policy, place

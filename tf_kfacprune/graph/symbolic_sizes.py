@@ -145,7 +145,8 @@ class _Sizes:
         if any(_is_symbolic(n) and size != 1 for n, size in zip(repeats, own, strict=True)):
             raise _unsupported("tile", repeats)
         x = x if all(n == 1 for n in fixed) else original(x, fixed)
-        shape = [n if _is_symbolic(n) else m * n for n, m in zip(repeats, own, strict=True)]
+        pairs = zip(repeats, own, strict=True)
+        shape = [n if _is_symbolic(n) else m if n == 1 else m * n for n, m in pairs]
         return self.broadcast_to(None, x, shape)
 
     def repeat(self, original: Any, x: Any, repeats: Any, axis: Any = None) -> Any:
