@@ -190,14 +190,14 @@ class DotProductAttentionRule(ContractionRule):
 
     def _dimensions(self, call: Call, flow: LabelFlow) -> Any:
         query, key, value = self.tensors(call)
-        axes = [flow.of(tensor)[3] for tensor in (query, key, value)]
-        if any(labels is None for labels in axes) or query is key:
-            for labels in axes:
+        queries, keys, values = (flow.of(tensor)[3] for tensor in (query, key, value))
+        if queries is None or keys is None or values is None or query is key:
+            for labels in (queries, keys, values):
                 flow.freeze(labels, reasons.UNTRACKED_OPERAND, call.path)
             return None
         flow.read(call, query, 3, "dimensions")
-        flow.unite(flow.base(axes[0]), flow.base(axes[1]), call.path)
-        return flow.unite(axes[2], flow.base(axes[0]), call.path)
+        flow.unite(flow.base(queries), flow.base(keys), call.path)
+        return flow.unite(values, flow.base(queries), call.path)
 
     def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
         return []  # as everywhere, products of data with data are not counted

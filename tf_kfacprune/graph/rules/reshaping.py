@@ -149,8 +149,8 @@ class TileRule(IndexRule):
         if not all(isinstance(n, int) for n in repeats):
             return self.freeze_all(call, flow, reasons.PICKED)
         rank = max(len(repeats), len(axes))
-        repeats = [1] * (rank - len(repeats)) + repeats
-        axes = [None] * (rank - len(axes)) + axes
+        repeats = [*[1] * (rank - len(repeats)), *repeats]
+        axes = [*[None] * (rank - len(axes)), *axes]
         pairs = zip(axes, repeats, strict=True)
         return [[None if labels is None else np.tile(labels, n) for labels, n in pairs]]
 

@@ -89,7 +89,8 @@ class GetItemRule(ChannelRule):
         keys = _keys(call, len(value.shape))
         if keys is None:
             return NotImplemented
-        tensor, moved = args[0], []
+        tensor = args[0]
+        moved: list[int | slice | None] = []
         axis = -1
         for key in keys:
             axis += key is not None
