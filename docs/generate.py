@@ -23,6 +23,7 @@ from tables import (  # noqa: E402
     frontier,
     latency,
     optimizer,
+    transformers,
 )
 
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -33,6 +34,7 @@ TABLES = {
     "applications": channels.applications_table,
     "hub": channels.hub_table,
     "hub_summary": channels.hub_summary,
+    "transformers": transformers.transformers_table,
     "deploy_sizes": deploy.sizes_table,
     "deploy_times": deploy.times_table,
     "deploy_accuracy": deploy.accuracy_table,

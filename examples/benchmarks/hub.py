@@ -36,9 +36,11 @@ HEAD = "benchmark_head"
 def with_heads(backbone):
     """The backbone with a Dense layer behind every output that has channels."""
     outputs = []
-    for output in keras.tree.flatten(backbone.output):
-        channels = output.shape[-1] if len(output.shape) > 1 else None
-        if channels and "float" in output.dtype:
+    actual = keras.tree.flatten(backbone(example(backbone)))
+    for output, value in zip(keras.tree.flatten(backbone.output), actual, strict=True):
+        # Some backbones are mistaken about the shapes of their outputs.
+        channels = output.shape[-1] if tuple(output.shape[1:]) and len(value.shape) > 1 else None
+        if channels == value.shape[-1] and "float" in output.dtype:
             output = keras.layers.Dense(3, name=f"{HEAD}_{len(outputs)}")(output)
         outputs.append(output)
     return keras.Model(backbone.input, outputs, name=backbone.name)
@@ -105,7 +107,9 @@ def examine(name):
     record["open_gates_change"] = parity_error(dense, gated(x, training=False))
     (bank,) = GatedNetwork(gated).sources
     for kind in ("soft", "hard"):
-        values = rng.uniform(0.3, 1.0, bank.size) * (rng.uniform(size=bank.size) < 0.7)
+        values = np.zeros(bank.size)
+        while (values > 0).all() or not values.any():  # so that something is closed
+            values = rng.uniform(0.3, 1.0, bank.size) * (rng.uniform(size=bank.size) < 0.7)
         bank.set_values((values > 0).astype("float32") if kind == "hard" else values)
         _, record["seconds"][f"compact_{kind}"], record[kind] = compared(gated, dense, x, params)
     return record

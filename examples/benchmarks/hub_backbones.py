@@ -1,6 +1,7 @@
 """Every backbone of keras_hub in a size of seconds: some layers, few channels, small images.
 
-The sizes are of the order of those in keras_hub's own tests. Widths are large enough that channels,
+SAM3 is left out: in keras_hub 0.32 its own call fails on TensorFlow, before anything is pruned. The
+sizes are of the order of those in keras_hub's own tests. Widths are large enough that channels,
 heads and groups of heads can be told apart.
 """
 
@@ -373,35 +374,6 @@ def _vitdet(num_output_channels=8):
     )
 
 
-def _sam3():
-    ffn = {"num_layers": 2, "hidden_dim": 16, "intermediate_dim": 32, "num_heads": 2}
-    image = {"image_shape": (28, 28, 3), "patch_size": 14}
-    return HUB.SAM3PromptableConceptBackbone(
-        vision_encoder=_inner("sam3.sam3_vision_encoder.SAM3VisionEncoder")(
-            **image,
-            **ffn,
-            fpn_hidden_dim=16,
-            fpn_scale_factors=[4.0, 2.0, 1.0, 0.5],
-            pretrain_image_shape=(42, 42, 3),
-            window_size=2,
-            global_attn_indexes=[1, 2],
-        ),
-        text_encoder=_inner("sam3.sam3_text_encoder.SAM3TextEncoder")(
-            vocabulary_size=20, embedding_dim=16, **ffn
-        ),
-        geometry_encoder=_inner("sam3.sam3_geometry_encoder.SAM3GeometryEncoder")(
-            **ffn, roi_size=7
-        ),
-        detr_encoder=_inner("sam3.sam3_detr_encoder.SAM3DetrEncoder")(**ffn),
-        detr_decoder=_inner("sam3.sam3_detr_decoder.SAM3DetrDecoder")(
-            **image, **ffn, num_queries=8
-        ),
-        mask_decoder=_inner("sam3.sam3_mask_decoder.SAM3MaskDecoder")(
-            num_upsampling_stages=3, hidden_dim=16, num_heads=2
-        ),
-    )
-
-
 def _stable_diffusion():
     vae = _inner("vae.vae_backbone.VAEBackbone")(
         [32] * 4, [1] * 4, [32] * 4, [1] * 4, sampler_method="mode", name="vae"
@@ -543,10 +515,11 @@ BACKBONES = {
     ),
     "ResNet": lambda: _resnet(block="bottleneck_block", image_shape=(32, 32, 3)),
     "RetinaNet": lambda: HUB.RetinaNetBackbone(
-        image_encoder=_resnet((64, 64, 64, 64), "bottleneck_block", image_shape=(128, 128, 3)),
+        image_encoder=_resnet((64, 64, 64, 64), "bottleneck_block"),
         min_level=3,
         max_level=7,
         use_p5=True,
+        image_shape=(128, 128, 3),
     ),
     "Roberta": lambda: HUB.RobertaBackbone(**_LIMITED),
     "RoformerV2": lambda: HUB.RoformerV2Backbone(**_HEADS, head_size=8),
@@ -555,7 +528,6 @@ BACKBONES = {
         **{"intermediate_dim": 24, "gate_lora": 8, "mv_lora": 8, "aaa_lora": 8, "decay_lora": 8},
     ),
     "SAM": _sam,
-    "SAM3PromptableConcept": _sam3,
     "SegFormer": lambda: HUB.SegFormerBackbone(
         projection_filters=16, image_encoder=HUB.MiTBackbone(**_MIT)
     ),

@@ -124,6 +124,25 @@ class MergesPatches(layers.Layer):
         return self.reduce(pairs[:, None])[:, 0]
 
 
+class Interleaved(layers.Layer):
+    """Every second channel gates the one before it; then copies of all."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.both = layers.Dense(10, name="both")
+        self.out = layers.Dense(6, name="out")
+
+    def build(self, shape):
+        self.both.build(shape)
+        self.out.build((*shape[:-1], 10))
+        self.built = True
+
+    def call(self, x):
+        y = self.both(x)
+        y = ops.tile(y[..., ::2] * ops.sigmoid(y[..., 1::2]), (1, 1, 2))
+        return x + self.out(y)
+
+
 class PicksAndNormalizes(layers.Layer):
     """The position with the largest sum, in unit length, beside the last one by its norm."""
 
@@ -211,6 +230,10 @@ def merges_patches():
     return sequence_model(custom.FeedForward(5, name="ffn"), MergesPatches(name="merge"))
 
 
+def interleaved():
+    return sequence_model(Interleaved(name="glu"))
+
+
 def picks_and_normalizes():
     return sequence_model(custom.FeedForward(5, name="ffn"), PicksAndNormalizes(name="pick"))
 
@@ -245,8 +268,9 @@ def sizes():
         ),
         (learned_tokens, {"stem": 6, "ffn/dense": 5}),
         (windows_by_hand, {"stem": 6, "attention/qkv": 3}),
-        (grouped_attention, {"stem": 6, "attention/query": 2}),
+        (grouped_attention, {"stem": 6, "attention/query": 3, "attention/query:2": 2}),
         (merges_patches, {"stem": 6, "ffn/dense": 5, "merge/reduce": 4}),
+        (interleaved, {"stem": 6, "glu/both": 5}),
         (picks_and_normalizes, {"stem": 6, "ffn/dense": 5}),
         (reads_anothers_weight, {"stem": 6}),
         (units_as_image, {"units": 4, "up": 3}),

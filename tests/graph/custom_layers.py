@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keras
+import tensorflow as tf
 from keras import layers, ops
 
 
@@ -203,3 +204,128 @@ class Deciding(layers.Layer):
 
     def compute_output_shape(self, shape):
         return shape
+
+
+class DropsPaths(layers.Layer):
+    """Noise that is one number per example, drawn in training alone."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seed = keras.random.SeedGenerator(1)
+
+    def call(self, x, training=None):
+        if not training:
+            return x
+        kept = keras.random.uniform((ops.shape(x)[0], *[1] * (len(x.shape) - 1)), seed=self.seed)
+        return x * ops.cast(kept > 0.5, x.dtype)
+
+
+class CentersInTraining(layers.Layer):
+    """Does nothing in inference but mixes channels in training: no noise."""
+
+    def call(self, x, training=None):
+        return x - ops.mean(x, axis=-1, keepdims=True) if training else x
+
+
+class NoiseInTraining(layers.Layer):
+    """Calls noise in training alone."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(5, name="dense")
+        self.dropout = layers.Dropout(0.5, seed=1, name="dropout")
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.built = True
+
+    def call(self, x, training=None):
+        x = self.dense(x)
+        return self.dropout(x, training=training) if training else x
+
+
+class Windows(layers.Layer):
+    """Functions of TensorFlow on sizes known only at run time; weights of other layers."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = layers.Dense(6, use_bias=False, name="first")
+        self.second = layers.Dense(6, use_bias=False, name="second")
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.second.build(shape)
+        self.built = True
+
+    def call(self, x):
+        batch, length, channels = ops.shape(x)
+        x = ops.matmul(x, self.first.kernel) + ops.matmul(x, self.second.kernel)
+        near = tf.linalg.band_part(ops.ones((length, length), "bool"), 1, ops.minimum(length, 2))
+        kept = tf.linalg.band_part(ops.ones((length, length)), -1, 0)
+        weights = ops.where(near, kept, 0.0)
+        places = ops.repeat(ops.arange(length)[None, :, None], batch, axis=0)
+        places = ops.broadcast_to(ops.mod(places, 6), (batch, length, 6))
+        x = x + tf.gather(x, indices=places, batch_dims=2)
+        flat = ops.reshape(ops.einsum("st,btc->bsc", weights, x), (-1, channels))
+        rows = ops.reshape(ops.tanh(flat), (batch, length, channels))
+        return ops.reshape(ops.reshape(rows, (batch, length, 2, -1)), ops.shape(rows))[..., None]
+
+
+class Pair(layers.Layer):
+    """Returns one tensor."""
+
+    def call(self, x):
+        return 2.0 * x
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+class Pairs(Pair):
+    """Returns two, but inherits what it says about shapes."""
+
+    def call(self, x):
+        return 2.0 * x, 3.0 * x
+
+
+class CallsMistaken(layers.Layer):
+    """Calls a layer that is mistaken about what it returns."""
+
+    def __init__(self, inner=Pairs, **kwargs):
+        super().__init__(**kwargs)
+        self.pairs = inner(name="pairs")
+
+    def build(self, shape):
+        self.built = True
+
+    def call(self, x):
+        first, second = self.pairs(x)
+        return first + second
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+class DecidingPairs(Pairs):
+    """Cannot be opened, either."""
+
+    def call(self, x):
+        return (x, x) if ops.sum(x) > 0 else (-x, x)
+
+
+class Stacked(layers.Layer):
+    """Its first input has several tensors in one, before the batch."""
+
+    def call(self, stacked, x):
+        return ops.sum(stacked, axis=0) * x
+
+
+class TableOfPositions(layers.Layer):
+    """Takes sequences of one length alone."""
+
+    def build(self, shape):
+        self.positions = self.add_weight(shape=(7, shape[-1]), name="positions")
+        self.built = True
+
+    def call(self, x):
+        return x + self.positions

@@ -14,7 +14,7 @@ from keras import layers, ops
 import tf_kfacprune as kp
 from tests.graph import custom_layers as custom
 from tf_kfacprune.errors import InvalidArgumentError
-from tf_kfacprune.graph import analyze, opaque_layers, trace_opened
+from tf_kfacprune.graph import CostModel, analyze, opaque_layers, trace_opened
 from tf_kfacprune.graph.rules.registry import has_rule
 
 
@@ -68,15 +68,47 @@ def tokens():
     return randomized(keras.Model(inputs, custom.Tokens(name="tokens")(inputs)))
 
 
+def noises():
+    inputs = keras.Input((None, 6))
+    x = custom.NoiseInTraining(name="noise")(layers.Dense(6, name="stem")(inputs))
+    x = custom.DropsPaths(name="paths")(x)
+    return randomized(keras.Model(inputs, [layers.Dense(3, name="head")(x), x]))
+
+
+def windows():
+    inputs = keras.Input((None, 6))
+    return randomized(keras.Model(inputs, custom.Windows(name="windows")(inputs)))
+
+
+def mistaken():
+    inputs = keras.Input((None, 6))
+    return randomized(keras.Model(inputs, custom.CallsMistaken(name="calls")(inputs)))
+
+
+def stacked():
+    inputs = keras.Input((None, 6))
+    both = ops.stack([inputs, 2.0 * inputs])
+    return randomized(keras.Model(inputs, custom.Stacked(name="stacked")(both, inputs)))
+
+
+def table():
+    inputs = keras.Input((None, 6))
+    return randomized(keras.Model(inputs, custom.TableOfPositions(name="table")(inputs)))
+
+
 def example(model):
     rng = np.random.default_rng(1)
-    shape = (4, *(5 if n is None else n for n in model.inputs[0].shape[1:]))
+    length = 7 if "table" in [layer.name for layer in model.layers] else 5
+    shape = (4, *(length if n is None else n for n in model.inputs[0].shape[1:]))
     if "int" in model.inputs[0].dtype:
         return rng.integers(0, 5, shape).astype("int32")
     return rng.normal(size=shape).astype("float32")
 
 
-@pytest.mark.parametrize("build", [blocks, sizes, masks, half, modes, tokens])
+@pytest.mark.parametrize(
+    "build",
+    [blocks, sizes, masks, half, modes, tokens, noises, windows, mistaken, stacked, table],
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_opened_graph_equals_the_model_to_the_bit_in_both_modes(build, training):
     model = build()
@@ -144,6 +176,8 @@ def test_own_weights_reach_gradients_through_the_opened_graph():
         (custom.Drawing, "computes something else|does not run"),
         (custom.Counting, "symbolic tensors: AttributeError"),
         (custom.Deciding, "symbolic tensors"),
+        (custom.CentersInTraining, "something else in training"),
+        (lambda: custom.CallsMistaken(custom.DecidingPairs), "symbolic tensors"),
         (lambda: layers.Lambda(lambda x: tf.nn.relu(x), output_shape=(6,)), "symbolic tensors"),
         (lambda: custom.FeedForward(3, activity_regularizer="l2"), "activity_regularizer"),
     ],
@@ -155,6 +189,19 @@ def test_what_cannot_be_opened_stays_whole_with_the_reason(layer, reason):
     (opaque,) = opaque_layers(trace_opened(model))
     assert opaque.layer is model.layers[2]
     assert re.search(reason, opaque.reason)
+
+
+def test_noise_passes_channels():
+    channels = analyze(noises())
+    assert not opaque_layers(channels.graph)
+    assert {"noise/dropout", "paths"} <= {call.path for call in channels.graph.calls}
+
+
+def test_costs_are_of_a_length_that_the_network_takes():
+    model = table()
+    head = layers.Dense(3, name="head")(model.output)
+    model = keras.Model(model.input, head)
+    assert CostModel(analyze(model)).macs_dense == 7 * 6 * 3
 
 
 def test_opening_is_switched_off_per_layer_and_per_class():
@@ -198,6 +245,10 @@ def test_a_layer_with_a_rule_of_its_own_is_not_opened():
 
 
 def test_keras_is_left_as_it_was():
-    before = ops.shape, ops.reshape, ops.arange, keras.KerasTensor.__getitem__
-    trace_opened(sizes())
-    assert before == (ops.shape, ops.reshape, ops.arange, keras.KerasTensor.__getitem__)
+    def functions():
+        ours = ops.shape, ops.reshape, ops.arange, keras.KerasTensor.__getitem__
+        return *ours, tf.Tensor.__getitem__, tf.linalg.band_part, tf.gather
+
+    before = functions()
+    trace_opened(windows())
+    assert before == functions()

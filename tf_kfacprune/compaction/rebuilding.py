@@ -171,7 +171,7 @@ class _Replay:
             config.update({key: operation.activation for key in ("activation",) if key in config})
         try:
             return type(operation).from_config({**config, "name": name})
-        except (NotImplementedError, TypeError, ValueError) as error:
+        except Exception as error:
             if not is_edited and not self._is_touched(operation):
                 return operation  # as it is; some layers do not survive their own config
             raise UnsupportedModelError(
@@ -216,7 +216,7 @@ def _is_set(mask: Any) -> bool:
 def _config(layer: keras.Layer) -> dict[str, Any]:
     try:
         return layer.get_config()
-    except NotImplementedError:
+    except Exception:  # noqa: BLE001 (whatever a user's own code raises)
         return {}
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ Labels = np.ndarray
 Axes = list[Labels | None]
 CONSTANT = 0  # the label of positions that are always there
 NO_SLOT = -1
-ASSUMED_IMAGE_SIZE, ASSUMED_LENGTH = 224, 128
+# Images, and sequences; the longer ones for networks that read sound, sample by sample.
+ASSUMED_IMAGE_SIZE, ASSUMED_LENGTHS = 224, (128, 1024, 16384)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +131,7 @@ class LabelFlow:
         if not self._sizes:
             graph, shapes = self.graph, (v.shape for v in self.graph.inputs)
             if any(None in shape[1:] for shape in shapes):
-                graph = graph.retrace(_assume_size)
+                graph = _of_assumed_size(graph)
             known = [*self.graph.inputs, *(v for call in self.graph.calls for v in call.outputs)]
             sized = [*graph.inputs, *(v for call in graph.calls for v in call.outputs)]
             self._sizes = {a: b.shape for a, b in zip(known, sized, strict=True)}
@@ -364,7 +366,26 @@ class LabelFlow:
         return self._roles.get(layer, {})
 
 
-def _assume_size(value: Value) -> Value:
-    size = ASSUMED_IMAGE_SIZE if len(value.shape) > 3 else ASSUMED_LENGTH
+def _of_assumed_size(graph: Graph) -> Graph:
+    """The graph for inputs of the first assumed sizes that it can be called on.
+
+    Some networks take sequences of one length alone: that of a table of positions, a weight.
+    """
+    tables = {weight.shape[0] for weight in graph.model.weights if len(weight.shape) == 2}
+    error: Exception | None = None
+    for length in (*ASSUMED_LENGTHS, *sorted(tables)):
+        try:
+            return graph.retrace(partial(_assume_size, length))
+        except Exception as found:  # noqa: BLE001 (whatever its layers raise)
+            error = found
+    raise UnsupportedModelError(
+        f"Model {graph.model.name!r} has inputs of unknown size and cannot be called on images of "
+        f"{ASSUMED_IMAGE_SIZE} x {ASSUMED_IMAGE_SIZE} pixels or sequences of {ASSUMED_LENGTHS} "
+        f"entries, for which its cost would be stated: {error} Give its inputs fixed shapes."
+    ) from error
+
+
+def _assume_size(length: int, value: Value) -> Value:
+    size = ASSUMED_IMAGE_SIZE if len(value.shape) > 3 else length
     shape = (value.shape[0], *(size if n is None else n for n in value.shape[1:]))
     return Value(shape, value.dtype)

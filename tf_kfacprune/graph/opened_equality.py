@@ -14,9 +14,11 @@ from keras import ops, tree
 from tf_kfacprune.graph.recording import Recording
 from tf_kfacprune.graph.tracer import Opened, mask_of, set_mask
 
-__all__ = ["why_different"]
+__all__ = ["is_noise", "why_different"]
 
-_BATCH, _SIZES = 3, (6, 32)  # of random inputs; stand-ins for axes of unknown size
+# Of random inputs: their number, the number where it must be that of windows in images, stand-ins
+# for axes of unknown size.
+_BATCH, _WINDOWS, _SIZES = 3, 64, (6, 32)
 # What another order of summation may cause, relative to the largest value, by element type.
 _TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -66,6 +68,42 @@ def why_different(recording: Recording, opened: Opened) -> str | None:
     return None
 
 
+def is_noise(recording: Recording, opened: Opened) -> bool:
+    """Whether a layer acts as `Dropout` does.
+
+    In inference it hands on its input; in training, from the same seeds, no entry of its output
+    depends on another entry of its input (checked on random numbers).
+
+    Args:
+        recording: The recorded call.
+        opened: What was recorded in inference.
+
+    Returns:
+        Whether it does.
+    """
+    variables = _all_variables(recording.layer)
+    own_seeds = all("seed" in variable.name for variable in variables)
+    if not (recording.takes_training and len(recording.inputs) == 1 and own_seeds):
+        return False
+    if len(opened.function.outputs) != 1 or opened.function.outputs[0] is not recording.inputs[0]:
+        return False
+    layer = _Checked(recording.call)
+    with _put_back(variables):
+        start = _values(variables)
+        try:
+            (tensor,) = _inputs_that_fit(recording, layer, variables)
+            changed = np.random.default_rng(0).random(tensor.shape) < 0.5
+            other = tensor + ops.cast(changed, tensor.dtype)
+            results = []
+            for given in (tensor, other):
+                _assign(variables, start)
+                results.append(ops.convert_to_numpy(layer([given], training=True)))
+        except Exception:  # noqa: BLE001 (whatever a user's own code raises)
+            return False
+    first, second = results
+    return first.shape == tensor.shape and bool((first == second)[~changed].all())
+
+
 def describe_error(error: Exception) -> str:
     """The kind of an error and the first lines of what it says, on one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("Arguments received by")[0]
@@ -92,17 +130,18 @@ def _inputs_that_fit(
 ) -> list[Any]:
     """Random inputs on which the layer can be called."""
     start = _values(variables)
-    for attempt, size in enumerate(_SIZES, start=1):
+    attempts = _attempts(variables)
+    for number, attempt in enumerate(attempts, start=1):
         rng = np.random.default_rng(0)
-        tensors = [_draw(rng, tensor, size) for tensor in recording.inputs]
-        masks = iter([_draw(rng, mask, size) for mask in recording.masks])
+        tensors = [_draw(rng, tensor, *attempt) for tensor in recording.inputs]
+        masks = iter([_draw(rng, mask, *attempt) for mask in recording.masks])
         for tensor, is_masked in zip(tensors, recording.is_masked, strict=True):
             if is_masked:
                 set_mask(tensor, next(masks))
         try:
             layer(tensors, training=False)
         except Exception:
-            if attempt == len(_SIZES):
+            if number == len(attempts):
                 raise
             continue
         finally:
@@ -111,9 +150,22 @@ def _inputs_that_fit(
     return tensors
 
 
-def _draw(rng: np.random.Generator, tensor: Any, size: int) -> Any:
-    rest = [size if n is None else n for n in tensor.shape[1:]]
-    shape = (tensor.shape[0] or _BATCH, *rest) if len(tensor.shape) else ()
+def _attempts(variables: Sequence[keras.Variable]) -> list[tuple[int, int, bool]]:
+    """What unknown sizes may be: batch, size, whether tensors are stacked before their batch axis.
+
+    Sizes of weights are tried, too: some layers take sequences of one length alone.
+    """
+    own = {size for variable in variables for size in variable.shape if 1 < size < 1000}
+    sizes = [*_SIZES, *sorted(own - {*_SIZES})]
+    stacked = [(_BATCH, size, stacked) for size in sizes for stacked in (False, True)]
+    return [*stacked, (_WINDOWS, _SIZES[0], False)]
+
+
+def _draw(rng: np.random.Generator, tensor: Any, batch: int, size: int, stacked: bool) -> Any:
+    shape = list(tensor.shape)
+    if None in shape and (stacked or shape[0] is None):
+        shape[shape.index(None)] = batch
+    shape = [size if n is None else n for n in shape]
     if "float" in tensor.dtype:
         array = rng.standard_normal(shape)
     else:

@@ -26,10 +26,20 @@ from keras import ops, tree
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Value
-from tf_kfacprune.graph.opened_equality import describe_error, why_different
+from tf_kfacprune.graph.opened_equality import describe_error, is_noise, why_different
 from tf_kfacprune.graph.recording import Recording
-from tf_kfacprune.graph.rules.registry import has_rule
-from tf_kfacprune.graph.tracer import Graph, Opened, calls_of, inherit_training, settings_of, trace
+from tf_kfacprune.graph.rules.registry import has_rule, take_rule_of
+from tf_kfacprune.graph.tracer import (
+    Graph,
+    Opened,
+    calls_of,
+    inherit_training,
+    mask_of,
+    nodes_of,
+    settings_of,
+    tells_shapes,
+    trace,
+)
 from tf_kfacprune.graph.weight_layer import Weight
 
 __all__ = ["OpaqueLayer", "keep_opaque", "opaque_layers", "open_layer", "trace_opened"]
@@ -133,7 +143,7 @@ def open_layer(
     """Opens a layer; see `Opener`.
 
     Args:
-        call: Stands for the recorded call: what was found about it once holds ever after.
+        call: The recorded call, with its outputs: what was found about it once holds ever after.
         layer: The layer or operation that was called.
         args: Positional arguments, symbolic tensors and settings.
         kwargs: Keyword arguments, likewise.
@@ -141,7 +151,7 @@ def open_layer(
 
     Returns:
         The inside of the call, or the reason why it stays closed, or None for operations and for
-        layers with a channel rule.
+        layers with a channel rule or that add noise in training and nothing in inference.
     """
     if not isinstance(layer, keras.Layer) or has_rule(layer) or not layer.built:
         return None
@@ -150,7 +160,11 @@ def open_layer(
     # Past Keras' tracking, which would take the recorded graph for a part of the layer.
     known: _Openings = vars(layer).setdefault(_CACHE, _Openings())
     if call not in known.by_call:
-        known.by_call[call] = _open(layer, args, kwargs, masks)
+        declared = [tuple(tensor.shape) for tensor in call.outputs]
+        found = _open(layer, args, kwargs, masks, declared)
+        if found is None:
+            return None
+        known.by_call[call] = found
     return known.by_call[call]
 
 
@@ -165,24 +179,70 @@ class _Openings:
 
 
 def _open(
-    layer: keras.Layer, args: Any, kwargs: dict[str, Any], masks: Sequence[Any]
-) -> Opened | str:
+    layer: keras.Layer,
+    args: Any,
+    kwargs: dict[str, Any],
+    masks: Sequence[Any],
+    declared: Sequence[tuple[int | None, ...]],
+) -> Opened | str | None:
     if layer.activity_regularizer is not None:
         return REGULARIZED
-    recording = Recording(layer, args, kwargs, masks)
+    first = Recording(layer, args, kwargs, masks, declared)
+    found = _recorded(first)
+    if not isinstance(found, str):
+        return found
+    # A layer inside may be mistaken about the shape of what it returns.
+    first.forget()
+    second = Recording(layer, args, kwargs, masks)
+    found_without_trust = _recorded(second)
+    if isinstance(found_without_trust, str) or (
+        found_without_trust is not None and not _can_be_rebuilt(found_without_trust)
+    ):
+        second.forget()
+        return found
+    return found_without_trust
+
+
+def _can_be_rebuilt(opened: Opened) -> bool:
+    """Whether layers inside that stay closed tell the shapes of what they return."""
+    for call in nodes_of(opened.function):
+        inside = call.arguments
+        masks = [mask_of(tensor) for tensor in inside.keras_tensors]
+        found = open_layer(call, call.operation, inside.args, inside.kwargs, masks)
+        if isinstance(found, str) and not tells_shapes(call):
+            return False
+    return True
+
+
+def _recorded(recording: Recording) -> Opened | str | None:
     try:
         opened = recording.record(training=False)
+        if opened is not None and is_noise(recording, opened):
+            take_rule_of(recording.layer, keras.layers.Dropout)
+            return None
         if opened is not None and recording.depends_on_mode(opened):
             in_training = recording.record(training=True)
-            handed_down = None if in_training is None else _differences(opened, in_training)
-            if handed_down is None:
+            if in_training is None:
                 return BRANCHES
-            inherit_training(opened.function, handed_down)
+            handed_down = _differences(opened, in_training)
+            if handed_down is not None:
+                inherit_training(opened.function, handed_down)
+            else:
+                # Perhaps noise is called in training alone: in inference it does nothing.
+                return _both_modes(recording, in_training)
     except Exception as error:  # noqa: BLE001 (whatever a user's own code raises)
         return NOT_RECORDED.format(describe_error(error))
     if opened is None:
         return NOT_TENSORS
     return why_different(recording, opened) or opened
+
+
+def _both_modes(recording: Recording, in_training: Opened) -> Opened | str:
+    """What was recorded in training, if it is the same function in inference, too."""
+    _, calls, _ = calls_of(in_training.function)
+    modes = [number for number, c in enumerate(calls) if c.kwargs.get("training") is True]
+    inherit_training(in_training.function, modes)
+    return BRANCHES if why_different(recording, in_training) else in_training
 
 
 def _differences(first: Opened, second: Opened) -> list[int] | None:
@@ -243,8 +303,10 @@ def _same(first: Any, second: Any, twin: dict[Value, Value]) -> bool:
 
 
 def _same_leaf(a: Any, b: Any, twin: dict[Value, Value]) -> bool:
-    if isinstance(b, Value) or a is b:
+    if isinstance(b, Value):
         return a is twin.get(b, b)
+    if a is b:
+        return True
     if hasattr(a, "shape") and hasattr(b, "shape"):
         return np.array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
     return type(a) is type(b) and bool(a == b)

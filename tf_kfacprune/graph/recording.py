@@ -10,13 +10,16 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from tf_kfacprune.graph.rules.registry import has_rule
 from tf_kfacprune.graph.rules.substitution import substituted
 from tf_kfacprune.graph.symbolic_sizes import symbolic_sizes
+from tf_kfacprune.graph.tensorflow_functions import expressed_by_keras
 from tf_kfacprune.graph.tracer import (
     Opened,
     calls_of,
     calls_without_trailing_none,
     converted_dtype,
+    forget_calls,
     in_mode,
     is_made_by_layer,
     make_dense,
@@ -44,12 +47,21 @@ class Recording:
         args: Positional arguments of the call, symbolic tensors and settings.
         kwargs: Keyword arguments, likewise.
         masks: For each symbolic tensor of the arguments its Keras mask, or None.
+        declared: Shapes of what the call returns, as the layer has told. If given, layers inside
+            are trusted about that, too; else their `call` is run to see.
     """
 
     def __init__(
-        self, layer: keras.Layer, args: Any, kwargs: dict[str, Any], masks: Sequence[Any]
+        self,
+        layer: keras.Layer,
+        args: Any,
+        kwargs: dict[str, Any],
+        masks: Sequence[Any],
+        declared: Sequence[tuple[int | None, ...]] | None = None,
     ) -> None:
         self.layer = layer
+        self._declared = declared
+        self._made: list[list[Any]] = []
         self.takes_training = "training" in inspect.signature(layer.call).parameters
         self._arguments = (args, {k: v for k, v in kwargs.items() if k != "training"})
         tensors = [leaf for leaf in tree.flatten(self._arguments) if is_symbolic(leaf)]
@@ -88,17 +100,22 @@ class Recording:
         if self.takes_training:
             kwargs["training"] = training
         place = self.inputs[0]
+        weights = _Weights(self.layer.dtype_policy, place)
         with (
-            _symbolic_weights(self.layer, place),
+            _symbolic_weights(self.layer, weights),
             symbolic_sizes(),
-            _recorded_layers(self.layer, place),
-            calls_without_trailing_none(),
+            expressed_by_keras(),
+            _recorded_layers(place, weights, self._declared is not None),
+            calls_without_trailing_none() as made,
             in_mode(self.layer, training),
         ):
+            self._made.append(made)
             outputs = tree.flatten(self.layer.call(*args, **kwargs))
         outputs = [_symbolic_constant(tensor, place) for tensor in without_trailing_none(outputs)]
         if not outputs or not all(map(is_symbolic, outputs)):
             return None
+        if self._declared is not None and len(self._declared) == len(outputs):
+            outputs = list(map(_with_known_sizes, outputs, self._declared))
         masked = tuple(
             number
             for number, tensor in enumerate(outputs)
@@ -107,6 +124,11 @@ class Recording:
         set_inside = [mask_of(outputs[number]) for number in masked]
         function = keras.Function([*self.inputs, *self.masks], [*outputs, *set_inside])
         return Opened(function, masked)
+
+    def forget(self) -> None:
+        """Undoes what Keras keeps about the calls that were recorded."""
+        for made in reversed(self._made):
+            forget_calls(made)
 
     def depends_on_mode(self, opened: Opened) -> bool:
         """Whether what was recorded may be something else in the other mode."""
@@ -152,41 +174,54 @@ def _input(shape: Sequence[int | None], dtype: str) -> keras.KerasTensor:
     return keras.Input(batch_shape=tuple(shape), dtype=dtype)
 
 
-@contextmanager
-def _symbolic_weights(layer: Any, place: keras.KerasTensor) -> Iterator[None]:
-    """Puts symbolic tensors in place of a layer's own weights, so that reading them is recorded."""
-    symbolic: dict[int, Any] = {}
+class _Weights:
+    """Symbolic tensors in place of weights, made by `Weight` layers with names of their own."""
 
-    def stand_in(leaf: Any) -> Any:
+    def __init__(self, policy: Any, place: keras.KerasTensor) -> None:
+        self._policy, self._place = policy, place
+        self._symbolic: dict[int, Any] = {}
+        self._names: set[str] = set()
+
+    def __call__(self, leaf: Any) -> Any:
+        """What stands for a weight; anything else is handed on."""
         if not isinstance(leaf, keras.Variable):
             return leaf
-        if id(leaf) not in symbolic:
-            symbolic[id(leaf)] = Weight.around(leaf, leaf.name, layer.dtype_policy)(place)
-        return symbolic[id(leaf)]
+        if id(leaf) not in self._symbolic:
+            name, number = leaf.name, 0
+            while name in self._names:
+                number += 1
+                name = f"{leaf.name}_{number}"
+            self._names.add(name)
+            self._symbolic[id(leaf)] = Weight.around(leaf, name, self._policy)(self._place)
+        return self._symbolic[id(leaf)]
 
+
+@contextmanager
+def _symbolic_weights(layer: Any, weights: _Weights) -> Iterator[None]:
+    """Puts symbolic tensors in place of a layer's own weights, so that reading them is recorded."""
     attributes = {}
     for name, value in vars(layer).items():
         if name in _BOOKS or not isinstance(value, (keras.Variable, list, tuple, dict)):
             continue
         if any(isinstance(leaf, keras.Variable) for leaf in tree.flatten(value)):
-            attributes[name] = tree.map_structure(stand_in, _plain(value))
+            attributes[name] = tree.map_structure(weights, _plain(value))
     with substituted(layer, **attributes):
         yield
 
 
 @contextmanager
-def _recorded_layers(layer: keras.Layer, place: keras.KerasTensor) -> Iterator[None]:
+def _recorded_layers(
+    place: keras.KerasTensor, weights: _Weights, trusts_shapes: bool
+) -> Iterator[None]:
     """Records what Keras would not.
 
     Layers with weights that are called on constants (an embedding of positions) would be run at
     once: the constants are made symbolic. Layers whose own inference of shapes does not know an
-    argument of their `call` infer them from `call`. A weight of another layer that an operation
-    reads is put into a `Weight` layer, as the layer's own are.
+    argument of their `call`, or is not to be trusted, infer them from `call`. A weight of another
+    layer that an operation reads is put into a `Weight` layer, as the layer's own are.
     """
-    policy = layer.dtype_policy
     call, symbolic_call = keras.Layer.__call__, keras.Layer.symbolic_call
     operate = keras.Operation.symbolic_call
-    owners: dict[int, Any] = {}
     depth = 0
 
     def recorded_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -207,19 +242,14 @@ def _recorded_layers(layer: keras.Layer, place: keras.KerasTensor) -> Iterator[N
 
     def inferred_call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return symbolic_call(layer, *args, **kwargs)
+            if trusts_shapes or has_rule(layer):
+                return symbolic_call(layer, *args, **kwargs)
         except TypeError:
-            return keras.Operation.compute_output_spec(layer, *args, **kwargs)
-
-    def owned(leaf: Any) -> Any:
-        if not isinstance(leaf, keras.Variable):
-            return leaf
-        if id(leaf) not in owners:
-            owners[id(leaf)] = Weight.around(leaf, leaf.name, policy)(place)
-        return owners[id(leaf)]
+            pass
+        return keras.Operation.compute_output_spec(layer, *args, **kwargs)
 
     def recorded_operation(operation: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree.map_structure(owned, (args, kwargs))
+        args, kwargs = tree.map_structure(weights, (args, kwargs))
         return operate(operation, *args, **kwargs)
 
     keras.Layer.__call__, keras.Layer.symbolic_call = recorded_call, inferred_call
@@ -229,6 +259,17 @@ def _recorded_layers(layer: keras.Layer, place: keras.KerasTensor) -> Iterator[N
     finally:
         keras.Layer.__call__, keras.Layer.symbolic_call = call, symbolic_call
         keras.Operation.symbolic_call = operate
+
+
+def _with_known_sizes(tensor: Any, declared: Sequence[int | None]) -> Any:
+    """A tensor whose shape says what the layer has told of it and the recording has not found."""
+    lost = [k for k, (a, b) in enumerate(zip(tensor.shape, declared, strict=False)) if a != b]
+    is_lost = lost and all(tensor.shape[k] is None and declared[k] is not None for k in lost)
+    if len(tensor.shape) != len(declared) or not is_lost or declared[0] is not None:
+        return tensor
+    if any(size is None for size in declared[1:]) or mask_of(tensor) is not None:
+        return tensor
+    return keras.layers.Reshape(declared[1:], dtype=tensor.dtype)(tensor)
 
 
 def _symbolic_constant(leaf: Any, place: keras.KerasTensor) -> Any:

@@ -8,7 +8,9 @@ entries, cut out of `zeros_like(x)`,
 
     n = sum(z + 1),    arange(n) = cumsum(z + 1) - 1,    zeros((n, 4)) = z[:, None] + zeros((1, 4)),
 
-    broadcast_to(x, shape) = x - zeros(shape),    x[:n] = take(x, arange(n)).
+    broadcast_to(x, shape) = x - zeros(shape),    x[:n] = take(x, arange(n)),
+
+    reshape(x, (m, n, 4)) = take(reshape(x, (-1, 4)), n arange(m)[:, None] + arange(n)).
 
 Zeros are subtracted, not added: Keras takes a summand with one axis longer than 1 for a bias, and
 adds it along another axis where the sizes happen to agree.
@@ -25,6 +27,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers, ops
 
 from tf_kfacprune.errors import UnsupportedModelError
@@ -33,7 +36,8 @@ __all__ = ["symbolic_sizes"]
 
 
 _REPLACED = (
-    *("shape", "arange", "reshape", "broadcast_to", "tile", "zeros", "ones", "full", "slice"),
+    *("shape", "ndim", "arange", "reshape", "broadcast_to", "tile", "repeat"),
+    *("zeros", "ones", "full", "slice"),
 )
 
 
@@ -42,16 +46,18 @@ def symbolic_sizes() -> Iterator[None]:
     """Makes sizes symbolic within a `with` block, for calls of `keras.ops` on symbolic tensors."""
     sizes = _Sizes()
     replaced: dict[str, Callable[..., Any]] = {name: getattr(ops, name) for name in _REPLACED}
-    item = keras.KerasTensor.__getitem__
+    items = {kind: kind.__getitem__ for kind in (keras.KerasTensor, tf.Tensor)}
     for name, original in replaced.items():
         setattr(ops, name, _dispatch(getattr(sizes, name), original))
-    keras.KerasTensor.__getitem__ = _dispatch(sizes.item, item)
+    for kind, item in items.items():
+        kind.__getitem__ = _dispatch(sizes.item, item)
     try:
         yield
     finally:
         for name, original in replaced.items():
             setattr(ops, name, original)
-        keras.KerasTensor.__getitem__ = item
+        for kind, item in items.items():
+            kind.__getitem__ = item
 
 
 def _dispatch(symbolic: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,6 +86,9 @@ class _Sizes:
             return NotImplemented
         return tuple(self._size(x, k) if n is None else n for k, n in enumerate(x.shape))
 
+    def ndim(self, original: Any, x: Any) -> Any:
+        return len(x.shape) if _is_symbolic(x) else NotImplemented
+
     def arange(
         self, original: Any, start: Any, stop: Any = None, step: Any = None, dtype: Any = None
     ) -> Any:
@@ -98,16 +107,27 @@ class _Sizes:
             return NotImplemented
         if not _is_symbolic(x):
             x = ops.convert_to_tensor(x)
-        newshape = _without_free(newshape, x.shape)
-        free = [k for k, n in enumerate(newshape) if _is_symbolic(n) or n in (None, -1)]
-        target = [-1 if k in free else int(n) for k, n in enumerate(newshape)]
+        target = self._with_known_size(x, list(newshape))
+        free = [k for k, n in enumerate(target) if _is_symbolic(n) or n in (None, -1)]
+        fixed = [-1 if k in free else int(n) for k, n in enumerate(target)]
         if len(free) == 1:
-            return original(x, target)
-        is_batch = free[0] == 0 and self._is_batch(newshape[0], x)
-        if len(free) == 2 and is_batch and _is_symbolic(x):
+            return original(x, fixed)
+        is_batch = free[0] == 0 and self._is_batch(target[0], x) and _is_symbolic(x)
+        # Fewer unknown sizes than asked for: the first of them is split.
+        if is_batch and sum(n is None for n in x.shape) >= len(free):
+            run = free[1:]
+        else:
+            run, is_batch = free, False
+        first, last = run[0], run[-1]
+        if run != [*range(first, last + 1)] or not (is_batch or first == 0):
+            raise _unsupported("reshape", newshape)
+        merged = [*fixed[:first], -1, *fixed[last + 1 :]]
+        if is_batch:
             dtype = x.dtype if "float" in x.dtype else None
-            return layers.Reshape(target[1:], dtype=dtype)(x)
-        raise _unsupported("reshape", newshape)
+            x = layers.Reshape(merged[1:], dtype=dtype)(x)
+        else:
+            x = original(x, merged)
+        return x if len(run) == 1 else ops.take(x, self._numbered(target[first : last + 1]), first)
 
     def broadcast_to(self, original: Any, x: Any, shape: Any) -> Any:
         if not any(map(_is_symbolic, shape)):
@@ -125,8 +145,18 @@ class _Sizes:
         if any(_is_symbolic(n) and size != 1 for n, size in zip(repeats, own, strict=True)):
             raise _unsupported("tile", repeats)
         x = x if all(n == 1 for n in fixed) else original(x, fixed)
-        shape = [n if _is_symbolic(n) else m * n for n, m in zip(repeats, own, strict=True)]
+        pairs = zip(repeats, own, strict=True)
+        shape = [n if _is_symbolic(n) else m if n == 1 else m * n for n, m in pairs]
         return self.broadcast_to(None, x, shape)
+
+    def repeat(self, original: Any, x: Any, repeats: Any, axis: Any = None) -> Any:
+        if not _is_symbolic(repeats):
+            return NotImplemented
+        if axis is None or x.shape[axis] != 1:
+            raise _unsupported("repeat", repeats)
+        shape: list[Any] = [1] * len(x.shape)
+        shape[axis] = repeats
+        return self.tile(None, x, shape)
 
     def zeros(self, original: Any, shape: Any, dtype: Any = None) -> Any:
         if not any(map(_is_symbolic, _as_tuple(shape))):
@@ -152,9 +182,10 @@ class _Sizes:
         return inputs
 
     def item(self, original: Any, x: Any, key: Any) -> Any:
-        keys = key if isinstance(key, tuple) else (key,)
+        keys = tuple(key) if isinstance(key, (tuple, list)) else (key,)
         if not any(isinstance(k, slice) and _is_symbolic(k.stop) for k in keys):
-            return NotImplemented
+            is_wanted = isinstance(key, (int, tuple, list)) or not _is_symbolic(x)
+            return NotImplemented if is_wanted else original(x, keys)  # Keras wants a tuple
         if Ellipsis in keys or not all(isinstance(k, slice) for k in keys):
             raise _unsupported("x[...]", key)
         for axis, k in enumerate(keys):
@@ -194,6 +225,34 @@ class _Sizes:
         is_first = size is None or self._axis_of.get(id(size), (None, None))[1] == 0
         return is_first and x.shape[0] is None
 
+    def _with_known_size(self, x: Any, target: list[Any]) -> list[Any]:
+        """A target shape with a number in place of -1, as far as can be told.
+
+        What is computed from sizes cannot be: the last axis is taken to stay as it is, which
+        shows afterwards if it is wrong.
+        """
+        asked = [k for k, n in enumerate(target) if not _is_symbolic(n) and n in (None, -1)]
+        sizes = [n for n in target if _is_symbolic(n)]
+        if len(asked) != 1 or not sizes:
+            return target
+        if all(id(n) in self._axis_of for n in sizes):
+            entries = math.prod(n for n in x.shape if n is not None)
+            others = math.prod(n for n in target if not _is_symbolic(n) and n not in (None, -1))
+            if len(sizes) == sum(n is None for n in x.shape) and others and entries % others == 0:
+                target[asked[0]] = entries // others
+        elif asked[0] == len(target) - 1:
+            target[-1] = x.shape[-1]
+        return target
+
+    def _numbered(self, shape: Sequence[Any]) -> Any:
+        """The numbers 0, 1, ... in an array of a shape, row by row."""
+        numbers: Any = 0
+        for axis, size in enumerate(shape):
+            place = ops.cumsum(self._along(size) + 1) - 1
+            others = [k for k in range(len(shape)) if k != axis]
+            numbers = numbers * size + ops.expand_dims(place, others)
+        return numbers
+
     def _zeros_of(self, shape: Sequence[Any], dtype: Any) -> Any:
         fixed = [1 if _is_symbolic(n) else n for n in shape]
         total: Any = np.zeros(fixed, "int32")
@@ -208,20 +267,6 @@ class _Sizes:
             raise _unsupported("slice", (start, size))
         positions = ops.cumsum(self._along(size) + 1) - 1
         return ops.take(x, positions if _is_zero(start) else positions + start, axis=axis)
-
-
-def _without_free(newshape: Sequence[Any], shape: Sequence[int | None]) -> list[Any]:
-    """A shape whose -1 follows from the sizes that are known, if the others are as many as before.
-
-    That these are the same sizes is not asked: if they are not, what was recorded differs from the
-    layer, which is noticed.
-    """
-    unknown = sum(n is None or _is_symbolic(n) for n in newshape)
-    known = math.prod(n for n in newshape if isinstance(n, int) and n >= 0)
-    if -1 not in [n for n in newshape if isinstance(n, int)] or unknown != list(shape).count(None):
-        return list(newshape)
-    size = math.prod(n for n in shape if n is not None) // max(known, 1)
-    return [size if isinstance(n, int) and n == -1 else n for n in newshape]
 
 
 def _is_symbolic(x: Any) -> bool:

@@ -37,14 +37,17 @@ __all__ = [
     "calls_of",
     "calls_without_trailing_none",
     "converted_dtype",
+    "forget_calls",
     "fresh_operation",
     "in_mode",
     "inherit_training",
     "is_made_by_layer",
     "make_dense",
     "mask_of",
+    "nodes_of",
     "set_mask",
     "settings_of",
+    "tells_shapes",
     "trace",
     "without_trailing_none",
 ]
@@ -320,12 +323,15 @@ def without_trailing_none(outputs: Sequence[Any]) -> list[Any]:
 
 
 @contextmanager
-def calls_without_trailing_none() -> Iterator[None]:
+def calls_without_trailing_none() -> Iterator[list[Any]]:
     """Lets Keras record calls of layers that return None behind their tensors, as for no cache.
 
     Replayed, such a layer returns as many tensors as were recorded, and what follows is left out.
+
+    Yields:
+        What stands for the calls that are being recorded, for `forget_calls`.
     """
-    original = Node.__init__
+    original, made = Node.__init__, []
 
     def initialize(
         self: Any,
@@ -338,12 +344,28 @@ def calls_without_trailing_none() -> Iterator[None]:
         kept = without_trailing_none(flat)
         cut = len(kept) < len(flat)
         original(self, operation, call_args, call_kwargs, kept if cut else outputs)
+        made.append(self)
 
     Node.__init__ = initialize
     try:
-        yield
+        yield made
     finally:
         Node.__init__ = original
+
+
+def forget_calls(made: Sequence[Any]) -> None:
+    """Makes Keras forget calls, which it would take for what their layers return in later ones.
+
+    Args:
+        made: What `calls_without_trailing_none` has yielded.
+    """
+    for node in reversed(made):
+        if node.operation is not None and node in node.operation._inbound_nodes:
+            node.operation._inbound_nodes.remove(node)
+        for tensor in node.arguments.keras_tensors:
+            history = tensor._keras_history.operation
+            if node in history._outbound_nodes:
+                history._outbound_nodes.remove(node)
 
 
 def inherit_training(function: keras.Function, positions: Iterable[int]) -> None:
@@ -353,7 +375,7 @@ def inherit_training(function: keras.Function, positions: Iterable[int]) -> None
         function: The function.
         positions: The calls, by their position in `calls_of(function)`.
     """
-    nodes = list(_nodes(function))
+    nodes = nodes_of(function)
     for position in positions:
         del nodes[position].arguments.kwargs["training"]
 
@@ -363,6 +385,21 @@ def _nodes(function: keras.Function) -> Iterator[Any]:
     nodes_by_depth = function._nodes_by_depth
     for depth in sorted(nodes_by_depth, reverse=True):
         yield from (node for node in nodes_by_depth[depth] if not node.is_input)
+
+
+def nodes_of(function: keras.Function) -> list[Any]:
+    """What stands for the recorded calls of a function, in the order of their execution."""
+    return list(_nodes(function))
+
+
+def tells_shapes(call: Any) -> bool:
+    """Whether an operation knows beforehand the shapes of what a recorded call returned."""
+    try:
+        given = call.arguments
+        specs = tree.flatten(call.operation.compute_output_spec(*given.args, **given.kwargs))
+    except Exception:  # noqa: BLE001 (whatever a user's own code raises)
+        return False
+    return [len(s.shape) for s in specs] == [len(t.shape) for t in call.outputs]
 
 
 def fresh_operation(operation: Any, name: str) -> Any:
@@ -580,9 +617,17 @@ def _output_values(node: Any, args: Any, kwargs: Any) -> tuple[Value, ...]:
 
         args, kwargs = tree.map_structure(symbolic, (args, kwargs))
         kwargs = {k: v for k, v in kwargs.items() if k not in ("mask", "training")}
-        specs = tree.flatten(node.operation.compute_output_spec(*args, **kwargs))
+        specs = tree.flatten(_output_spec(node.operation, args, kwargs))
     shapes = (tuple(spec.shape) for spec in specs)
     return tuple(Value(s, t.dtype) for s, t in zip(shapes, node.outputs, strict=True))
+
+
+def _output_spec(operation: Any, args: Any, kwargs: Any) -> Any:
+    """Shapes of what a call returns, from the call itself if the operation cannot tell."""
+    try:
+        return operation.compute_output_spec(*args, **kwargs)
+    except Exception:  # noqa: BLE001 (whatever a user's own code raises)
+        return keras.Operation.compute_output_spec(operation, *args, **kwargs)
 
 
 def converted_dtype(dtype: str, operation: Any) -> str:

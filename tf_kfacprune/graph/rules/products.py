@@ -21,7 +21,6 @@ from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import (
-    ChannelRule,
     Extent,
     Gates,
     Removal,
@@ -278,10 +277,11 @@ def _summed_axes(layer: layers.Dot, ranks: Sequence[int]) -> list[int]:
 
 
 @register_internal_rule("DotProductAttention")
-class DotProductAttentionRule(ChannelRule):
-    """`keras.ops.dot_product_attention`: each head of its own; a key head with all its queries.
+class DotProductAttentionRule(ContractionRule):
+    """`keras.ops.dot_product_attention`: a head with its keys; a dimension of all that have it.
 
-    The dimensions of the heads stay, for the operation scales by their number.
+    The scores are sums over the dimensions of the heads, scaled by their number at first. Keras
+    takes values for as long as queries, so a dimension goes from queries, keys and values.
     """
 
     def tensors(self, call: Call) -> list[Value]:
@@ -289,18 +289,24 @@ class DotProductAttentionRule(ChannelRule):
         named = [call.kwargs[name] for name in ("query", "key", "value") if name in call.kwargs]
         return [leaf for leaf in (*call.args[:3], *named) if isinstance(leaf, Value)]
 
+    def read_axes(self, call: Call) -> Mapping[Value, set[int]]:
+        return {self.tensors(call)[0]: {3}}
+
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         tensors = self.tensors(call)
         heads = [value.shape[2] or 0 for value in tensors if len(value.shape) == 4]
         if len(heads) != 3 or not all(heads) or heads[0] % heads[1] or heads[1] != heads[2]:
             return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
         for value in tensors:
-            for k in (0, 1, 3):
+            for k in (0, 1):
                 flow.freeze(flow.of(value)[k], reasons.NOT_A_CHANNEL_AXIS, call.path)
+        return [[None, None, self._heads(call, flow, tensors), self._dimensions(call, flow)]]
+
+    def _heads(self, call: Call, flow: LabelFlow, tensors: Sequence[Value]) -> Any:
         query, key, values = (flow.of(value)[2] for value in tensors)
         shared = flow.unite(key, values, call.path)
         if shared is not None:
-            shared = np.repeat(shared, heads[0] // heads[1])
+            shared = np.repeat(shared, (tensors[0].shape[2] or 0) // (tensors[1].shape[2] or 1))
         queries = flow.unite(query, shared, call.path)
         given = [x for x in tree.flatten((call.args, call.kwargs)) if hasattr(x, "shape")]
         for extra in given:  # a mask or a bias, which may have one entry per head
@@ -310,11 +316,27 @@ class DotProductAttentionRule(ChannelRule):
                 flow.freeze_value(extra, reasons.UNTRACKED_OPERAND, call.path)
             if len(extra.shape) > 2 and extra.shape[-3] != 1:
                 flow.freeze(queries, reasons.UNTRACKED_OPERAND, call.path)
-        return [[None, None, queries, None]]
+        return queries
+
+    def _dimensions(self, call: Call, flow: LabelFlow) -> Any:
+        query, key, value = self.tensors(call)
+        queries, keys, values = (flow.of(tensor)[3] for tensor in (query, key, value))
+        if queries is None or keys is None or values is None or query is key:
+            for labels in (queries, keys, values):
+                flow.freeze(labels, reasons.UNTRACKED_OPERAND, call.path)
+            return None
+        flow.read(call, query, 3, "dimensions")
+        flow.unite(flow.base(queries), flow.base(keys), call.path)
+        return flow.unite(values, flow.base(queries), call.path)
+
+    def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
+        return []  # as everywhere, products of data with data are not counted
 
     def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
         names = ("query", "key", "value", "bias", "mask", "scale")
         given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("scale") is None:
+            given["scale"] = (self.tensors(call)[0].shape[3] or 1) ** -0.5
         heads = given["query"].shape[2]
         if given["key"].shape[2] == 1 < heads:  # Keras repeats several heads, not a single one
             repeated = {name: ops.repeat(given[name], heads, axis=2) for name in ("key", "value")}

@@ -17,6 +17,7 @@ __all__ = [
     "register_internal_rule",
     "registered_rules",
     "rule_for",
+    "take_rule_of",
 ]
 
 RuleClass = TypeVar("RuleClass", bound="type[ChannelRule]")
@@ -24,6 +25,7 @@ RuleClass = TypeVar("RuleClass", bound="type[ChannelRule]")
 _LAYER_RULES: dict[type, ChannelRule] = {}
 _INTERNAL_RULES: dict[str, ChannelRule] = {}
 _UNKNOWN = ChannelRule()
+_OWN_RULE = "_kfacprune_rule"
 
 
 def register_channel_rule(*layer_classes: type) -> Callable[[RuleClass], RuleClass]:
@@ -79,6 +81,11 @@ def register_internal_rule(*names: str) -> Callable[[RuleClass], RuleClass]:
     return register
 
 
+def take_rule_of(layer: keras.Layer, kind: type) -> None:
+    """Treats one layer as those of another class, whatever its own class may do elsewhere."""
+    vars(layer)[_OWN_RULE] = _LAYER_RULES[kind]
+
+
 def registered_rules() -> list[tuple[str, bool, ChannelRule]]:
     """All rules, for documentation: `(name, whether it is a public layer's, rule)`.
 
@@ -100,6 +107,9 @@ def rule_for(operation: Any) -> ChannelRule:
     kind = type(operation)
     if kind in _LAYER_RULES:
         return _LAYER_RULES[kind]
+    own: ChannelRule | None = vars(operation).get(_OWN_RULE)
+    if own is not None:
+        return own
     is_internal = kind.__module__.startswith("keras.src.")
     exported = isinstance(operation, keras.Layer) and hasattr(keras.layers, kind.__name__)
     if not is_internal or exported:

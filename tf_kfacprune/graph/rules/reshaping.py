@@ -139,6 +139,22 @@ class RepeatRule(IndexRule):
         return [axes]
 
 
+@register_internal_rule("Tile")
+class TileRule(IndexRule):
+    """`keras.ops.tile`: the copies of a channel go together."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        repeats, axes = call.operation.repeats, flow.of(call.inputs[0])
+        repeats = [repeats] if isinstance(repeats, int) else [*repeats]
+        if not all(isinstance(n, int) for n in repeats):
+            return self.freeze_all(call, flow, reasons.PICKED)
+        rank = max(len(repeats), len(axes))
+        repeats = [*[1] * (rank - len(repeats)), *repeats]
+        axes = [*[None] * (rank - len(axes)), *axes]
+        pairs = zip(axes, repeats, strict=True)
+        return [[None if labels is None else np.tile(labels, n) for labels, n in pairs]]
+
+
 _STATISTICS = {
     "All": "all",
     "Any": "any",

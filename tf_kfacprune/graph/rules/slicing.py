@@ -43,7 +43,9 @@ class SplitRule(ChannelRule):
 
     def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
         axis = call.operation.axis
-        sizes = [removal.shape(value)[axis] or 0 for value in call.outputs]
+        sizes = [removal.shape(value)[axis] for value in call.outputs]
+        if None in sizes:  # equal parts of the batch, say
+            return NotImplemented
         return ops.split(args[0], np.cumsum(sizes)[:-1].tolist(), axis=axis)
 
 
