@@ -46,12 +46,16 @@ from tf_kfacprune.curvature.objective import (
     SingleObjective,
     averaged_outputs,
 )
+from tf_kfacprune.curvature.second_derivatives import reachable_operations
 from tf_kfacprune.errors import InvalidArgumentError
 
 __all__ = ["LABELS", "CurvatureEstimator", "Look", "Uses"]
 
 LABELS = ("sampled", "data", "exact")
 _MOST_OUTPUTS = 256  # beyond, one backward pass per output is no option any more
+# Normalized by the statistics of n vectors, 2 of n directions of the batch have no curvature: of
+# one vector, or of two, none is left.
+_LEAST_NORMALIZED = 16
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,22 @@ class CurvatureEstimator:
         self.network = network
         self.objective = objective
         self._seed = seed
+
+    def part_of(self, batch: Batch, fraction: float) -> Batch:
+        """The part of a batch to look at in training mode: its first `ceil(fraction * size)`.
+
+        With BatchNormalization, which makes another function of few examples, it has at least 16,
+        as far as there are so many.
+
+        Args:
+            batch: The batch.
+            fraction: Share of the batch, in (0, 1].
+        """
+        normalizes = any(
+            isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+            for layer in reachable_operations(self.network)
+        )
+        return batch.head(fraction, _LEAST_NORMALIZED if normalizes else 1)
 
     def look(
         self,

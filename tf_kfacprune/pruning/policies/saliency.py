@@ -148,7 +148,7 @@ class KFACState(Saliency):
         settings, gated = self._settings, self._task.gated
 
         def measure() -> None:
-            part = batch.head(settings.batch_fraction)
+            part = estimator.part_of(batch, settings.batch_fraction)
             # In training mode, as the gradient g beside it in b.
             found = gate_curvature(
                 gated, find_gate_layers(gated), estimator, part, settings.labels, training=True
