@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras import ops
 
 from tf_kfacprune.curvature import KroneckerBlock, Look, Uses
 from tf_kfacprune.linalg import factored_damping
@@ -213,10 +214,10 @@ class EKFACPreconditioner(EigenPreconditioner):
 
 def _by_example(rows: Any, examples: Any) -> Any:
     """`(*k, rows, T, n)` as `(*k, batch, T', n)`: a model may make several rows of an example."""
-    *leading, made, locations, n = tf.unstack(tf.shape(rows))
+    *leading, made, locations, n = ops.shape(rows)
     batch = made if examples is None else examples
-    of_example = made * locations // tf.maximum(batch, 1)  # a replica may have no examples
-    return tf.reshape(rows, tf.stack([*leading, batch, of_example, n]))
+    of_example = made * locations // ops.maximum(batch, 1)  # a replica may have no examples
+    return ops.reshape(rows, (*leading, batch, of_example, n))
 
 
 def refreshed(states: Sequence[Preconditioner], debias: Any, damping: Any) -> list[Any]:
