@@ -123,6 +123,24 @@ def test_uses_on_few_and_on_many_locations_count_by_their_locations():
     np.testing.assert_allclose(np.array(energy), [v @ expected @ v], rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not support masking")
+def test_what_a_layer_without_masks_reads_behind_one_counts():
+    """Flatten drops the mask of the tokens, so that token 0 is one like any other."""
+    inputs = keras.Input((4,), dtype="int32")
+    x = L.Flatten()(L.Embedding(5, 2, mask_zero=True, name="tokens")(inputs))
+    model = keras.Model(inputs, L.Dense(2, use_bias=False, name="head")(x))
+    model.compile("sgd", "mse")
+    tokens = np.array([[0, 1, 0, 2], [0, 0, 3, 0], [4, 0, 1, 0]])
+    block = find_blocks(model).blocks[0]
+    estimator = CurvatureEstimator(model, CompiledObjective(model))
+    look = estimator.look(Batch(tokens, np.zeros((3, 2))), [block], "exact", training=True)
+    a, g = block.factors(look.of(block.layer))
+    np.testing.assert_allclose(np.array(a), np.bincount(tokens.ravel()) / 3, rtol=1e-6)
+    kernel = np.array(model.get_layer("head").kernel).reshape(4, 2, 2)
+    expected = np.einsum("tio,tjo->ij", kernel, kernel) / 4
+    np.testing.assert_allclose(np.array(g), expected, rtol=1e-5)
+
+
 LENGTH, PADDED = 3, 7
 
 

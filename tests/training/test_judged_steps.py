@@ -293,3 +293,21 @@ def test_clipping_is_by_the_norm_of_the_sum_where_a_token_comes_twice():
     # With so much damping the step of every block is its gradient over the damping.
     seen = [np.array(optimizer._momentums[k]) * 1e12 for k in range(3)]
     assert np.sqrt(sum(np.sum(g.astype("float64") ** 2) for g in seen)) == pytest.approx(0.1, 1e-4)
+
+
+def test_damping_begins_with_the_first_batch_that_has_curvature():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    model = kp.KFACModel(keras.Model(inputs, L.Dense(2)(L.Dense(4, "tanh")(inputs))), seed=0)
+    optimizer = kp.KFAC("auto", labels="exact", factor_every=1, factor_decay=0.0)
+    model.compile(optimizer, "mse", run_eagerly=True)
+    y = np.random.default_rng(1).normal(size=(BATCH, 2)).astype("float32")
+    model.train_on_batch(X, y, sample_weight=np.zeros(BATCH, "float32"))
+    assert float(optimizer.current_damping) == pytest.approx(1e-2)
+    model.train_on_batch(X, y)
+    plain = squared = 0.0
+    for state in optimizer._curvature.states:
+        a, g = (np.array(f.averages[0]).astype("float64") for f in (state.a, state.g))
+        plain += np.trace(a) * np.trace(g)
+        squared += np.sum(a**2) * np.sum(g**2)
+    assert float(optimizer.current_damping) == pytest.approx(0.3 * squared / plain, rel=1e-4)

@@ -27,6 +27,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,9 +182,10 @@ class CurvatureEstimator:
             for probe in probes
         ]
         count = len(records)
+        of_records = [[tf.cast(g, "float32") for g in gradients[:count]] for gradients in found]
         return Look(
-            records,
-            [[tf.cast(g, "float32") for g in gradients[:count]] for gradients in found],
+            [_as_seen(record, of) for record, *of in zip(records, *of_records, strict=True)],
+            of_records,
             examples,
             _example_weights(entries),
             [gradients[count:] for gradients in found],
@@ -260,6 +262,22 @@ class CurvatureEstimator:
             together.append(ops.sum(noise * scaled))
         total = [sum(together[1:], together[0])] if together else []
         return total + single
+
+
+def _as_seen(record: Record, gradients: Sequence[Any]) -> Record:
+    """A record whose mask hides no location that the loss sees all the same.
+
+    A layer that knows no masks, such as Flatten, reads what is behind one.
+    """
+    mask = record.mask
+    # The statistics of a normalization are those of Keras, whatever becomes of its outputs.
+    is_normalization = isinstance(record.layer, keras.layers.BatchNormalization)
+    if mask is None or is_normalization or len(mask.shape) >= len(record.s.shape):
+        return record
+    features = list(range(len(mask.shape), len(record.s.shape)))
+    for g in gradients:
+        mask = tf.logical_or(mask, tf.reduce_any(g != 0.0, axis=features))
+    return dataclasses.replace(record, mask=mask)
 
 
 def _data_probe(entries: Entries, examples: Any, signs: Any) -> Any:

@@ -98,7 +98,7 @@ class KFAC(keras.optimizers.Optimizer):
         inverse_every: Steps between updates of the inverses; in the first `inverse_every` steps
             every update of the factors is followed by one.
         batch_fraction: Share of the batch that factors (and the quadratic model) are computed on,
-            in (0, 1].
+            in (0, 1]; with BatchNormalization at least 16 examples, as far as there are so many.
         location_fraction: Share of the locations of a layer (pixels, tokens) that factors are
             computed on, in (0, 1], evenly spaced and beginning anywhere; convolutions choose
             whole rows of pixels. Not with `weight_sharing="reduce"`.
@@ -321,12 +321,14 @@ class KFAC(keras.optimizers.Optimizer):
         # Of moments that began anew with the inverses, all count the same until decay sets in.
         updates = tf.convert_to_tensor(self.iterations) % self.inverse_every // self.factor_every
         updates = tf.cast(updates, "float32")
-        is_first = tf.logical_not(self._curvature.is_known)
+        before = self._curvature.typical_eigenvalue()  # NaN where nothing is known yet
         self._curvature.average_in(means, decay, tf.minimum(decay, updates / (updates + 1.0)))
         damping = self.adaptive_damping
         if damping is not None and damping.rule.initial is None:
             typical = self._curvature.typical_eigenvalue()
-            tf.cond(is_first, lambda: damping.begin(typical), lambda: None)
+            # A batch without weight or behind a mask has no curvature to begin with.
+            begins = tf.logical_and(tf.logical_not(before > 0.0), typical > 0.0)
+            tf.cond(begins, lambda: damping.begin(typical), lambda: None)
 
     def _update_inverses(self) -> None:
         self._curvature.update_inverses(self.current_damping, is_sharded=self.shard_inverses)
@@ -342,6 +344,7 @@ class KFAC(keras.optimizers.Optimizer):
         whole = sum_over_replicas(grads)
         whole = [None if g is None else tf.convert_to_tensor(g) for g in whole]
         super().apply(whole, trainable_variables)
+        self._unclipped.value = None
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
         clipped = super()._clip_gradients(grads)
