@@ -20,6 +20,7 @@ CONTRACTIONS = {
     "Einsum to heads": (lambda: L.EinsumDense("abc,cde->abde", (4, 2, 3), bias_axes="de"), (4, 5)),
     "Einsum from heads": (lambda: L.EinsumDense("abcd,cde->abe", (4, 5), bias_axes="e"), (4, 2, 3)),
     "Einsum per group": (lambda: L.EinsumDense("abc,bcd->abd", (4, 6), bias_axes="bd"), (4, 5)),
+    "Einsum that swaps": (lambda: L.EinsumDense("abcd,de->acbe", (3, 4, 2)), (4, 3, 5)),
     "Einsum with ellipsis": (lambda: L.EinsumDense("...x,xy->...y", 3, bias_axes="y"), (4, 2, 5)),
     "Conv2D": (lambda: L.Conv2D(4, (3, 2), activation="relu"), (7, 6, 2)),
     "Conv2D same": (lambda: L.Conv2D(4, (3, 2), padding="same"), (7, 6, 2)),
@@ -313,6 +314,15 @@ def test_layers_without_a_block_give_the_reason(layer, shape, reason):
     assert not found.blocks
     assert set(found.reasons) == {v.path for v in layer.weights}
     assert all(reason in given for given in found.reasons.values())
+
+
+def test_a_block_needs_all_of_its_weights():
+    layer = _built(L.Dense(3), (4,))
+    layer.bias.trainable = False
+    found = blocks_of(layer)
+    assert not found.blocks
+    assert "another weight" in found.reasons[layer.kernel.path]
+    assert len(blocks_of(layer, with_frozen=True).blocks) == 1
 
 
 def test_a_subclass_of_a_supported_layer_is_not_guessed():

@@ -100,6 +100,47 @@ def test_its_radius_is_a_product_of_sums_whose_gradient_is_that_of_the_expectati
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+def test_uses_on_few_and_on_many_locations_count_by_their_locations():
+    """The head of a pyramid: G is the mean over all locations, not over the uses."""
+    sequence, vector = keras.Input((7, 4)), keras.Input((4,))
+    shared = L.Dense(3, use_bias=False, name="shared")
+    many = L.Flatten()(L.Rescaling(0.1)(shared(sequence)))
+    few = L.Dense(D, use_bias=False, name="few")(shared(vector))
+    model = keras.Model([sequence, vector], [many, few])
+    model.compile("sgd", ["mse", "mse"])
+    rng = np.random.default_rng(0)
+    x = [rng.normal(size=(B, *i.shape[1:])).astype("float32") for i in model.inputs]
+    y = [np.zeros((B, 21), "float32"), np.zeros((B, D), "float32")]
+    block = next(b for b in find_blocks(model).blocks if b.layer is shared)
+    estimator = CurvatureEstimator(model, CompiledObjective(model))
+    look = estimator.look(Batch(x, y), [block], "exact", training=True)
+    uses = look.of(shared)
+    kernel = np.array(model.get_layer("few").kernel).astype("float64")
+    expected = (7 * 2 / 21 * 0.01 * np.eye(3) + 2 / D * kernel @ kernel.T) / 8
+    np.testing.assert_allclose(np.array(block.factors(uses)[1]), expected, rtol=1e-5, atol=1e-7)
+    v = rng.normal(size=3)
+    energy = energy_of_gradients(block, uses, tf.constant(v, tf.float32))
+    np.testing.assert_allclose(np.array(energy), [v @ expected @ v], rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not support masking")
+def test_what_a_layer_without_masks_reads_behind_one_counts():
+    """Flatten drops the mask of the tokens, so that token 0 is one like any other."""
+    inputs = keras.Input((4,), dtype="int32")
+    x = L.Flatten()(L.Embedding(5, 2, mask_zero=True, name="tokens")(inputs))
+    model = keras.Model(inputs, L.Dense(2, use_bias=False, name="head")(x))
+    model.compile("sgd", "mse")
+    tokens = np.array([[0, 1, 0, 2], [0, 0, 3, 0], [4, 0, 1, 0]])
+    block = find_blocks(model).blocks[0]
+    estimator = CurvatureEstimator(model, CompiledObjective(model))
+    look = estimator.look(Batch(tokens, np.zeros((3, 2))), [block], "exact", training=True)
+    a, g = block.factors(look.of(block.layer))
+    np.testing.assert_allclose(np.array(a), np.bincount(tokens.ravel()) / 3, rtol=1e-6)
+    kernel = np.array(model.get_layer("head").kernel).reshape(4, 2, 2)
+    expected = np.einsum("tio,tjo->ij", kernel, kernel) / 4
+    np.testing.assert_allclose(np.array(g), expected, rtol=1e-5)
+
+
 LENGTH, PADDED = 3, 7
 
 

@@ -228,18 +228,34 @@ def test_a_step_after_an_overflow_of_the_loss_scale_is_judged_once():
     assert float(kfac.current_damping) == judged
 
 
-def test_what_is_expected_of_a_step_is_about_the_loss_however_strong_the_penalty():
-    """A linear model with squared loss is its own quadratic model: its change is known exactly."""
+def _exact_steps(**clipping):
+    damping = kp.LevenbergMarquardt(1e-6, every=1)
+    return kp.KFAC("auto", damping=damping, batch_fraction=1.0, labels="exact", **clipping)
+
+
+def _linear_model(optimizer, strength):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((6,))
     network = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+    penalty = None if strength is None else kp.SpectralRadius(strength, every=1)
+    model = kp.PrunableModel(network, curvature=penalty, seed=0)
+    model.compile(optimizer, "mse", run_eagerly=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    "clipping",
+    [{}, {"global_clipnorm": 0.1}, {"clipnorm": 0.1}, {"clipvalue": 0.02}],
+    ids=["plain", "global norm", "norm", "value"],
+)
+@pytest.mark.parametrize("strength", [None, 1e3])
+def test_what_is_expected_of_a_step_is_about_the_loss_whatever_else_it_follows(strength, clipping):
+    """A linear model with squared loss is its own quadratic model: its change is known exactly."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(32, 6)).astype("float32")
     y = (x @ rng.normal(size=(6, 2)) + rng.normal(size=(32, 2))).astype("float32")
-    model = kp.PrunableModel(network, curvature=kp.SpectralRadius(1e3, every=1), seed=0)
-    damping = kp.LevenbergMarquardt(1e-6, every=1)
-    optimizer = kp.KFAC("auto", damping=damping, batch_fraction=1.0, labels="exact")
-    model.compile(optimizer, "mse", run_eagerly=True)
+    model = _linear_model(_exact_steps(**clipping), strength)
+    optimizer = model.optimizer
     for _ in range(3):
         before = model.evaluate(x, y, batch_size=32, verbose=0)
         model.train_on_batch(x, y)
@@ -247,3 +263,51 @@ def test_what_is_expected_of_a_step_is_about_the_loss_however_strong_the_penalty
         predicted = float(optimizer.adaptive_damping._predicted_change)
         np.testing.assert_allclose(predicted, after - before, rtol=1e-3, atol=1e-6)
         assert predicted < 0
+
+
+@pytest.mark.parametrize("strength", [None, 1e-3, 1e3])
+def test_clipping_shortens_steps_of_the_quadratic_model_with_a_penalty_as_without(strength):
+    x, y = X, np.random.default_rng(1).normal(size=(BATCH, 2)).astype("float32")
+
+    def move(optimizer):
+        model = _linear_model(optimizer, strength)
+        before = np.concatenate([v.ravel() for v in model.net.get_weights()])
+        model.train_on_batch(x, y)
+        return before - np.concatenate([v.ravel() for v in model.net.get_weights()])
+
+    share = 0.05 / np.linalg.norm(move(keras.optimizers.SGD(1.0)))  # that moves by the gradient
+    assert share < 0.2
+    clipped, whole = (move(_exact_steps(**c)) for c in ({"global_clipnorm": 0.05}, {}))
+    np.testing.assert_allclose(clipped, share * whole, rtol=0, atol=1e-4 * np.abs(clipped).max())
+
+
+def test_clipping_is_by_the_norm_of_the_sum_where_a_token_comes_twice():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,), dtype="int32")
+    network = keras.Model(inputs, L.Dense(1)(L.Flatten()(L.Embedding(5, 2)(inputs))))
+    x, y = np.array([[1, 1, 1, 2], [1, 1, 1, 1]]), np.ones((2, 1), "float32")
+    model = kp.KFACModel(network, seed=0)
+    optimizer = kp.KFAC(1.0, momentum=0.0, global_clipnorm=0.1, kl_clip=None, damping=1e12)
+    model.compile(optimizer, "mse", run_eagerly=True)
+    model.train_on_batch(x, y)
+    # With so much damping the step of every block is its gradient over the damping.
+    seen = [np.array(optimizer._momentums[k]) * 1e12 for k in range(3)]
+    assert np.sqrt(sum(np.sum(g.astype("float64") ** 2) for g in seen)) == pytest.approx(0.1, 1e-4)
+
+
+def test_damping_begins_with_the_first_batch_that_has_curvature():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    model = kp.KFACModel(keras.Model(inputs, L.Dense(2)(L.Dense(4, "tanh")(inputs))), seed=0)
+    optimizer = kp.KFAC("auto", labels="exact", factor_every=1, factor_decay=0.0)
+    model.compile(optimizer, "mse", run_eagerly=True)
+    y = np.random.default_rng(1).normal(size=(BATCH, 2)).astype("float32")
+    model.train_on_batch(X, y, sample_weight=np.zeros(BATCH, "float32"))
+    assert float(optimizer.current_damping) == pytest.approx(1e-2)
+    model.train_on_batch(X, y)
+    plain = squared = 0.0
+    for state in optimizer._curvature.states:
+        a, g = (np.array(f.averages[0]).astype("float64") for f in (state.a, state.g))
+        plain += np.trace(a) * np.trace(g)
+        squared += np.sum(a**2) * np.sum(g**2)
+    assert float(optimizer.current_damping) == pytest.approx(0.3 * squared / plain, rel=1e-4)

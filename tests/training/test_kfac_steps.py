@@ -185,14 +185,15 @@ class _Reference:
         if self._is_due():
             count = int(np.ceil(self.s["batch_fraction"] * len(x)))
             self._update_factors(self.run(x[:count], y[:count], weights[:count] / count))
-        gradients = self._clipped(now.gradients())
+        whole = now.gradients()
+        gradients = self._clipped(whole)
         steps = [self._precondition(k, g) for k, g in enumerate(gradients)]
         eta = None if self.auto else _value(self.s["learning_rate"], self.t)
         self._decay(eta)
         if self.auto:  # the curvature is that of the decayed weights
-            steps = self._adaptive(steps, gradients, self.run(x, y, c))
+            steps = self._adaptive(steps, gradients, whole, self.run(x, y, c))
         else:
-            steps = self._fixed(steps, gradients, eta, now)
+            steps = self._fixed(steps, gradients, whole, eta, now)
         self.w = [w - p for w, p in zip(self.w, steps, strict=True)]
         self.m = steps
         self._ema()
@@ -316,16 +317,16 @@ class _Reference:
             rate = max(self.rate, 0.0) if self.auto else eta
             self.w = [(1.0 - decay * rate) * w for w in self.w]
 
-    def _adaptive(self, steps, gradients, now):
+    def _adaptive(self, steps, gradients, whole, now):
         has_last = self.s["momentum"] != 0 and any(m.any() for m in self.m)
         directions = [steps, self.m] if has_last else [steps]
-        k, b = self._model(directions, gradients, now)
+        k, b, of_loss = self._model(directions, gradients, whole, now)
         c = np.linalg.solve(k, b)
-        self.predicted = 0.5 * c @ k @ c - b @ c
+        self.predicted = 0.5 * c @ k @ c - of_loss @ c
         self.rate = c[0]
         return [sum(c[j] * d[i] for j, d in enumerate(directions)) for i in range(len(steps))]
 
-    def _model(self, directions, gradients, now):
+    def _model(self, directions, gradients, whole, now):
         """A small batch stands for one of the largest size, its factors for what it lacks."""
         gram = np.array([[_dot(p, q) for q in directions] for p in directions])
         self.largest = max(self.largest, len(now.c))
@@ -336,9 +337,9 @@ class _Reference:
         if self.lm is not None and share < 0.5:
             self.watched_until = max(self.watched_until, self.t + 1)
         k = share * now.form(directions) + (1.0 - share) * average + self.damping() * gram
-        return k, share * np.array([_dot(p, gradients) for p in directions])
+        return k, *(share * np.array([_dot(p, g) for p in directions]) for g in (gradients, whole))
 
-    def _fixed(self, steps, gradients, eta, now):
+    def _fixed(self, steps, gradients, whole, eta, now):
         if self.s["kl_clip"] is not None:
             kappa = _value(self.s["kl_clip"], self.t)
             nu = min(1.0, np.sqrt(kappa / (eta**2 * _dot(steps, gradients))))
@@ -349,8 +350,8 @@ class _Reference:
         momentum = _value(self.s["momentum"], self.t)
         steps = [momentum * m + eta * p for m, p in zip(self.m, steps, strict=True)]
         if self.lm is not None:
-            k, b = self._model([steps], gradients, now)
-            self.predicted = 0.5 * k[0, 0] - b[0]
+            k, _, of_loss = self._model([steps], gradients, whole, now)
+            self.predicted = 0.5 * k[0, 0] - of_loss[0]
         return steps
 
     def _ema(self):
@@ -475,6 +476,7 @@ FEATURES = {
     "clipnorm": {"clipnorm": 0.1},
     "global clipnorm": {"global_clipnorm": 0.1},
     "clipvalue": {"clipvalue": 0.02},
+    "clipped and judged": {"clipnorm": 0.1, "damping": kp.LevenbergMarquardt(0.1, every=1)},
     "average": {"use_ema": True, "ema_momentum": 0.8},
     "overwriting average": {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 3},
     "loss scale": {"loss_scale_factor": 128.0},

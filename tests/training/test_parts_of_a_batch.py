@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tf_kfacprune as kp
+from tf_kfacprune.curvature import Batch, CurvatureEstimator
 from tf_kfacprune.errors import InvalidArgumentError
 
 L = keras.layers
@@ -63,6 +64,30 @@ def test_a_loss_sees_labels_and_predictions_of_the_same_examples(user):
     assert sizes == {16 if user == "penalty" else 8, 32}  # the penalty sees at least 16
     for labels, predictions in seen:
         np.testing.assert_array_equal(labels, predictions)
+
+
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_parts_that_are_normalized_by_their_statistics_have_sixteen_examples(normalizes):
+    inputs = keras.Input((6,))
+    norm = L.BatchNormalization()
+    estimator = CurvatureEstimator(keras.Model(inputs, L.Dense(2)(norm(inputs))), None)
+    norm.trainable = normalizes
+    sizes = [int(estimator.part_of(Batch(np.zeros((n, 6))), 0.25).size) for n in (4, 32, 100)]
+    assert sizes == ([4, 16, 25] if normalizes else [1, 8, 25])
+
+
+@pytest.mark.parametrize("learning_rate", [0.1, "auto"])
+def test_curvature_in_front_of_a_normalization_is_seen_with_small_batches(learning_rate):
+    """The statistics of one example, or of two, leave nothing of what comes before them."""
+    inputs = keras.Input((6,))
+    x = L.BatchNormalization()(L.Dense(4, use_bias=False)(inputs))
+    model = kp.KFACModel(keras.Model(inputs, L.Dense(2)(L.Activation("tanh")(x))), seed=0)
+    optimizer = kp.KFAC(learning_rate, labels="exact")
+    model.compile(optimizer, "mse", run_eagerly=True)
+    y = np.random.default_rng(1).normal(size=(8, 2)).astype("float32")
+    model.train_on_batch(X[:8], y)
+    first = optimizer._curvature.states[0]
+    assert np.trace(np.array(first.g.averages[0])) > 1e-3
 
 
 def _fixed_size(y_true, y_pred):

@@ -148,6 +148,21 @@ def test_a_settled_network_can_be_trained_through_its_copy():
     assert can_shrink(pm, 0)  # nobody loses the state of the copy by a late resume
 
 
+def test_a_copy_goes_on_with_the_reduction_that_was_asked_for():
+    """Else the copy of a network that is half as sharp would be made half as sharp again."""
+    curvature = kp.SpectralRadius(1e-3, reduction_to=0.5)
+    pm = compiled(keras.optimizers.Adam(1e-3), curvature=curvature)
+    pm.controller.land()
+    state = {"evaluations": 25.0, "reference": 8.0, "penalized_average": 3.0, "radius_average": 2.0}
+    for name, value in state.items():
+        getattr(pm.curvature_penalty, name).assign(value)
+    pm.start_shrunk()
+    of_copy = pm.trainee.penalty
+    assert of_copy is not pm.curvature_penalty
+    assert {name: float(getattr(of_copy, name)) for name in state} == state
+    assert float(of_copy._limit()) == 4.0
+
+
 def test_exclusions_from_weight_decay_are_kept():
     optimizer = kp.KFAC(1e-3, weight_decay=0.1)
     optimizer.exclude_from_weight_decay(var_names=["bias"])

@@ -27,6 +27,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,12 +47,16 @@ from tf_kfacprune.curvature.objective import (
     SingleObjective,
     averaged_outputs,
 )
+from tf_kfacprune.curvature.second_derivatives import reachable_operations
 from tf_kfacprune.errors import InvalidArgumentError
 
 __all__ = ["LABELS", "CurvatureEstimator", "Look", "Uses"]
 
 LABELS = ("sampled", "data", "exact")
 _MOST_OUTPUTS = 256  # beyond, one backward pass per output is no option any more
+# Normalized by the statistics of n vectors, 2 of n directions of the batch have no curvature: of
+# one vector, or of two, none is left.
+_LEAST_NORMALIZED = 16
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,22 @@ class CurvatureEstimator:
         self.objective = objective
         self._seed = seed
 
+    def part_of(self, batch: Batch, fraction: float) -> Batch:
+        """The part of a batch to look at in training mode: its first `ceil(fraction * size)`.
+
+        With BatchNormalization, which makes another function of few examples, it has at least 16,
+        as far as there are so many.
+
+        Args:
+            batch: The batch.
+            fraction: Share of the batch, in (0, 1].
+        """
+        normalizes = any(
+            isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+            for layer in reachable_operations(self.network)
+        )
+        return batch.head(fraction, _LEAST_NORMALIZED if normalizes else 1)
+
     def look(
         self,
         batch: Batch,
@@ -161,9 +182,10 @@ class CurvatureEstimator:
             for probe in probes
         ]
         count = len(records)
+        of_records = [[tf.cast(g, "float32") for g in gradients[:count]] for gradients in found]
         return Look(
-            records,
-            [[tf.cast(g, "float32") for g in gradients[:count]] for gradients in found],
+            [_as_seen(record, of) for record, *of in zip(records, *of_records, strict=True)],
+            of_records,
             examples,
             _example_weights(entries),
             [gradients[count:] for gradients in found],
@@ -240,6 +262,22 @@ class CurvatureEstimator:
             together.append(ops.sum(noise * scaled))
         total = [sum(together[1:], together[0])] if together else []
         return total + single
+
+
+def _as_seen(record: Record, gradients: Sequence[Any]) -> Record:
+    """A record whose mask hides no location that the loss sees all the same.
+
+    A layer that knows no masks, such as Flatten, reads what is behind one.
+    """
+    mask = record.mask
+    # The statistics of a normalization are those of Keras, whatever becomes of its outputs.
+    is_normalization = isinstance(record.layer, keras.layers.BatchNormalization)
+    if mask is None or is_normalization or len(mask.shape) >= len(record.s.shape):
+        return record
+    features = list(range(len(mask.shape), len(record.s.shape)))
+    for g in gradients:
+        mask = tf.logical_or(mask, tf.reduce_any(g != 0.0, axis=features))
+    return dataclasses.replace(record, mask=mask)
 
 
 def _data_probe(entries: Entries, examples: Any, signs: Any) -> Any:

@@ -71,20 +71,21 @@ def energy_of_gradients(block: KroneckerBlock, uses: Uses, v: Any) -> Any:
 
     Args:
         block: The Kronecker block of a contraction.
-        uses: The uses of its layer in one pass; those of a shared layer are averaged.
+        uses: The uses of its layer in one pass; those of a shared layer count as locations.
         v: Vectors, shape `(*k, n_out)`.
     """
     groups = block.group_shape or (1,)
     vector = ops.reshape(v, (*block.group_shape, 1, block.n_out, 1))
+    shares = block.shares_of_locations(uses)
     total: Any = 0.0
     for probe in uses.probes:
-        for record, g in zip(uses.records, probe, strict=True):
+        for record, g, share in zip(uses.records, probe, shares, strict=True):
             rows = ops.cast(block.rows_g(record, g), "float32")
             squares = ops.reshape(ops.square(ops.matmul(rows, vector)), (*groups, -1))
             mask = block.mask_of_locations(record)
             count = ops.cast(ops.shape(squares)[-1], "float32") if mask is None else ops.sum(mask)
-            total += ops.sum(squares, axis=-1) / ops.maximum(count, 1.0)
-    return total / len(uses.records)
+            total += share * ops.sum(squares, axis=-1) / ops.maximum(count, 1.0)
+    return total
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")

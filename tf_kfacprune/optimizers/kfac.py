@@ -98,7 +98,7 @@ class KFAC(keras.optimizers.Optimizer):
         inverse_every: Steps between updates of the inverses; in the first `inverse_every` steps
             every update of the factors is followed by one.
         batch_fraction: Share of the batch that factors (and the quadratic model) are computed on,
-            in (0, 1].
+            in (0, 1]; with BatchNormalization at least 16 examples, as far as there are so many.
         location_fraction: Share of the locations of a layer (pixels, tokens) that factors are
             computed on, in (0, 1], evenly spaced and beginning anywhere; convolutions choose
             whole rows of pixels. Not with `weight_sharing="reduce"`.
@@ -167,6 +167,7 @@ class KFAC(keras.optimizers.Optimizer):
         self._make_curvature = functools.partial(KroneckerCurvature, None, {})
         self._curvature: Any = None  # a KroneckerCurvature, once built
         self._measure = ReplicaLocal()
+        self._unclipped = ReplicaLocal()
         if damping is None:
             damping = LevenbergMarquardt() if is_auto else _FIXED_DAMPING
         self.momentum = momentum
@@ -320,12 +321,14 @@ class KFAC(keras.optimizers.Optimizer):
         # Of moments that began anew with the inverses, all count the same until decay sets in.
         updates = tf.convert_to_tensor(self.iterations) % self.inverse_every // self.factor_every
         updates = tf.cast(updates, "float32")
-        is_first = tf.logical_not(self._curvature.is_known)
+        before = self._curvature.typical_eigenvalue()  # NaN where nothing is known yet
         self._curvature.average_in(means, decay, tf.minimum(decay, updates / (updates + 1.0)))
         damping = self.adaptive_damping
         if damping is not None and damping.rule.initial is None:
             typical = self._curvature.typical_eigenvalue()
-            tf.cond(is_first, lambda: damping.begin(typical), lambda: None)
+            # A batch without weight or behind a mask has no curvature to begin with.
+            begins = tf.logical_and(tf.logical_not(before > 0.0), typical > 0.0)
+            tf.cond(begins, lambda: damping.begin(typical), lambda: None)
 
     def _update_inverses(self) -> None:
         self._curvature.update_inverses(self.current_damping, is_sharded=self.shard_inverses)
@@ -336,8 +339,17 @@ class KFAC(keras.optimizers.Optimizer):
         self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None
     ) -> None:
         # The base class would sum gradients last of all, after clipping them part by part; clipping
-        # and preconditioning are about the gradient of the whole batch.
-        super().apply(sum_over_replicas(grads), trainable_variables)
+        # and preconditioning are about the gradient of the whole batch. Those of embeddings are
+        # slices, one for each token: their norm is not that of their sum.
+        whole = sum_over_replicas(grads)
+        whole = [None if g is None else tf.convert_to_tensor(g) for g in whole]
+        super().apply(whole, trainable_variables)
+        self._unclipped.value = None
+
+    def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
+        clipped = super()._clip_gradients(grads)
+        self._unclipped.value = None if clipped is grads else list(grads)
+        return clipped
 
     def _backend_update_step(
         self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
@@ -347,14 +359,10 @@ class KFAC(keras.optimizers.Optimizer):
         if callable(learning_rate):
             learning_rate = learning_rate()
         places = [self._get_variable_index(v) for v in trainable_variables]
-        gradients: list[Any] = [None] * len(self._trainable_variables)
-        for place, gradient in zip(places, grads, strict=True):
-            gradients[place] = tf.convert_to_tensor(gradient)
-        for index in self._curvature.in_blocks:
-            if gradients[index] is not None:
-                gradients[index] = tf.cast(gradients[index], "float32")
-            elif self.needs_quadratic_form:  # which is one of all blocks
-                gradients[index] = tf.zeros(self._trainable_variables[index].shape)
+        gradients = self._by_place(places, grads)
+        if self._unclipped.value is not None:
+            unclipped = self._by_place(places, self._unclipped.value)
+            self._unclipped.value = [unclipped[i] for i in self._curvature.in_blocks]
         steps = self._curvature.preconditioned(gradients, self.current_damping)
         if self.is_adaptive and self.blocks:
             steps = self._adaptive_steps(steps, gradients)
@@ -370,6 +378,23 @@ class KFAC(keras.optimizers.Optimizer):
         # branch, not some of them from outside.
         applied = [tf.identity(steps[place]) for place in places]
         super()._backend_update_step(applied, trainable_variables, learning_rate)
+
+    def _by_place(self, places: Sequence[int], grads: Sequence[Any]) -> list[Any]:
+        """One gradient per variable of the optimizer, float32 in blocks; None where there is none.
+
+        Args:
+            places: Place of each gradient's variable among those of the optimizer.
+            grads: The gradients.
+        """
+        gradients: list[Any] = [None] * len(self._trainable_variables)
+        for place, gradient in zip(places, grads, strict=True):
+            gradients[place] = tf.convert_to_tensor(gradient)
+        for index in self._curvature.in_blocks:
+            if gradients[index] is not None:
+                gradients[index] = tf.cast(gradients[index], "float32")
+            elif self.needs_quadratic_form:  # which is one of all blocks
+                gradients[index] = tf.zeros(self._trainable_variables[index].shape)
+        return gradients
 
     def _bounded(self, steps: list[Any], gradients: Sequence[Any], learning_rate: Any) -> list[Any]:
         """Applies KL clip and norm constraint to preconditioned gradients."""
@@ -510,12 +535,24 @@ class KFAC(keras.optimizers.Optimizer):
             self.adaptive_damping.watch_next(step, share < _SMALL_BATCH)
         gram = tf.stack([tf.stack([dot(p, q) for q in directions]) for p in directions])
         k = share * k + (1.0 - share) * average + self.current_damping * gram
-        b = share * tf.stack([dot(p, gradients) for p in directions])
+
+        def along(parts: Sequence[Any]) -> Any:
+            return share * tf.stack([dot(p, parts) for p in directions])
+
+        b, unclipped = along(gradients), self._unclipped.value
         if of_loss is None:
-            return QuadraticModel(k, b)
-        whole = sum_over_replicas([tf.cast(g, "float32") for g in of_loss])
-        of_loss = share * tf.stack([dot(p, whole) for p in directions])
-        return QuadraticModel(k, of_loss, b - of_loss)
+            return QuadraticModel(k, b, unclipped=None if unclipped is None else along(unclipped))
+        of_loss = sum_over_replicas([tf.cast(g, "float32") for g in of_loss])
+        if unclipped is None:
+            return QuadraticModel(k, along(of_loss), b - along(of_loss))
+        # The gradient of the loss counts for as much as clipping has left of the whole.
+        left = along(
+            [
+                tf.where(whole == 0.0, 1.0, tf.math.divide_no_nan(clipped, whole)) * g
+                for g, clipped, whole in zip(of_loss, gradients, unclipped, strict=True)
+            ]
+        )
+        return QuadraticModel(k, left, b - left, along(of_loss))
 
     @contextmanager
     def last_step_undone(self) -> Iterator[None]:

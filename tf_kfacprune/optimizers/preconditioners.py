@@ -8,8 +8,9 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras import ops
 
-from tf_kfacprune.curvature import KroneckerBlock, Look
+from tf_kfacprune.curvature import KroneckerBlock, Look, Uses
 from tf_kfacprune.linalg import factored_damping
 from tf_kfacprune.optimizers.factors import AddVariable, Factor, by_size, decomposed, inverted
 
@@ -193,22 +194,30 @@ class EKFACPreconditioner(EigenPreconditioner):
         found = super().statistics(look, **how)
         if self.moments is not None:
             uses = look.of(self.block.layer)
-            found.append(tf.add_n([self._moments(uses.records, probe) for probe in uses.probes]))
+            found.append(tf.add_n([self._moments(uses, probe) for probe in uses.probes]))
         return found
 
-    def _moments(self, records: Sequence[Any], gradients: Sequence[Any]) -> Any:
+    def _moments(self, uses: Uses, gradients: Sequence[Any]) -> Any:
         """Second moments of the examples' own gradients in the eigenbasis."""
         rotated: Any = 0.0
-        for record, g in zip(records, gradients, strict=True):
+        for record, g in zip(uses.records, gradients, strict=True):
             rows_a = tf.cast(self.block.homogeneous(self.block.rows_a(record)), "float32")
             rows_g = tf.cast(self.block.rows_g(record, g), "float32")
-            rows_a = self.a.times(self.a.vectors, rows_a, -1)
-            rows_g = self.g.times(self.g.vectors, rows_g, -1)
+            rows_a = _by_example(self.a.times(self.a.vectors, rows_a, -1), uses.examples)
+            rows_g = _by_example(self.g.times(self.g.vectors, rows_g, -1), uses.examples)
             rotated += tf.matmul(rows_a, rows_g, transpose_a=True)
         return tf.reduce_mean(tf.square(rotated), axis=-3)
 
     def curvature(self) -> Any:
         return super().curvature() if self.moments is None else tf.convert_to_tensor(self.moments)
+
+
+def _by_example(rows: Any, examples: Any) -> Any:
+    """`(*k, rows, T, n)` as `(*k, batch, T', n)`: a model may make several rows of an example."""
+    *leading, made, locations, n = ops.shape(rows)
+    batch = made if examples is None else examples
+    of_example = made * locations // ops.maximum(batch, 1)  # a replica may have no examples
+    return ops.reshape(rows, (*leading, batch, of_example, n))
 
 
 def refreshed(states: Sequence[Preconditioner], debias: Any, damping: Any) -> list[Any]:

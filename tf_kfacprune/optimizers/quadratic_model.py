@@ -12,6 +12,9 @@ symbol     meaning                                                           sha
 
 The step changes the model of the loss by `-b^T c + 1/2 c^T K c`, least at `c = K^-1 b`.
 
+Where gradients are clipped, b is that of the clipped ones, which step and penalty go by; the change
+of the loss is predicted with the loss' own.
+
 A penalty that is not in the model of the loss adds its own `[p, m]^T q` to b. Then
 `c = K^-1 (b + t [p, m]^T q)` changes the loss by `1/2 t^2 q^T [..] K^-1 [..]^T q - 1/2 b^T K^-1 b`:
 what the penalty costs, minus what the gradient of the loss gains.
@@ -41,11 +44,13 @@ class QuadraticModel:
         k: K.
         b: b, of the loss alone.
         of_penalty: The same of a penalty that is not in the model, or None.
+        unclipped: b before gradients were clipped, or None if they were not.
     """
 
     k: Any
     b: Any
     of_penalty: Any = None
+    unclipped: Any = None
 
     def coefficients(self) -> Any:
         """The best coefficients of a step, shaped like b."""
@@ -55,7 +60,7 @@ class QuadraticModel:
 
     def change(self, c: Any) -> Any:
         """The change of the loss, without penalty, that coefficients c lead to, a scalar."""
-        return model_change(self.k, self.b, c)
+        return model_change(self.k, self.b if self.unclipped is None else self.unclipped, c)
 
 
 def best_coefficients(k: Any, b: Any) -> Any:

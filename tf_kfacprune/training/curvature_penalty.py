@@ -150,6 +150,15 @@ class CurvaturePenalty(keras.layers.Layer):
             None if g is None else g + added for g, added in zip(gradients, to_add, strict=True)
         ]
 
+    def go_on_from(self, other: CurvaturePenalty) -> None:
+        """Takes over how far the radius of the same network, at another size, has come down.
+
+        Args:
+            other: The penalty on it so far.
+        """
+        for name in ("evaluations", "radius_average", "penalized_average", "reference"):
+            getattr(self, name).assign(getattr(other, name))
+
     def radius(self) -> Any:
         """The spectral radius, averaged over the last evaluations and debiased; a scalar tensor."""
         return self._debiased(self.radius_average)

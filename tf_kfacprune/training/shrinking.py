@@ -42,6 +42,9 @@ class Shrunk:
         self._copy = WorkingCopy(gated)
         net = self._copy.net
         found = find_blocks(net)
+        penalty = None if curvature is None else CurvaturePenalty(curvature, found.blocks)
+        if penalty is not None and trainee.penalty is not None:
+            penalty.go_on_from(trainee.penalty)
         compiled = trainee.optimizer
         self.trainee = Trainee(
             net,
@@ -49,7 +52,7 @@ class Shrunk:
             type(compiled).from_config(compiled.get_config()),
             found,
             CurvatureEstimator(net, trainee.estimator.objective, seed),
-            None if curvature is None else CurvaturePenalty(curvature, found.blocks),
+            penalty,
             follows=compiled,
         )
         self.trainee.bind_and_build()

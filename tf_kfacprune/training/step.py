@@ -181,7 +181,7 @@ class TrainingStep:
             return
 
         def update() -> None:
-            part = batch.head(kfac.batch_fraction)
+            part = trainee.estimator.part_of(batch, kfac.batch_fraction)
             look = trainee.estimator.look(part, kfac.blocks, kfac.labels, training=True)
             kfac.update_factors(kfac.statistics(look), look.examples)
 
@@ -228,7 +228,7 @@ class TrainingStep:
     def _quadratic_form(
         self, kfac: KFAC, batch: Batch, directions: Sequence[Sequence[Any]]
     ) -> tuple[Any, Any]:
-        part = batch.head(kfac.batch_fraction)
+        part = self.trainee.estimator.part_of(batch, kfac.batch_fraction)
         form = self.trainee.estimator.quadratic_form(
             part, kfac.block_variables, directions, is_whole=kfac.batch_fraction == 1.0
         )

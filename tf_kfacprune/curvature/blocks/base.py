@@ -37,7 +37,7 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,22 +257,40 @@ class KroneckerBlock:
         Returns:
             `(A, G)` as from `factor_a` and `factor_g`.
         """
-        a = self._over_uses(self.factor_a, uses, uses.probes[:1], how)
-        g = self._over_uses(self.factor_g, uses, uses.probes, how)
-        return a, g / len(uses.records)
+        about = {"weights": uses.weights, "examples": uses.examples, **how}
+        one_each = zip(uses.records, uses.probes[0], strict=True)
+        a = [self.factor_a(record, g, **about) for record, g in one_each]
+        shares = self.shares_of_locations(uses, reduce=how.get("reduce", False))
+        g = [
+            share * self.factor_g(record, g, **about)
+            for probe in uses.probes
+            for record, g, share in zip(uses.records, probe, shares, strict=True)
+        ]
+        return functools.reduce(ops.add, a), functools.reduce(ops.add, g)
 
-    @staticmethod
-    def _over_uses(
-        factor: Callable[..., Any],
-        uses: Any,
-        probes: Sequence[Sequence[Any]],
-        how: Mapping[str, Any],
-    ) -> Any:
-        """Sum of a factor over the uses of the layer and the probes."""
-        pairs = [pair for probe in probes for pair in zip(uses.records, probe, strict=True)]
-        about = {"weights": uses.weights, "examples": uses.examples}
-        found = [factor(record, g, **about, **how) for record, g in pairs]
-        return functools.reduce(ops.add, found)
+    def shares_of_locations(self, uses: Any, *, reduce: bool = False) -> list[Any]:
+        """Which share of all locations that the layer is applied at belongs to each use.
+
+        Args:
+            uses: The uses of the block's layer in one pass, a `Uses`.
+            reduce: Whether the locations of an example are one.
+
+        Returns:
+            Scalars that add up to 1, one per use.
+        """
+        if len(uses.records) == 1:
+            return [1.0]
+        counts = [self._relative_locations(record, reduce) for record in uses.records]
+        total = ops.maximum(functools.reduce(ops.add, counts), _TINY)
+        return [count / total for count in counts]
+
+    def _relative_locations(self, record: Record, reduce: bool) -> Any:
+        """The locations that count, in units that are the same for all uses of a layer."""
+        if reduce:
+            return ops.cast(ops.shape(record.s)[0], "float32")
+        size = ops.cast(ops.size(record.s), "float32")
+        mask = self.mask_of_locations(record)
+        return size if mask is None else size * ops.mean(mask)
 
     def kernel_to_matrix(self, kernel: Any) -> Any:
         """A kernel-shaped tensor as a matrix, shape `(*k, n_in, n_out)`."""

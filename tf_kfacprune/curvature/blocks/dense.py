@@ -99,12 +99,17 @@ class EinsumDenseBlock(KroneckerBlock):
         return read, kernel, made
 
     def _rows(self, tensor: Any, letters: str, features: Sequence[str]) -> Any:
-        """A tensor with the given letters as `(*groups, batch, T, n)`."""
+        """A tensor with the given letters as `(*groups, batch, T, n)`.
+
+        Locations come in the order of the output, which may be another one than the input's.
+        """
+        made = self._made
         if "." in letters:
             rank = len(tensor.shape) - (len(letters) - 1)
-            free = [c for c in string.ascii_uppercase if c not in letters + self._kernel]
-            letters = letters.replace(".", "".join(free[:rank]))
-        locations = [k for k in letters if k not in self._groups and k not in features]
+            used = letters + self._kernel + made
+            free = "".join([c for c in string.ascii_letters if c not in used][:rank])
+            letters, made = letters.replace(".", free), made.replace(".", free)
+        locations = [k for k in made if k not in self._kernel]
         order = [letters.index(k) for k in (*self._groups, *locations, *features)]
         tensor = ops.transpose(tensor, order)
         batch = ops.shape(tensor)[len(self._groups)]

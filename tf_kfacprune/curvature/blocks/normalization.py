@@ -16,8 +16,8 @@ class ScaleShiftBlock(KroneckerBlock):
     r"""Scale and shift of a normalization: per channel the exact 2 x 2 Fisher of both.
 
     With normalized input x^ the layer computes `s = gamma x^ + beta`, so that an example's gradient
-    for one channel is `d = (sum_t g_t x^_t, sum_t g_t)` and its block `E[d d^T]`; there is
-    nothing to factorize, A holds the block and G is one.
+    for one channel is `d = (sum_t g_t x^_t, sum_t g_t)`, added up over all uses of the layer, and
+    its block `E[d d^T]`; there is nothing to factorize, A holds the block and G is one.
 
     Args:
         layer: BatchNormalization, LayerNormalization or RMSNormalization over the last axis.
@@ -51,6 +51,10 @@ class ScaleShiftBlock(KroneckerBlock):
         sample: Any = None,
     ) -> Any:
         del weights, reduce, sample  # g holds the weights; the block is exact either way
+        return _mean_square(self._slopes(record, g, examples))
+
+    def _slopes(self, record: Record, g: Any, examples: Any) -> Any:
+        """D of each example, shape `(channels, batch, n_in)`."""
         batch = ops.shape(g)[0] if examples is None else examples
         channels = self.group_shape[0]
         g = ops.reshape(ops.cast(g, "float32"), (batch, -1, channels))
@@ -60,22 +64,30 @@ class ScaleShiftBlock(KroneckerBlock):
             parts.append(ops.sum(g * normalized, axis=1))
         if len(parts) < self.n_in:
             parts.append(ops.sum(g, axis=1))
-        d = ops.transpose(ops.stack(parts, axis=-1), (1, 0, 2))
-        return ops.matmul(ops.swapaxes(d, -1, -2), d) / ops.cast(batch, "float32")
+        return ops.transpose(ops.stack(parts, axis=-1), (1, 0, 2))
 
     def factor_g(self, record: Record, g: Any, **how: Any) -> Any:
         del record, g, how
         return ops.ones((*self.group_shape, 1, 1))
 
     def factors(self, uses: Any, **how: Any) -> tuple[Any, Any]:
-        a = self._over_uses(self.factor_a, uses, uses.probes, how)
-        return a, self.factor_g(uses.records[0], None)
+        del how
+        found: Any = 0.0
+        for probe in uses.probes:
+            of_uses = zip(uses.records, probe, strict=True)
+            found += _mean_square(sum(self._slopes(r, g, uses.examples) for r, g in of_uses))
+        return found, self.factor_g(uses.records[0], None)
 
     def to_matrix(self, tensors: Any) -> Any:
         return ops.stack(list(tensors), axis=-1)[..., None]
 
     def from_matrix(self, matrix: Any) -> list[Any]:
         return [matrix[:, k, 0] for k in range(self.n_in)]
+
+
+def _mean_square(d: Any) -> Any:
+    """`E[d d^T]` of every channel, from d of shape `(channels, batch, n)`."""
+    return ops.matmul(ops.swapaxes(d, -1, -2), d) / ops.cast(ops.shape(d)[1], "float32")
 
 
 def _scale_of(layer: keras.layers.Layer) -> keras.Variable | None:

@@ -20,6 +20,7 @@ from tf_kfacprune.curvature.blocks.normalization import ScaleShiftBlock
 __all__ = ["ATTENTION", "LayerBlocks", "blocks_of", "no_rule"]
 
 FROZEN = "the layer is not trainable"
+PARTLY_FROZEN = "another weight of its block is not trainable"
 LORA = "the layer carries LoRA weights"
 QUANTIZED = "the layer is quantized"
 NO_RULE = "this layer type has no Kronecker block"
@@ -123,6 +124,10 @@ def blocks_of(layer: keras.layers.Layer, *, with_frozen: bool = False) -> LayerB
     fault = _fault(layer, with_frozen) if maker else no_rule(layer)
     weights = layer.weights if with_frozen else layer.trainable_weights
     blocks = maker(layer) if maker and fault is None and weights else []
+    if blocks and not with_frozen:
+        whole = [block for block in blocks if all(v.trainable for v in block.variables)]
+        fault = None if len(whole) == len(blocks) else PARTLY_FROZEN
+        blocks = whole
     covered = {id(v) for block in blocks for v in block.variables}
     rest = [v for v in layer.weights if id(v) not in covered and (fault or v.trainable)]
     return LayerBlocks(blocks, {v.path: fault or NO_RULE for v in rest})
@@ -135,12 +140,10 @@ def _attention_blocks(layer: keras.layers.Layer, with_frozen: bool) -> LayerBloc
         projection = getattr(layer, f"_{part}_dense", None)
         if projection is None:
             continue
-        fault = _fault(projection, with_frozen)
-        if fault is None:
-            block = EinsumDenseBlock(projection)
+        of_projection = blocks_of(projection, with_frozen=with_frozen)
+        for block in of_projection.blocks:
             block.name = f"{layer.name}/{part}"
             block.attention = layer
             found.blocks.append(block)
-        else:
-            found.reasons.update({v.path: fault for v in projection.weights})
+        found.reasons.update(of_projection.reasons)
     return found

@@ -95,7 +95,8 @@ class KFACSaliency(ScheduledPolicy):
 
     Args:
         every: Steps from one selection to the next.
-        batch_fraction: Share of the batch that F is computed on, in (0, 1].
+        batch_fraction: Share of the batch that F is computed on, in (0, 1]; with BatchNormalization
+            at least 16 examples, as far as there are so many.
         curvature_every: Steps between computations of F, each a pass of its own.
         curvature_decay: Decay of the average of F per computation, in [0, 1).
         gradient_decay: Decay of the average of b per step, in [0, 1).
@@ -148,7 +149,7 @@ class KFACState(Saliency):
         settings, gated = self._settings, self._task.gated
 
         def measure() -> None:
-            part = batch.head(settings.batch_fraction)
+            part = estimator.part_of(batch, settings.batch_fraction)
             # In training mode, as the gradient g beside it in b.
             found = gate_curvature(
                 gated, find_gate_layers(gated), estimator, part, settings.labels, training=True
