@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tf_kfacprune as kp
 from tf_kfacprune.errors import DataError, UnsupportedModelError
@@ -123,3 +124,9 @@ def test_a_wrapped_network_is_not_wrapped_again():
     wrapped = kp.PrunableModel(_network(), kp.Budget(macs=0.5))
     with pytest.raises(UnsupportedModelError, match="is a PrunableModel, which wraps a network"):
         kp.PrunableModel(wrapped, kp.Budget(macs=0.5))
+
+
+def test_classes_that_a_data_set_has_beyond_the_outputs_are_named():
+    batches = tf.data.Dataset.from_tensor_slices((X, Y + 5)).batch(4)
+    with pytest.raises(DataError, match=r"class numbers. Received a label value of \d"):
+        _compiled(_network()).fit(batches, shuffle=False, verbose=0)

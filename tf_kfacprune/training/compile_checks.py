@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from tf_kfacprune.curvature import CompiledObjective, expects_probabilities
-from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.errors import DataError, InvalidArgumentError
 from tf_kfacprune.graph import maker_of
 
 __all__ = [
@@ -28,15 +29,22 @@ _STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_me
 
 @contextmanager
 def explained_losses() -> Iterator[None]:
-    """Says what helps where a loss failed inside of a compiled step for the size of its batch.
+    """Says what helps where a loss failed inside of a step.
 
     Raises:
-        InvalidArgumentError: If so.
+        DataError: If it was for class numbers that the network has no output for.
+        InvalidArgumentError: If it was for the size of its batch.
     """
     try:
         yield
     except tf.errors.InvalidArgumentError as error:
         text = str(error)
+        wrong = re.search(r"Received a label value of .*", text)
+        if wrong:
+            raise DataError(
+                f"Labels must be class numbers. {wrong[0]} (of one batch). The network has one "
+                "output for each class, from 0 up."
+            ) from error
         if "compile_loss" not in text or "shape" not in text.lower():
             raise
         raise InvalidArgumentError(
