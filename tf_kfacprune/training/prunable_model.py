@@ -363,7 +363,11 @@ class PrunableModel(KFACModel):
         self._run.had_settled = self.has_settled
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        history = super().fit(*args, **kwargs)
+        try:
+            history = super().fit(*args, **kwargs)
+        except BaseException:  # Ctrl-C, too: the network has what was trained in its copy
+            self.end_run()
+            raise
         controller = self.controller
         # Callbacks may have put back weights when the training ended.
         if controller is None or controller.has_settled:
