@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 from tf_kfacprune.errors import InvalidArgumentError
 
-__all__ = ["require", "require_count"]
+__all__ = ["is_number_in", "require", "require_count", "require_number"]
 
 
 def require(owner: str, ok: bool, name: str, expected: str, received: Any) -> None:
@@ -40,6 +41,35 @@ def require_count(owner: str, name: str, value: Any, *, optional: bool = False) 
     Raises:
         InvalidArgumentError: If it is something else; True and False are no numbers.
     """
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    is_count = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
     ok = is_count or (optional and value is None)
     require(owner, ok, name, "an integer >= 1" + " or None" * optional, value)
+
+
+def require_number(
+    owner: str, name: str, value: Any, interval: str, *, optional: bool = False
+) -> None:
+    """Refuses an argument unless it is a number in an interval.
+
+    Args:
+        owner: Name of the class or function the argument belongs to.
+        name: Name of the argument.
+        value: Its value.
+        interval: As it is written: `"(0, 1]"`, `"[0, inf)"`.
+        optional: Whether None is fine, too.
+
+    Raises:
+        InvalidArgumentError: If it is something else; True and False are no numbers, nor is NaN.
+    """
+    ok = is_number_in(value, interval) or (optional and value is None)
+    require(owner, ok, name, f"a number in {interval}" + " or None" * optional, value)
+
+
+def is_number_in(value: Any, interval: str) -> bool:
+    """Whether a value is a number, of Python or NumPy, in an interval such as `"(0, 1]"`."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    below = value <= high if interval[-1] == "]" else value < high
+    return bool(above and below)

@@ -55,7 +55,9 @@ def test_the_length_is_known_and_nothing_is_tuned():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(InvalidArgumentError, match="batch_size must be at least 1, received 0"):
+    with pytest.raises(
+        InvalidArgumentError, match="`batch_size` of batches must be an integer >= 1"
+    ):
         batches(X, Y, 0)
     with pytest.raises(InvalidArgumentError, match="received 10 and 9"):
         batches(X, Y[:9], 4)

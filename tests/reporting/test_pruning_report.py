@@ -150,3 +150,28 @@ def test_flatness_that_cannot_be_computed_has_a_reason():
     found = flatness_of(model, np.ones((3, 4, 4, 1), "float32"), np.zeros((3, 2)), "mse")
     assert found.top is None
     assert "'up'" in found.reason
+
+
+def test_a_model_that_no_file_can_hold_is_reported_without_one(models, monkeypatch):
+    _, gated, small = models
+
+    def fails(model):
+        raise ExportError("The TFLite converter cannot convert it.\nIts log")
+
+    monkeypatch.setattr("tf_kfacprune.reporting.pruning_report.tflite_size", fails)
+    with pytest.warns(UserWarning, match="no .tflite bytes of .* cannot convert it.$"):
+        comparison = report(gated, small)
+    assert comparison.compact.tflite is None
+    assert comparison.compact.params == small.count_params()
+
+
+def test_flatness_of_a_model_with_named_inputs():
+    keras.utils.set_random_seed(0)
+    inputs = {name: keras.Input((6,), name=name) for name in ("a", "b")}
+    network = keras.Model(inputs, keras.layers.Dense(3)(inputs["a"] + inputs["b"]))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    found = flatness_of(network, {"a": X, "b": X}, Y, loss)
+    assert found.reason is None
+    assert found.num_examples == len(Y)
+    exact = hessian_spectrum(network, ({"a": X, "b": X}, Y), loss).top
+    assert found.top == pytest.approx(exact, rel=0.05)

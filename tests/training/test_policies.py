@@ -137,6 +137,19 @@ def test_magnitudes_of_layers_of_different_scale_are_compared():
     np.testing.assert_allclose(after[6:], before[6:], rtol=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["kfac", "taylor", "magnitude", "random", "proximal"])
+def test_gates_move_alike_when_compiled_by_xla(policy):
+    gradient = np.linspace(-1.0, 1.0, 11).astype("float32")
+    found = []
+    for compiled in (False, True):
+        model = _pruning(policy)
+        move = model.controller.move_gates
+        tf.function(lambda m=move: m([tf.constant(gradient)]), jit_compile=compiled)()
+        found.append(to_numpy(model.gated.gate_values()))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    assert found[0].min() < 1.0
+
+
 def test_a_policy_round_trips_through_keras_serialization():
     policy = kp.ScheduledClosing("taylor", every=7)
     config = keras.saving.serialize_keras_object(policy)

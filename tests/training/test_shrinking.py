@@ -137,6 +137,32 @@ def test_weights_that_a_callback_sets_are_trained_on():
     assert not np.any(pm.net.get_layer("logits").kernel)
 
 
+def test_a_run_that_is_interrupted_keeps_what_its_copy_was_trained():
+    class Interrupt(keras.callbacks.Callback):
+        trained = None
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epoch = epoch
+
+        def on_train_batch_end(self, batch, logs=None):
+            if self.epoch == 3 and batch == 0:
+                self.trained = self.model.shrunk.trainee.net.get_layer("logits").get_weights()
+                raise KeyboardInterrupt
+
+    x, y = data()
+    pm, interrupt = compiled("sgd", eager=True, phases=kp.Phases(0.0, 0.3)), Interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        pm.fit(x, y, epochs=6, batch_size=32, callbacks=[interrupt], verbose=0)
+    assert pm.shrunk is None
+    small = kp.compact(pm)
+    for weight, expected in zip(
+        small.get_layer("logits").get_weights(), interrupt.trained, strict=True
+    ):
+        np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-7)
+    history = pm.fit(x, y, epochs=6, initial_epoch=4, batch_size=32, verbose=0).history
+    assert len(history["loss"]) == 2
+
+
 def test_a_settled_network_can_be_trained_through_its_copy():
     pm = compiled(keras.optimizers.Adam(1e-3))
     assert not can_shrink(pm, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import keras
@@ -69,7 +70,7 @@ class PruningLog(keras.callbacks.Callback):
         super().__init__()
         is_path = isinstance(log_dir, str | os.PathLike) and os.fspath(log_dir) != ""
         require("PruningLog", is_path, "log_dir", "the path of a folder", log_dir)
-        is_count = isinstance(update_freq, int) and not isinstance(update_freq, bool)
+        is_count = isinstance(update_freq, Integral) and not isinstance(update_freq, bool)
         require(
             "PruningLog",
             update_freq == "epoch" or (is_count and int(update_freq) >= 1),

@@ -134,7 +134,14 @@ def _batches(data: Any, batch_size: int) -> Iterator[Any]:
         for element in data:
             yield element[0] if isinstance(element, tuple) else element
         return
-    lengths = {len(part) for part in tree.flatten(data)}
+    lengths = set()
+    for part in tree.flatten(data):
+        if not len(getattr(part, "shape", ())):
+            raise DataError(
+                "Argument `data` of compact must be arrays in the structure of the model's inputs, "
+                f"or a tf.data.Dataset. Received: data with {part!r} in it"
+            )
+        lengths.add(len(part))
     if len(lengths) != 1:
         raise DataError(
             "Argument `data` of compact must hold equally many examples of every input. Received: "

@@ -7,7 +7,7 @@ from tf_kfacprune.curvature.discovery import NetworkBlocks, find_blocks
 from tf_kfacprune.curvature.estimator import LABELS, CurvatureEstimator, Look, Uses
 from tf_kfacprune.curvature.forward_state import ForwardState
 from tf_kfacprune.curvature.gate_curvature import find_gate_layers, gate_curvature
-from tf_kfacprune.curvature.likelihoods import Likelihood, likelihood_of
+from tf_kfacprune.curvature.likelihoods import Likelihood, expects_probabilities, likelihood_of
 from tf_kfacprune.curvature.objective import CompiledObjective, SingleObjective
 from tf_kfacprune.curvature.second_derivatives import check_second_derivatives
 from tf_kfacprune.curvature.spectral_radius import (
@@ -37,6 +37,7 @@ __all__ = [
     "check_second_derivatives",
     "energy_of_gradients",
     "energy_of_inputs",
+    "expects_probabilities",
     "find_blocks",
     "find_gate_layers",
     "gate_curvature",

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import keras
@@ -83,7 +84,7 @@ class CurvatureOperator:
     ) -> None:
         _check_option("curvature", curvature, _CURVATURES)
         _check_option("scaling", scaling, _SCALINGS)
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, Integral) or batch_size < 1:
             raise InvalidArgumentError(
                 f"batch_size must be an integer >= 1. Received: batch_size={batch_size!r}"
             )

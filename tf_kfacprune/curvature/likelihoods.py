@@ -127,3 +127,14 @@ def likelihood_of(loss: Any) -> Likelihood | str:
     if config.get("axis", -1) != -1:
         return f"loss {name!r} has its classes on axis {config['axis']}, not on the last one"
     return _LIKELIHOODS[name][bool(config.get("from_logits", False))]
+
+
+def expects_probabilities(loss: Any) -> bool:
+    """Whether a Keras loss is a cross entropy of probabilities, not of logits.
+
+    Args:
+        loss: A loss as given to `compile`: name, function or `keras.losses.Loss`.
+    """
+    found = likelihood_of(loss)
+    of_probabilities = (_of_probabilities, _of_bernoulli_probability)
+    return isinstance(found, Likelihood) and found.coordinates in of_probabilities

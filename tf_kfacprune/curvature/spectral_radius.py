@@ -30,7 +30,6 @@ References:
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ from keras import ops
 
 from tf_kfacprune.curvature.blocks import KroneckerBlock, total_weight
 from tf_kfacprune.curvature.estimator import Uses
-from tf_kfacprune.validation import require, require_count
+from tf_kfacprune.validation import require, require_count, require_number
 
 __all__ = ["SpectralRadius", "energy_of_gradients", "energy_of_inputs"]
 
@@ -135,11 +134,11 @@ class SpectralRadius:
         labels: str = "sampled",
     ) -> None:
         check = functools.partial(require, "SpectralRadius")
-        check(0 <= strength < math.inf, "strength", "a number >= 0", strength)
-        asks = reduction_to is None or 0 < reduction_to < 1
-        check(asks, "reduction_to", "in (0, 1), or None", reduction_to)
+        check_number = functools.partial(require_number, "SpectralRadius")
+        check_number("strength", strength, "[0, inf)")
+        check_number("reduction_to", reduction_to, "(0, 1)", optional=True)
         check(isinstance(relative, bool), "relative", "True or False", relative)
-        check(threshold >= 0, "threshold", "a number >= 0", threshold)
+        check_number("threshold", threshold, "[0, inf]")
         check(
             reduction in _REDUCTIONS,
             "reduction",
@@ -147,7 +146,7 @@ class SpectralRadius:
             reduction,
         )
         require_count("SpectralRadius", "every", every)
-        check(0 < batch_fraction <= 1, "batch_fraction", "in (0, 1]", batch_fraction)
+        check_number("batch_fraction", batch_fraction, "(0, 1]")
         check(labels in ("sampled", "data"), "labels", "'sampled' or 'data'", labels)
         self.strength = strength
         self.reduction_to = reduction_to

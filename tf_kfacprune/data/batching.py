@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.validation import require_count
 
 __all__ = ["batches"]
 
@@ -33,10 +34,9 @@ def batches(
         A data set of pairs `(inputs, labels)` of known length.
 
     Raises:
-        InvalidArgumentError: If `batch_size` is not positive, or the arrays differ in length.
+        InvalidArgumentError: If `batch_size` is no integer >= 1, or the arrays differ in length.
     """
-    if batch_size < 1:
-        raise InvalidArgumentError(f"batch_size must be at least 1, received {batch_size!r}.")
+    require_count("batches", "batch_size", batch_size)
     if len(x) != len(y):
         raise InvalidArgumentError(
             f"x and y must hold the same number of examples, received {len(x)} and {len(y)}."

@@ -57,7 +57,11 @@ def run(folder: Path, job: dict[str, Any]) -> None:
     if list(inputs) == [ONLY_INPUT] and len(details) == 1:
         inputs = {next(iter(details)): inputs[ONLY_INPUT]}
     if set(inputs) != set(details):
-        raise SystemExit(f"The file has inputs {sorted(details)}, not {sorted(inputs)}.")
+        given = "a single array" if ONLY_INPUT in inputs else f"arrays for {sorted(inputs)}"
+        raise SystemExit(
+            f"The file has inputs {sorted(details)}. Received: {given}. Expected: a dictionary of "
+            "arrays by these names."
+        )
     count = len(next(iter(inputs.values())))
     fixed = {int(d["shape_signature"][0]) for d in details.values()} - {-1}
     size = fixed.pop() if fixed else min(count, job["batch_size"])

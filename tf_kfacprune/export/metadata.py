@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,11 @@ class Metadata:
         object.__setattr__(self, "labels", tuple(self.labels))
         for name in ("scale", "offset"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value):
+            if not isinstance(value, Real) or not math.isfinite(value):
                 raise InvalidArgumentError(
                     f"{name} must be a finite number. Received: {name}={value!r}."
                 )
+            object.__setattr__(self, name, float(value))  # NumPy's are no JSON
         try:
             json.dumps(self.pruning, allow_nan=False)
         except (TypeError, ValueError) as error:

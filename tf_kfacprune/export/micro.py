@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def check_micro(
             "check_micro compares outputs with model and data, and needs both. Received: "
             f"{'model' if data is None else 'data'} only."
         )
-    if not isinstance(max_examples, int) or max_examples < 1:
+    if not isinstance(max_examples, Integral) or max_examples < 1:
         raise InvalidArgumentError(
             f"max_examples must be a positive integer. Received: max_examples={max_examples!r}."
         )

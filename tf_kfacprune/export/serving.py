@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -161,7 +162,7 @@ def check_exportable(
             "a subclassed model with keras.Model(inputs, outputs)."
         )
     if batch_size is not None and (
-        not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1
+        not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1
     ):
         raise InvalidArgumentError(
             "batch_size must be a positive integer, or None for any size. Received: "

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import keras
@@ -86,7 +87,7 @@ def latency(
     """
     counts = {"threads": threads, "batch_size": batch_size, "blocks": blocks, "runs": runs}
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise InvalidArgumentError(
                 f"{name} must be a positive integer. Received: {name}={value!r}."
             )

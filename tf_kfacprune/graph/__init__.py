@@ -9,7 +9,7 @@ from tf_kfacprune.graph.latency import LatencyTable, layer_signature
 from tf_kfacprune.graph.opening import keep_opaque, opaque_layers, trace_opened
 from tf_kfacprune.graph.reachability import check_countable, what_stays
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, register_channel_rule, rule_for
-from tf_kfacprune.graph.tracer import Graph, fresh_operation, trace
+from tf_kfacprune.graph.tracer import Graph, fresh_operation, maker_of, trace
 from tf_kfacprune.graph.unread import unread_weights
 from tf_kfacprune.graph.weight_layer import Weight
 
@@ -33,6 +33,7 @@ __all__ = [
     "fresh_operation",
     "keep_opaque",
     "layer_signature",
+    "maker_of",
     "opaque_layers",
     "register_channel_rule",
     "rule_for",

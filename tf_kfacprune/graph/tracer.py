@@ -43,6 +43,7 @@ __all__ = [
     "inherit_training",
     "is_made_by_layer",
     "make_dense",
+    "maker_of",
     "mask_of",
     "nodes_of",
     "set_mask",
@@ -300,6 +301,13 @@ def set_mask(tensor: Any, mask: Any) -> None:
 def is_made_by_layer(tensor: Any) -> bool:
     """Whether a symbolic tensor is the output of a layer (or an input), not of an operation."""
     return isinstance(tensor._keras_history.operation, keras.Layer)
+
+
+def maker_of(tensor: Any) -> Any:
+    """The layer or operation that makes a symbolic tensor, if need be inside of a nested model."""
+    history = tensor._keras_history
+    inside = _functional_of(history.operation)
+    return history.operation if inside is None else maker_of(inside.outputs[history.tensor_index])
 
 
 def make_dense(tensor: Any) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from tf_kfacprune.curvature import LABELS
 from tf_kfacprune.optimizers.damping import LevenbergMarquardt, check_hyperparameter
 from tf_kfacprune.optimizers.preconditioners import PRECONDITIONERS
-from tf_kfacprune.validation import require, require_count
+from tf_kfacprune.validation import require, require_count, require_number
 
 __all__ = ["check_arguments"]
 
@@ -23,22 +24,14 @@ _COUNTS = ("factor_every", "inverse_every")
 _FRACTIONS = ("batch_fraction", "location_fraction")
 
 
-def _in_unit_interval(value: float) -> bool:
-    return 0 <= value < 1
-
-
-def _is_positive(value: float) -> bool:
-    return value > 0
-
-
-# name -> what holds of it, the same in words, whether None is fine
-_HYPERPARAMETERS: dict[str, tuple[Callable[[Any], bool], str, bool]] = {
-    "momentum": (_in_unit_interval, "in [0, 1)", False),
-    "damping": (_is_positive, "> 0", False),
-    "kl_clip": (_is_positive, "> 0 or None", True),
-    "norm_constraint": (_is_positive, "> 0 or None", True),
-    "factor_decay": (_in_unit_interval, "in [0, 1)", False),
-    "adam_ratio": (_is_positive, "> 0", False),
+# name -> where it must be, whether None is fine
+_HYPERPARAMETERS = {
+    "momentum": ("[0, 1)", False),
+    "damping": ("(0, inf)", False),
+    "kl_clip": ("(0, inf]", True),
+    "norm_constraint": ("(0, inf]", True),
+    "factor_decay": ("[0, 1)", False),
+    "adam_ratio": ("(0, inf)", False),
 }
 
 
@@ -55,18 +48,17 @@ def check_arguments(learning_rate: Any, settings: Mapping[str, Any]) -> None:
     check = functools.partial(require, "KFAC")
     named = learning_rate == "auto" if isinstance(learning_rate, str) else True
     check(named, "learning_rate", "a float, a schedule or 'auto'", learning_rate)
-    if isinstance(learning_rate, (int, float)):
-        check(learning_rate >= 0, "learning_rate", ">= 0", learning_rate)
-    for name, (is_valid, expected, optional) in _HYPERPARAMETERS.items():
+    if isinstance(learning_rate, Real):
+        require_number("KFAC", "learning_rate", learning_rate, "[0, inf)")
+    for name, (interval, optional) in _HYPERPARAMETERS.items():
         value = settings[name]
-        adapts = name == "damping" and isinstance(value, LevenbergMarquardt)
-        if not adapts and not (optional and value is None):
-            check_hyperparameter("KFAC", name, value, is_valid, expected)
+        if not (name == "damping" and isinstance(value, LevenbergMarquardt)):
+            check_hyperparameter("KFAC", name, value, interval, optional=optional)
     for name in _COUNTS:
         require_count("KFAC", name, settings[name])
     require_count("KFAC", "max_factor_dim", settings["max_factor_dim"], optional=True)
     for name in _FRACTIONS:
-        check(0 < settings[name] <= 1, name, "in (0, 1]", settings[name])
+        require_number("KFAC", name, settings[name], "(0, 1]")
     for name, options in _CHOICES.items():
         check(settings[name] in options, name, f"one of {options}", settings[name])
     check(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import keras
@@ -11,7 +10,7 @@ import tensorflow as tf
 from keras import ops
 
 from tf_kfacprune.optimizers.factors import AddVariable
-from tf_kfacprune.validation import require, require_count
+from tf_kfacprune.validation import is_number_in, require, require_count, require_number
 
 __all__ = [
     "AdaptiveDamping",
@@ -33,17 +32,17 @@ _UNTIL_KNOWN = 1e-2  # damping of steps before the first factors
 
 
 def check_hyperparameter(
-    owner: str, name: str, value: Any, is_valid: Callable[[Any], bool], expected: str
+    owner: str, name: str, value: Any, interval: str, *, optional: bool = False
 ) -> None:
     """Checks a number; a schedule is checked to be one.
 
     Raises:
         InvalidArgumentError: Naming the argument, its value and what was expected.
     """
-    if isinstance(value, Schedule):
+    if isinstance(value, Schedule) or (optional and value is None):
         return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(owner, is_number and is_valid(value), name, f"{expected}, or a schedule", value)
+    expected = f"a number in {interval}{', None' * optional} or a schedule"
+    require(owner, is_number_in(value, interval), name, expected, value)
 
 
 def value_at(value: Hyperparameter, step: Any) -> Any:
@@ -96,12 +95,15 @@ class LevenbergMarquardt:
         maximum: float | None = None,
     ) -> None:
         check = functools.partial(require, "LevenbergMarquardt")
-        check(initial is None or initial > 0, "initial", "> 0 or None", initial)
-        check(0 < decay < 1, "decay", "in (0, 1)", decay)
+        check_number = functools.partial(require_number, "LevenbergMarquardt")
+        check_number("initial", initial, "(0, inf)", optional=True)
+        check_number("decay", decay, "(0, 1)")
+        check_number("minimum", minimum, "(0, inf)")
+        check_number("maximum", maximum, "(0, inf]", optional=True)
         require_count("LevenbergMarquardt", "every", every)
         bounds = [bound for bound in (initial, maximum) if bound is not None]
-        is_least = 0 < minimum <= min(bounds, default=minimum)
-        check(is_least, "minimum", "> 0, <= initial and <= maximum", minimum)
+        is_least = minimum <= min(bounds, default=minimum)
+        check(is_least, "minimum", "<= initial and <= maximum", minimum)
         is_largest = maximum is None or maximum >= (initial or minimum)
         check(is_largest, "maximum", ">= initial, or None", maximum)
         self.initial = initial

@@ -30,6 +30,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import keras
@@ -159,9 +160,9 @@ class KFAC(keras.optimizers.Optimizer):
         **kwargs: Any,
     ) -> None:
         is_auto = isinstance(learning_rate, str)
-        super().__init__(
-            1.0 if is_auto else learning_rate, weight_decay=weight_decay, name=name, **kwargs
-        )
+        # Keras refuses whole numbers and those of NumPy.
+        rate = float(learning_rate) if isinstance(learning_rate, Real) else learning_rate
+        super().__init__(1.0 if is_auto else rate, weight_decay=weight_decay, name=name, **kwargs)
         self.is_adaptive = is_auto
         self.adaptive_damping: AdaptiveDamping | None = None
         self._make_curvature = functools.partial(KroneckerCurvature, None, {})

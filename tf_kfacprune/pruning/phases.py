@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.validation import is_number_in
 
 __all__ = ["Phases", "target_fraction"]
 
@@ -39,7 +40,8 @@ class Phases:
     decay: bool = True
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.warmup < 1.0 and self.prune > 0.0 and self.warmup + self.prune < 1.0):
+        are_shares = is_number_in(self.warmup, "[0, 1)") and is_number_in(self.prune, "(0, 1)")
+        if not (are_shares and self.warmup + self.prune < 1.0):
             raise InvalidArgumentError(
                 "Phases need 0 <= warmup, 0 < prune and warmup + prune < 1, so that some steps are "
                 f"left to settle. Received: warmup={self.warmup!r}, prune={self.prune!r}"

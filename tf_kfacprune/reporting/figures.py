@@ -107,11 +107,14 @@ def accuracy(model: keras.Model, x: Any, y: Any) -> float:
         found = outputs.shape if isinstance(outputs, np.ndarray) else type(outputs).__name__
         raise InvalidArgumentError(
             f"Accuracy needs one output of shape (n, classes) with at least 2 classes. Model "
-            f"{model.name!r} returns {found}. Measure it yourself and pass the number."
+            f"{model.name!r} returns {found}. Leave `data` out, and measure it by `evaluate`."
         )
     labels = np.asarray(y).reshape(-1)
     if len(labels) != len(outputs):
-        raise DataError(f"Found {len(labels)} labels for {len(outputs)} inputs.")
+        raise DataError(
+            f"Found {len(labels)} labels for {len(outputs)} inputs. Expected one class number for "
+            "each input, shape (n,) or (n, 1)."
+        )
     return float(np.mean(outputs.argmax(axis=1) == labels))
 
 
@@ -127,7 +130,8 @@ def flatness_of(model: keras.Model, x: Any, y: Any, loss: Any) -> Flatness:
     Returns:
         The eigenvalues, or the reason why the model has none that can be trusted.
     """
-    x, y = np.asarray(x)[:_FLATNESS_EXAMPLES], np.asarray(y)[:_FLATNESS_EXAMPLES]
+    x = keras.tree.map_structure(lambda part: np.asarray(part)[:_FLATNESS_EXAMPLES], x)
+    y = np.asarray(y)[:_FLATNESS_EXAMPLES]
     tops = []
     for scaling in (None, "norm"):
         try:
@@ -141,6 +145,6 @@ def flatness_of(model: keras.Model, x: Any, y: Any, loss: Any) -> Flatness:
                 batch_size=_FLATNESS_EXAMPLES,
             )
         except (UnsupportedModelError, NonFiniteError) as error:
-            return Flatness(None, None, len(x), str(error))
+            return Flatness(None, None, len(y), str(error))
         tops.append(spectrum.top)
-    return Flatness(tops[0], tops[1], len(x))
+    return Flatness(tops[0], tops[1], len(y))

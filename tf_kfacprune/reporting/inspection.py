@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
 
 from tf_kfacprune.errors import UnsupportedModelError
@@ -22,6 +23,7 @@ from tf_kfacprune.graph import (
     unread_weights,
 )
 from tf_kfacprune.reporting.rendering import Rendered
+from tf_kfacprune.validation import require
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -269,7 +271,8 @@ def inspect(
     Raises:
         UnsupportedModelError: if the model cannot be traced, or options are given for a model
             that already has gates.
-        InvalidArgumentError: if ``include`` or ``exclude`` names a layer that does not exist.
+        InvalidArgumentError: if ``model`` is no model, or ``include`` or ``exclude`` names a layer
+            that does not exist.
 
     Examples:
         >>> import keras, tf_kfacprune as kp
@@ -280,6 +283,7 @@ def inspect(
         16
     """
     net = getattr(model, "net", model)
+    require("inspect", isinstance(net, keras.Model), "model", "a keras.Model", model)
     table = latency_table or getattr(model, "latency_table", None)
     channels, cost = _analysis(net, prune_inputs, include, exclude, table)
     graph, everything = channels.graph, np.ones(channels.num_neurons)

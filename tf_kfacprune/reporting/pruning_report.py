@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import keras
 
 from tf_kfacprune.callbacks.pruning_state import settings_of
 from tf_kfacprune.compaction import compaction_report
-from tf_kfacprune.errors import InvalidArgumentError
+from tf_kfacprune.errors import ExportError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.export.atomic import atomic_file
+from tf_kfacprune.export.file_sizes import FileSize
 from tf_kfacprune.export.timing import latency
 from tf_kfacprune.reporting.comparison import Comparison
 from tf_kfacprune.reporting.figures import ModelFigures, accuracy, flatness_of, tflite_size
@@ -44,7 +46,8 @@ def report(
         dense: the network without gates, trained without pruning, as the other side of accuracy,
             file size and latency. Without it these show the compact model only.
         data: ``(x, y)`` to measure accuracy on; none is measured without it.
-        files: convert both to float32 ``.tflite`` and compare the bytes.
+        files: convert both to float32 ``.tflite`` and compare the bytes. A model for which that is
+            impossible is warned of, and has none in the table.
         time: compare the latencies, if ``dense`` is given.
         flatness: a loss, as given to ``compile``, to compute the top eigenvalue of the Hessian
             with, on the first 500 examples of ``data``; none is computed without it.
@@ -60,8 +63,7 @@ def report(
     Raises:
         InvalidArgumentError: if the models do not belong together, ``data`` is not a pair, or is
             missing for ``flatness``, or ``history`` or the name of the page is something else.
-        ExportError: if a file cannot be converted or timed, or the page exists or cannot be
-            written.
+        ExportError: if a model cannot be timed, or the page exists or cannot be written.
 
     Examples:
         >>> import tf_kfacprune as kp
@@ -113,7 +115,7 @@ def _compared(
             neurons=neurons,
             params=removed["params"][side],
             macs=removed["macs"][side],
-            tflite=tflite_size(net) if files and net is not None else None,
+            tflite=_tflite_size(net) if files and net is not None else None,
             accuracy=accuracy(net, *data) if data is not None and net is not None else None,
             flatness=(
                 flatness_of(net, data[0], data[1], loss)
@@ -133,3 +135,15 @@ def _compared(
         kept={name: layer["kept"] for name, layer in layers.items()},
         budget=model.budget_outcomes() if hasattr(model, "budget_outcomes") else {},
     )
+
+
+def _tflite_size(net: keras.Model) -> FileSize | None:
+    try:
+        return tflite_size(net)
+    except (ExportError, UnsupportedModelError) as error:
+        warnings.warn(
+            f"The report has no .tflite bytes of model {net.name!r} (files=False asks for none): "
+            f"{str(error).splitlines()[0]}",
+            stacklevel=4,
+        )
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import keras
@@ -43,7 +44,7 @@ def cluster(model: keras.Model, clusters: int = 16, *, preserve_sparsity: bool =
         >>> import tf_kfacprune as kp
         >>> trainee = kp.tfmot.cluster(small, 16)  # doctest: +SKIP
     """
-    if not isinstance(clusters, int) or isinstance(clusters, bool) or clusters < 2:
+    if not isinstance(clusters, Integral) or isinstance(clusters, bool) or clusters < 2:
         raise InvalidArgumentError(
             f"clusters must be an integer of at least 2. Received: clusters={clusters!r}."
         )

@@ -20,7 +20,14 @@ from tf_kfacprune.curvature import (
 from tf_kfacprune.distribution import ReplicaSeedGenerator, num_replicas
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.training.compile_checks import check_losses, explained_losses, warn_of_labels
+from tf_kfacprune.training.compile_checks import (
+    check_losses,
+    explained_losses,
+    warn_of_changed_freezing,
+    warn_of_labels,
+    warn_of_logits,
+    warn_of_own_steps,
+)
 from tf_kfacprune.training.distributed import (
     check_distributed,
     is_multi_worker,
@@ -90,6 +97,7 @@ class KFACModel(keras.Model):
                 f"Model {model.name!r} is not built, so its layers are not known yet. Call it once "
                 "on data, or give it an Input."
             )
+        warn_of_own_steps(owner, model)
         kwargs.setdefault("name", f"kfac_{model.name}")
         super().__init__(**kwargs)
         self.net = model
@@ -165,6 +173,7 @@ class KFACModel(keras.Model):
         if trainee.kfac is not None:
             check_losses(objective)
         warn_of_labels(self.name, objective, self._label_users(trainee))
+        warn_of_logits(self.name, self.net, self.loss)
 
     def _default_optimizer(self) -> keras.optimizers.Optimizer:
         return KFAC()
@@ -186,6 +195,8 @@ class KFACModel(keras.Model):
                 "Set `trainable = True` where it is False and compile again, or use a model with "
                 "weights."
             )
+        if self._trainee is not None:
+            warn_of_changed_freezing(self.name, self.network_variables, self._trainee.variables)
         if y is not None:
             check_labels(y, self.loss, self.net)
         fit = super().fit

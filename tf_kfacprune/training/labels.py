@@ -17,7 +17,7 @@ _SPARSE = "sparse_categorical_crossentropy"
 def check_labels(y: Any, loss: Any, net: keras.Model) -> None:
     """Checks that class numbers exist in the model's output.
 
-    Only arrays with integer class numbers are checked; data sets are watched step by step.
+    Only arrays for a sparse cross entropy are checked; data sets are watched step by step.
 
     Args:
         y: Labels as given to `fit`.
@@ -25,13 +25,24 @@ def check_labels(y: Any, loss: Any, net: keras.Model) -> None:
         net: The network.
 
     Raises:
-        DataError: If a label is negative, too large or not a whole number.
+        DataError: If labels are text or one-hot, or one is negative, too large or no whole number.
     """
     name = getattr(loss, "name", loss) if not callable(loss) else getattr(loss, "name", None)
     outputs = list(getattr(net, "outputs", None) or [])  # a subclassed model has no list of them
     if name != _SPARSE or not isinstance(y, np.ndarray) or len(outputs) != 1 or not y.size:
         return
     classes = outputs[0].shape[-1]
+    if y.dtype.kind not in "biuf":
+        raise DataError(
+            f"Labels `y` must be class numbers. Received: an array of dtype {y.dtype}. Number the "
+            "classes: `names, y = np.unique(y, return_inverse=True)`."
+        )
+    if y.ndim == len(outputs[0].shape) and y.shape[-1] != 1:
+        raise DataError(
+            f"Labels `y` must be class numbers, one where model {net.name!r} has {classes} "
+            f"outputs. Received: an array of shape {y.shape}. For one-hot labels use "
+            "keras.losses.CategoricalCrossentropy, or take `y.argmax(-1)`."
+        )
     ignored = getattr(loss, "ignore_class", None)
     y = y if ignored is None else y[y != ignored]
     if not y.size:

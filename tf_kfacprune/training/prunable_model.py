@@ -31,6 +31,7 @@ from tf_kfacprune.pruning import (
     budget_outcomes,
     policy_for,
 )
+from tf_kfacprune.training.compile_checks import warn_of_own_steps
 from tf_kfacprune.training.curvature_penalty import CurvaturePenalty
 from tf_kfacprune.training.kfac_model import KFACModel
 from tf_kfacprune.training.run_callback import FitCall
@@ -132,6 +133,12 @@ class PrunableModel(KFACModel):
         _require_type("curvature", curvature, SpectralRadius, optional=True)
         _require_type("phases", phases, Phases, optional=True)
         _require_type("latency_table", latency_table, LatencyTable, optional=True)
+        if isinstance(model, KFACModel):
+            raise UnsupportedModelError(
+                f"Model {model.name!r} is a {type(model).__name__}, which wraps a network: train "
+                "it as it is, or pass the network that it was made from. For a network that has "
+                "been pruned, pass what `compact` makes of it."
+            )
         graph = trace(model)
         sources = [call.operation for call in graph.calls if isinstance(call.operation, GateSource)]
         has_gates = bool(sources)
@@ -143,6 +150,7 @@ class PrunableModel(KFACModel):
         if budget is None:
             _refuse({**of_gates, **of_budget}, "Nothing is pruned without a budget", "a budget")
         if budget is not None and not has_gates:
+            warn_of_own_steps("PrunableModel", model)  # which the gated copy has not
             model = insert_gates(
                 model,
                 prune_inputs=prune_inputs,
@@ -355,7 +363,11 @@ class PrunableModel(KFACModel):
         self._run.had_settled = self.has_settled
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        history = super().fit(*args, **kwargs)
+        try:
+            history = super().fit(*args, **kwargs)
+        except BaseException:  # Ctrl-C, too: the network has what was trained in its copy
+            self.end_run()
+            raise
         controller = self.controller
         # Callbacks may have put back weights when the training ended.
         if controller is None or controller.has_settled:

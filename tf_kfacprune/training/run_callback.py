@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from tf_kfacprune.errors import DataError
 from tf_kfacprune.training.best_epochs import BestEpochs
 from tf_kfacprune.training.learning_rates import OverwrittenRates, sets_learning_rate
 
@@ -62,6 +63,11 @@ class RunCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         steps = self.params.get("steps")
+        if steps == 0:
+            raise DataError(
+                f"{type(self.model).__name__}.fit: there is no batch in the data. Received: 0 "
+                "examples, or steps_per_epoch=0. Expected: at least one."
+            )
         self.model.begin_run(
             FitCall(
                 int(steps) if steps else None,

@@ -44,7 +44,7 @@ from tf_kfacprune.graph import rule_for
 from tf_kfacprune.graph.rules import weight_of
 from tf_kfacprune.pruning.policies.scheduled import Saliency, ScheduledPolicy
 from tf_kfacprune.pruning.task import PruningTask
-from tf_kfacprune.validation import require, require_count
+from tf_kfacprune.validation import require, require_count, require_number
 
 __all__ = [
     "KFACSaliency",
@@ -123,11 +123,9 @@ class KFACSaliency(ScheduledPolicy):
         super().__post_init__()
         owner = type(self).__name__
         require_count(owner, "curvature_every", self.curvature_every)
-        fraction = self.batch_fraction
-        require(owner, 0 < fraction <= 1, "batch_fraction", "in (0, 1]", fraction)
+        require_number(owner, "batch_fraction", self.batch_fraction, "(0, 1]")
         for name in ("curvature_decay", "gradient_decay"):
-            value = getattr(self, name)
-            require(owner, 0 <= value < 1, name, "in [0, 1)", value)
+            require_number(owner, name, getattr(self, name), "[0, 1)")
         require(owner, self.labels in LABELS, "labels", f"one of {LABELS}", self.labels)
 
     def saliency(self, task: PruningTask, seed: int | None) -> Saliency:
@@ -188,8 +186,7 @@ class TaylorSaliency(ScheduledPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        value = self.gradient_decay
-        require("TaylorSaliency", 0 <= value < 1, "gradient_decay", "in [0, 1)", value)
+        require_number("TaylorSaliency", "gradient_decay", self.gradient_decay, "[0, 1)")
 
     def saliency(self, task: PruningTask, seed: int | None) -> Saliency:
         return TaylorState(task, self.gradient_decay, name="criterion")
@@ -252,7 +249,8 @@ class MagnitudeState(Saliency):
         sizes = [group.size for group in gated.channels.groups]
         of_neuron = np.repeat(np.arange(len(sizes)), sizes)
         norms = tf.sqrt(squares[:-1])
-        means = tf.math.segment_mean(norms, of_neuron)
+        sums = tf.math.unsorted_segment_sum(norms, of_neuron, len(sizes))  # which XLA has
+        means = sums / tf.constant(sizes, "float32")
         return self._task.to_gates(norms / (tf.gather(means, of_neuron) + _TINY))
 
 
