@@ -471,6 +471,21 @@ def test_layers_may_be_frozen_and_freed_between_two_compilations():
         model.compile(model.optimizer, LOSS)
 
 
+def test_layers_frozen_and_freed_after_compile_are_told_that_it_has_no_effect():
+    network = _network()
+    hidden, logits = network.get_layer("hidden"), network.get_layer("logits")
+    hidden.trainable = False
+    model = kp.KFACModel(network, seed=0)
+    model.compile(keras.optimizers.SGD(0.1), LOSS, run_eagerly=True)
+    before = [np.array(layer.kernel) for layer in (hidden, logits)]
+    hidden.trainable, logits.trainable = True, False
+    told = "logits/kernel, logits/bias were frozen; hidden/kernel, hidden/bias were freed"
+    with pytest.warns(UserWarning, match=f"{told}.*call `compile` with a new optimizer"):
+        model.fit(X, Y, batch_size=64, verbose=0)
+    assert np.array_equal(hidden.kernel, before[0])
+    assert not np.array_equal(logits.kernel, before[1])
+
+
 @pytest.mark.parametrize("settings", [FIXED, AUTO], ids=["fixed", "auto"])
 def test_labels_that_the_loss_ignores_count_in_nothing(settings):
     """The steps are those of the same batches without these examples."""

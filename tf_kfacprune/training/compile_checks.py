@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tf_kfacprune.curvature import CompiledObjective
 from tf_kfacprune.errors import InvalidArgumentError
 
-__all__ = ["check_losses", "explained_losses", "warn_of_labels"]
+__all__ = ["check_losses", "explained_losses", "warn_of_labels", "warn_of_trainable"]
+
+_NAMED = 3  # variables that a warning lists
 
 
 @contextmanager
@@ -74,5 +77,33 @@ def warn_of_labels(name: str, objective: CompiledObjective, users: Sequence[Any]
         warnings.warn(
             f"{' and '.join(type(user).__name__ for user in users)} of {name!r} fall back on the "
             f"empirical Fisher (labels='data'): {'; '.join(reasons)}.",
+            stacklevel=3,
+        )
+
+
+def warn_of_trainable(
+    name: str, trained: Sequence[keras.Variable], trainable: Sequence[keras.Variable]
+) -> None:
+    """Warns of layers that were frozen or freed since `compile`, which decides what is trained.
+
+    Args:
+        name: Name of the model.
+        trained: What the optimizer was built for.
+        trainable: What would be trained if the model were compiled now.
+    """
+    changed = []
+    for verb, old, new in (("frozen", trained, trainable), ("freed", trainable, trained)):
+        kept = {id(variable) for variable in new}
+        paths = [variable.path for variable in old if id(variable) not in kept]
+        if paths:
+            more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+            changed.append(
+                f"{', '.join(paths[:_NAMED])}{more} {'were' if len(paths) > 1 else 'was'} {verb}"
+            )
+    if changed:
+        warnings.warn(
+            f"Since {name!r} was compiled, {'; '.join(changed)}. That does not "
+            "change what is trained: set `trainable` first, and then call `compile` with a new "
+            "optimizer.",
             stacklevel=3,
         )

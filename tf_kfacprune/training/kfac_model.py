@@ -20,7 +20,12 @@ from tf_kfacprune.curvature import (
 from tf_kfacprune.distribution import ReplicaSeedGenerator, num_replicas
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.optimizers import KFAC
-from tf_kfacprune.training.compile_checks import check_losses, explained_losses, warn_of_labels
+from tf_kfacprune.training.compile_checks import (
+    check_losses,
+    explained_losses,
+    warn_of_labels,
+    warn_of_trainable,
+)
 from tf_kfacprune.training.distributed import (
     check_distributed,
     is_multi_worker,
@@ -186,6 +191,8 @@ class KFACModel(keras.Model):
                 "Set `trainable = True` where it is False and compile again, or use a model with "
                 "weights."
             )
+        if self._trainee is not None:
+            warn_of_trainable(self.name, self._trainee.variables, self.network_variables)
         if y is not None:
             check_labels(y, self.loss, self.net)
         fit = super().fit
