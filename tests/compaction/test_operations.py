@@ -104,6 +104,11 @@ def every_other(x):
     return ops.concatenate([x[..., ::2] * x[..., 1::2], x[..., ::-1][..., :4:3]], axis=-1)
 
 
+def pixels_from_channels(x):
+    blocks = ops.reshape(layers.Conv2D(20, 1)(x), (-1, 8, 8, 2, 2, 5))
+    return ops.reshape(ops.transpose(blocks, (0, 1, 3, 2, 4, 5)), (-1, 16, 16, 5))
+
+
 CASES = {
     "array constants": lambda: image(constants),
     "slices with steps": lambda: image(every_other, filters=8),
@@ -122,6 +127,11 @@ CASES = {
     ),
     "slices of channels": lambda: image(lambda x: x[..., :3] * x[:, :, :, -3:]),
     "slices of positions": lambda: image(lambda x: x[:, 1:, 2]),
+    "depth to space": lambda: image(
+        lambda x: ops.depth_to_space(ops.tanh(layers.Conv2D(20, 1)(x)), 2)
+    ),
+    "depth to space by reshapes": lambda: image(pixels_from_channels),
+    "space to depth": lambda: image(lambda x: ops.space_to_depth(x, 2)),
     "raw operators": lambda: image(operators),
     "resizing": lambda: image(resized),
     "pooling operators": lambda: image(pooled),
@@ -154,7 +164,9 @@ def test_images_of_any_size_are_compacted():
     inputs = keras.Input((None, None, 3))
     x = layers.Conv2D(6, 3, strides=2, activation="relu")(inputs)
     x = layers.UpSampling2D()(layers.Conv2D(5, 3, padding="same")(x))
+    x = ops.depth_to_space(layers.Conv2D(12, 3, activation="relu")(x), 2)
     model = keras.Model(inputs, layers.Conv2D(2, 1)(x))
+    assert analyze(model).num_neurons == 6 + 5 + 12 // 4
     gated = insert_gates(model)
     (bank,) = GatedNetwork(gated).sources
     bank.set_values(np.arange(bank.size) % 2)

@@ -310,6 +310,28 @@ def test_data_that_change_between_passes_are_refused():
         operator.matvec(v)
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_examples_that_change_between_passes_are_refused(curvature):
+    model, rng = dense_net(), np.random.default_rng(0)
+    data = tf.data.Dataset.from_tensor_slices(data_for(model))
+    noise = tf.data.Dataset.from_generator(
+        lambda: (rng.normal(size=4) for _ in range(N)),
+        output_signature=tf.TensorSpec(4, tf.float64),
+    )
+    noisy = tf.data.Dataset.zip(data, noise).map(lambda pair, n: (pair[0] + n, pair[1]))
+    with pytest.raises(DataError, match=r"mean loss was .* in one pass and .* augmentation"):
+        hessian_spectrum(model, noisy.batch(3), CROSS_ENTROPY, k=2, curvature=curvature)
+    cached = hessian_spectrum(model, noisy.cache().batch(3), CROSS_ENTROPY, curvature=curvature)
+    assert cached.converged
+    operator = CurvatureOperator(
+        model, data.shuffle(N).batch(3), CROSS_ENTROPY, curvature=curvature
+    )
+    v = np.ones(operator.dimension)
+    for scale in (1.0, 1.0, 2.0):  # another order, and other weights, are no other data
+        model.trainable_variables[0].assign(scale * model.trainable_variables[0])
+        operator.matvec(v)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"curvature": "fisher"}, {"scaling": "l2"}, {"batch_size": 0}, {"loss": "nope"}]
 )

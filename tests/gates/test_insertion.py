@@ -75,10 +75,11 @@ def test_the_kind_of_gate_is_passed_on():
 
 def test_a_model_in_which_nothing_can_be_pruned_is_refused_with_the_reasons():
     single = keras.Sequential([keras.Input((5,)), layers.Dense(2, name="only")])
-    with pytest.raises(
-        UnsupportedModelError, match=r"'only' \(2 channels\): part of a model output"
-    ):
+    only_output = r"'only' \(2 channels\): part of a model output.* put a Dense .* layer behind"
+    with pytest.raises(UnsupportedModelError, match=only_output):
         insert_gates(single)
+    with pytest.raises(UnsupportedModelError, match=r"excluded by the caller.* `inspect` tells"):
+        insert_gates(chain(), exclude=[".*"])
 
 
 def test_a_gated_model_is_refused():

@@ -42,6 +42,8 @@ __all__ = ["CurvatureOperator", "checked_network"]
 _CURVATURES = ("hessian", "ggn")
 _SCALINGS = (None, "norm")
 _ZERO = tf.UnconnectedGradients.ZERO
+# Rounding of a mean loss in float32, in other batches or another order, is far below.
+_SAME_LOSS = 1e-4
 
 
 class CurvatureOperator:
@@ -53,7 +55,7 @@ class CurvatureOperator:
     Args:
         model: A built `keras.Model` with one output, or an object that holds one as ``.net``.
         data: ``(x, y)`` arrays (x may be nested), or a `tf.data.Dataset` of batches ``(x, y)``
-            that yields the same examples each time it is iterated.
+            that yields the same examples each time it is iterated, in any order.
         loss: As given to `compile`; taken as a mean over examples.
         curvature: ``"hessian"``, or ``"ggn"`` for the generalized Gauss-Newton matrix.
         scaling: ``None``; or ``"norm"`` for ``D H D``, whose eigenvalues do not change when one
@@ -98,6 +100,7 @@ class CurvatureOperator:
         self._product = tf.function(product, reduce_retracing=True, jit_compile=False)
         self._value = tf.function(self._batch_loss, reduce_retracing=True, jit_compile=False)
         self._num_examples: int | None = None
+        self._first_loss: tuple[int, float] | None = None  # with a hash of the weights
         self._scale = self._scaling_vector() if scaling == "norm" else None
 
     @property
@@ -137,23 +140,28 @@ class CurvatureOperator:
             The product, float64, shape (n,).
 
         Raises:
-            DataError: If the number of examples differs from that of the pass before.
+            DataError: If the number of examples, or their loss, differs from that of the pass
+                before.
             UnsupportedModelError: If TensorFlow lacks a second derivative that is needed.
         """
         scaled = vector if self._scale is None else self._scale * vector
         parts = self._split(scaled)
         total = np.zeros(self.dimension)
+        loss = 0.0
         count = 0
         for x, y in self._batches():
-            total += _flattened(self._differentiated(self._product, x, y, parts))
+            value, product = self._differentiated(self._product, x, y, parts)
+            total += _flattened(product)
+            loss += float(value)
             count += length_of(y)
         total /= self._checked_count(count)
+        self._check_loss(loss / count)
         return total if self._scale is None else self._scale * total
 
     def _batch_loss(self, x: Any, y: Any) -> Any:
         return self._objective.sum(Batch(x, y), self._net(x, training=False))
 
-    def _hessian_product(self, x: Any, y: Any, vector: Sequence[Any]) -> list[Any]:
+    def _hessian_product(self, x: Any, y: Any, vector: Sequence[Any]) -> tuple[Any, list[Any]]:
         variables = self._variables
         with tf.GradientTape(watch_accessed_variables=False) as outer:
             outer.watch(variables)
@@ -162,13 +170,14 @@ class CurvatureOperator:
                 value = self._batch_loss(x, y)
             gradients = inner.gradient(value, variables, unconnected_gradients=_ZERO)
             along = _inner_product(gradients, vector)
-        return outer.gradient(along, variables, unconnected_gradients=_ZERO)
+        return value, outer.gradient(along, variables, unconnected_gradients=_ZERO)
 
-    def _ggn_product(self, x: Any, y: Any, vector: Sequence[Any]) -> list[Any]:
+    def _ggn_product(self, x: Any, y: Any, vector: Sequence[Any]) -> tuple[Any, list[Any]]:
         batch = Batch(x, y)
         found = gauss_newton_product(self._net, batch, self._objective, self._variables, vector)
         size = tf.cast(batch.size, found[0].dtype)  # sums over examples add up, means do not
-        return [size * tf.convert_to_tensor(part) for part in found]
+        parts = [size * tf.convert_to_tensor(part) for part in found]
+        return self._batch_loss(x, y), parts
 
     def _differentiated(self, function: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -211,6 +220,20 @@ class CurvatureOperator:
             )
         self._num_examples = count
         return count
+
+    def _check_loss(self, loss: float) -> None:
+        weights = hash(self.parameters.tobytes())
+        if self._first_loss is None or self._first_loss[0] != weights:
+            self._first_loss = weights, loss
+        first = self._first_loss[1]
+        if abs(loss - first) > _SAME_LOSS * (abs(first) + 1e-2):
+            raise DataError(
+                f"data: the mean loss was {first:.6g} in one pass and {loss:.6g} in another, with "
+                f"the same weights. The matrix is defined over a fixed data set and a fixed "
+                "function: pass arrays, or a tf.data.Dataset without sampling and augmentation "
+                "(or with `.cache()` behind them); a layer must draw no random numbers in "
+                "inference mode."
+            )
 
 
 def _check_option(name: str, value: Any, options: tuple[Any, ...]) -> None:

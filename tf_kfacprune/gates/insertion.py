@@ -17,7 +17,7 @@ from tf_kfacprune.gates import rules as _rules  # noqa: F401  (registers the rul
 from tf_kfacprune.gates.gate_aware import GateAware
 from tf_kfacprune.gates.neuron_gate import GateBank, GateEdge
 from tf_kfacprune.gates.statistic_edge import StatisticEdge
-from tf_kfacprune.graph import Call, ChannelGraph, Edge, Value, analyze, fresh_operation
+from tf_kfacprune.graph import Call, ChannelGraph, Edge, Value, analyze, fresh_operation, reasons
 from tf_kfacprune.graph.calls import GATES
 from tf_kfacprune.graph.selection import Selector
 
@@ -65,7 +65,8 @@ def insert_gates(
         )
     if not channels.num_neurons:
         raise UnsupportedModelError(
-            f"Nothing can be pruned in model {model.name!r}. {describe_frozen(channels)}"
+            f"Nothing can be pruned in model {model.name!r}. {describe_frozen(channels)} "
+            f"{_way_out(channels)}"
         )
     return _Insertion(channels, kind).gated_model()
 
@@ -76,6 +77,12 @@ def describe_frozen(channels: ChannelGraph) -> str:
         return "It has no Dense or convolution layer that another one reads."
     listed = (f"{f.layer!r} ({f.channels} channels): {f.reason}" for f in channels.frozen)
     return f"Frozen: {'; '.join(listed)}."
+
+
+def _way_out(channels: ChannelGraph) -> str:
+    if all(record.reason == reasons.MODEL_OUTPUT for record in channels.frozen):
+        return "Only neurons that a layer reads can go: put a Dense or convolution layer behind."
+    return "`inspect` tells what would unfreeze them."
 
 
 class _Insertion:

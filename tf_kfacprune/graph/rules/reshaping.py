@@ -24,7 +24,9 @@ _STAND_IN = 2  # size of an axis of unknown size while labels are being moved
 
 
 @register_channel_rule(layers.Flatten, layers.Permute)
-@register_internal_rule("ExpandDims", "Flip", "Moveaxis", "Squeeze", "Swapaxes", "Transpose")
+@register_internal_rule(
+    *("ExpandDims", "Flip", "Moveaxis", "SpaceToDepth", "Squeeze", "Swapaxes", "Transpose")
+)
 class IndexRule(ChannelRule):
     """Operations that only move elements: labels move along, split channels go as a whole."""
 
@@ -54,7 +56,7 @@ class IndexRule(ChannelRule):
         """Where the labels of one axis end up: (axis, labels), or None if they are mixed up.
 
         If they spread over several axes (channels become heads x dimensions), labels are tied
-        within one of these axes, so that whole heads go; see `_leading`.
+        within one of these axes, so that whole heads go; see `leading`.
         """
         value, target = call.inputs[0], call.outputs[0].shape
         moved = _moved(call, axis, labels, [size or _STAND_IN for size in value.shape])
@@ -64,28 +66,50 @@ class IndexRule(ChannelRule):
         if moved is None or moved.ndim != len(target):
             return None
         varying = [k for k in range(moved.ndim) if (np.diff(moved, axis=k) != 0).any()]
-        if not varying or any(target[k] != moved.shape[k] for k in varying):
+        if not varying:
             return None
-        leading = _leading(varying, moved.shape, len(value.shape))
+        leading = self.leading(call, varying, moved.shape)
+        if target[leading] != moved.shape[leading]:  # a size known only at run time
+            return None
         rows = np.moveaxis(moved, leading, 0).reshape(moved.shape[leading], -1)
         if len(varying) > 1:
             for column in rows.T[1:]:
                 flow.unite(rows[:, 0], column, call.path)
         return leading, rows[:, 0]
 
+    def leading(self, call: Call, varying: Sequence[int], shape: Sequence[int]) -> int:
+        """Of the axes over which channels spread, the one whose entries can go; others are tied.
+
+        Usually the first (heads, then dimensions), but not of two or three tensors in one (queries,
+        keys and values, each of several heads), and the last if the units of a layer become an
+        image, or the channels of an image square blocks of pixels.
+
+        Args:
+            call: The call.
+            varying: The axes over which channels spread, in ascending order.
+            shape: Sizes of all axes.
+
+        Returns:
+            One of `varying`.
+        """
+        if len(varying) > 2:
+            rank = len(call.inputs[0].shape)
+            if rank == 2 or (rank == 4 and shape[varying[0]] == shape[varying[1]]):
+                return varying[-1]
+            if shape[varying[0]] <= 3:
+                return varying[1]
+        return varying[0]
+
     def is_homogeneous(self, call: Call) -> bool:
         return True
 
 
-def _leading(varying: Sequence[int], shape: Sequence[int], rank: int) -> int:
-    """Of the axes over which channels spread, the one whose entries can go; the others are tied.
+@register_internal_rule("DepthToSpace")
+class DepthToSpaceRule(IndexRule):
+    """`keras.ops.depth_to_space`: a channel goes with its pixels, which were channels before."""
 
-    Usually the first (heads, then dimensions), but not of two or three tensors in one (queries,
-    keys and values, each of several heads), and the last if the units of a layer become an image.
-    """
-    if rank == 2 and len(varying) > 2:
-        return varying[-1]
-    return varying[1] if len(varying) > 2 and shape[varying[0]] <= 3 else varying[0]
+    def leading(self, call: Call, varying: Sequence[int], shape: Sequence[int]) -> int:
+        return 1 if call.operation.data_format == "channels_first" else 3
 
 
 def _moved(call: Call, axis: int, labels: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
