@@ -7,7 +7,7 @@ from typing import Any
 
 from tf_kfacprune.errors import InvalidArgumentError
 
-__all__ = ["is_number_in", "require", "require_count", "require_number"]
+__all__ = ["is_count", "is_number_in", "require", "require_count", "require_number"]
 
 
 def require(owner: str, ok: bool, name: str, expected: str, received: Any) -> None:
@@ -41,8 +41,7 @@ def require_count(owner: str, name: str, value: Any, *, optional: bool = False) 
     Raises:
         InvalidArgumentError: If it is something else; True and False are no numbers.
     """
-    is_count = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
-    ok = is_count or (optional and value is None)
+    ok = is_count(value) or (optional and value is None)
     require(owner, ok, name, "an integer >= 1" + " or None" * optional, value)
 
 
@@ -65,11 +64,17 @@ def require_number(
     require(owner, ok, name, f"a number in {interval}" + " or None" * optional, value)
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value is an integer >= 1, of Python or NumPy."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
 def is_number_in(value: Any, interval: str) -> bool:
     """Whether a value is a number, of Python or NumPy, in an interval such as `"(0, 1]"`."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
+    number = float(value)
     low, high = (float(end) for end in interval[1:-1].split(","))
-    above = low <= value if interval[0] == "[" else low < value
-    below = value <= high if interval[-1] == "]" else value < high
-    return bool(above and below)
+    above = low <= number if interval[0] == "[" else low < number
+    below = number <= high if interval[-1] == "]" else number < high
+    return above and below

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any
 
 import keras
@@ -14,7 +13,7 @@ import tensorflow as tf
 from tf_kfacprune.callbacks.pruning_state import PruningState, pruning_state
 from tf_kfacprune.errors import ExportError, InvalidArgumentError
 from tf_kfacprune.training import PrunableModel
-from tf_kfacprune.validation import require
+from tf_kfacprune.validation import is_count, require
 
 __all__ = ["PruningLog"]
 
@@ -70,10 +69,9 @@ class PruningLog(keras.callbacks.Callback):
         super().__init__()
         is_path = isinstance(log_dir, str | os.PathLike) and os.fspath(log_dir) != ""
         require("PruningLog", is_path, "log_dir", "the path of a folder", log_dir)
-        is_count = isinstance(update_freq, Integral) and not isinstance(update_freq, bool)
         require(
             "PruningLog",
-            update_freq == "epoch" or (is_count and int(update_freq) >= 1),
+            update_freq == "epoch" or is_count(update_freq),
             "update_freq",
             '"epoch" or an integer >= 1',
             update_freq,

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any
 
 import keras
@@ -36,6 +35,7 @@ from tf_kfacprune.curvature.second_derivatives import (
 )
 from tf_kfacprune.errors import DataError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import GateSource
+from tf_kfacprune.validation import is_count
 
 __all__ = ["CurvatureOperator", "checked_network"]
 
@@ -86,7 +86,7 @@ class CurvatureOperator:
     ) -> None:
         _check_option("curvature", curvature, _CURVATURES)
         _check_option("scaling", scaling, _SCALINGS)
-        if not isinstance(batch_size, Integral) or batch_size < 1:
+        if not is_count(batch_size):
             raise InvalidArgumentError(
                 f"batch_size must be an integer >= 1. Received: batch_size={batch_size!r}"
             )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from numbers import Integral
 
 import numpy as np
 
 from tf_kfacprune.data.targets import checked_targets
 from tf_kfacprune.errors import DataError
+from tf_kfacprune.validation import is_count
 
 __all__ = ["Dataset", "checked_dataset", "validation_split"]
 
@@ -77,7 +77,7 @@ def validation_split(dataset: Dataset, count: int) -> Dataset:
         (1137, 300)
     """
     total = len(dataset.x_train)
-    if not isinstance(count, Integral) or isinstance(count, bool) or not 1 <= count < total:
+    if not is_count(count) or count >= total:
         raise DataError(
             f"validation_split of data set {dataset.name!r}: count must be an integer from 1 to "
             f"{total - 1}, because there are {total} training examples. Received: count={count!r}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from tf_kfacprune.export.verification import (
     finite_reference,
     verify_outputs,
 )
+from tf_kfacprune.validation import is_count
 
 __all__ = ["MicroCheck", "check_micro"]
 
@@ -103,7 +103,7 @@ def check_micro(
             "check_micro compares outputs with model and data, and needs both. Received: "
             f"{'model' if data is None else 'data'} only."
         )
-    if not isinstance(max_examples, Integral) or max_examples < 1:
+    if not is_count(max_examples):
         raise InvalidArgumentError(
             f"max_examples must be a positive integer. Received: max_examples={max_examples!r}."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import keras
@@ -11,6 +10,7 @@ import keras
 from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.export.serving import layers_within
 from tf_kfacprune.export.text import TEXT
+from tf_kfacprune.validation import is_number_in
 
 __all__ = [
     "FULL_INTEGER",
@@ -60,7 +60,7 @@ def check_options(
             f"io_dtype must be one of {allowed} with quantization={quantization!r}. Received: "
             f"io_dtype={io_dtype!r}."
         )
-    if tolerance is not None and not (isinstance(tolerance, Real) and 0 < tolerance < float("inf")):
+    if tolerance is not None and not is_number_in(tolerance, "(0, inf)"):
         raise InvalidArgumentError(
             f"tolerance must be a positive number. Received: tolerance={tolerance!r}."
         )
@@ -135,7 +135,7 @@ def check_drop(max_accuracy_drop: float) -> None:
     Raises:
         InvalidArgumentError: if it is not in [0, 1].
     """
-    if not isinstance(max_accuracy_drop, Real) or not 0 <= max_accuracy_drop <= 1:
+    if not is_number_in(max_accuracy_drop, "[0, 1]"):
         raise InvalidArgumentError(
             "max_accuracy_drop must be a number in [0, 1], such as 0.01 for one point. Received: "
             f"max_accuracy_drop={max_accuracy_drop!r}."

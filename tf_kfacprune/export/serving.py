@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -13,6 +12,7 @@ import numpy as np
 
 from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.tfmot.legacy import is_legacy_model
+from tf_kfacprune.validation import is_count
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -161,9 +161,7 @@ def check_exportable(
             "built Sequential or Functional model: give a Sequential a keras.Input, and rewrite "
             "a subclassed model with keras.Model(inputs, outputs)."
         )
-    if batch_size is not None and (
-        not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1
-    ):
+    if batch_size is not None and not is_count(batch_size):
         raise InvalidArgumentError(
             "batch_size must be a positive integer, or None for any size. Received: "
             f"batch_size={batch_size!r}."

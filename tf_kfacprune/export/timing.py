@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 
 import keras
@@ -21,6 +20,7 @@ from tf_kfacprune.errors import ExportError, InvalidArgumentError
 from tf_kfacprune.export.conversion import convert
 from tf_kfacprune.export.running import litert_job
 from tf_kfacprune.export.serving import Signature, check_exportable
+from tf_kfacprune.validation import is_count
 
 __all__ = ["Latency", "latency"]
 
@@ -87,7 +87,7 @@ def latency(
     """
     counts = {"threads": threads, "batch_size": batch_size, "blocks": blocks, "runs": runs}
     for name, value in counts.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        if not is_count(value):
             raise InvalidArgumentError(
                 f"{name} must be a positive integer. Received: {name}={value!r}."
             )

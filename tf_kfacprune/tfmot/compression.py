@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import keras
@@ -11,6 +10,7 @@ from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.graph import trace
 from tf_kfacprune.tfmot.legacy import is_legacy_model, legacy_packages
 from tf_kfacprune.tfmot.translation import layer_names, to_tf_keras, weights_by_role
+from tf_kfacprune.validation import is_count
 
 __all__ = ["cluster", "copy_back", "sparsify", "sparsity_callback"]
 
@@ -44,7 +44,7 @@ def cluster(model: keras.Model, clusters: int = 16, *, preserve_sparsity: bool =
         >>> import tf_kfacprune as kp
         >>> trainee = kp.tfmot.cluster(small, 16)  # doctest: +SKIP
     """
-    if not isinstance(clusters, Integral) or isinstance(clusters, bool) or clusters < 2:
+    if not is_count(clusters) or clusters < 2:
         raise InvalidArgumentError(
             f"clusters must be an integer of at least 2. Received: clusters={clusters!r}."
         )
