@@ -322,13 +322,13 @@ class KFAC(keras.optimizers.Optimizer):
         # Of moments that began anew with the inverses, all count the same until decay sets in.
         updates = tf.convert_to_tensor(self.iterations) % self.inverse_every // self.factor_every
         updates = tf.cast(updates, "float32")
-        before = self._curvature.typical_eigenvalue()  # NaN where nothing is known yet
+        before = self._curvature.typical_eigenvalue()
         self._curvature.average_in(means, decay, tf.minimum(decay, updates / (updates + 1.0)))
         damping = self.adaptive_damping
         if damping is not None and damping.rule.initial is None:
             typical = self._curvature.typical_eigenvalue()
             # A batch without weight or behind a mask has no curvature to begin with.
-            begins = tf.logical_and(tf.logical_not(before > 0.0), typical > 0.0)
+            begins = tf.logical_and(before <= 0.0, typical > 0.0)
             tf.cond(begins, lambda: damping.begin(typical), lambda: None)
 
     def _update_inverses(self) -> None:

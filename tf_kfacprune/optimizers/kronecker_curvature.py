@@ -73,8 +73,8 @@ class KroneckerCurvature:
 
     @property
     def debias(self) -> Any:
-        """What averages are to be multiplied with, scalar tensor."""
-        return 1.0 / tf.convert_to_tensor(self._average_weight)
+        """What averages are to be multiplied with, scalar tensor; 0 before the first of them."""
+        return tf.math.divide_no_nan(1.0, tf.convert_to_tensor(self._average_weight))
 
     def statistics(
         self, look: Look, *, reduce: bool, location_fraction: float, step: Any
@@ -185,7 +185,7 @@ class KroneckerCurvature:
         return state.block.to_matrix([tf.cast(t, "float32") for t in tensors])
 
     def typical_eigenvalue(self) -> Any:
-        """`tr F^2 / tr F`, scalar tensor."""
+        """`tr F^2 / tr F`, scalar tensor; 0 where no curvature is known."""
         traces = [state.traces(self.debias) for state in self.states]
         plain, squared = (tf.add_n(list(each)) for each in zip(*traces, strict=True))
         return tf.math.divide_no_nan(squared, plain)
