@@ -104,7 +104,7 @@ def test_benchmark_prints_and_writes_its_figures(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["export", "--quantization=int8"], "needs representative_data"),
+        (["export", "--quantization=int8"], "needs --data"),
         (["export", "--quantization=int3"], "quantization must be one of"),
         (["export", "--format=saved_model", "--quantization=int8"], "for --format=tflite"),
         (["export", "--format=saved_model", "--labels=a,b"], "for --format=tflite"),

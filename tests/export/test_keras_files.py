@@ -65,6 +65,17 @@ def test_archive_without_a_model_is_named(saved):
         load_keras(saved)
 
 
+def test_an_unknown_class_is_named(tmp_path):
+    class Twice(keras.layers.Layer):
+        def call(self, x):
+            return 2.0 * x
+
+    inputs = keras.Input((3,))
+    keras.Model(inputs, Twice()(inputs)).save(tmp_path / "net.keras")
+    with pytest.raises(InvalidArgumentError, match=r"class 'Twice'\. Decorate it .* --import"):
+        load_keras(tmp_path / "net.keras")
+
+
 def test_missing_file_and_foreign_file_are_named(tmp_path):
     with pytest.raises(InvalidArgumentError, match="no such file"):
         load_keras(tmp_path / "net.keras")

@@ -112,6 +112,11 @@ def _define_surroundings(values: flags.FlagValues) -> None:
 
 def _execute(values: flags.FlagValues) -> None:
     _refuse_useless_flags(values)
+    if values.quantization in FULL_INTEGER and not values.data:
+        raise UsageError(
+            f"--quantization={values.quantization} needs --data: real inputs, on which the range "
+            "of every activation is measured."
+        )
     refuse_inputs_as_outputs(values, "output", "model", "data", "record")
     network = model_of(values.model, "export")
     head = None if values.head == "none" else values.head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -77,9 +78,16 @@ def load_keras(path: str | os.PathLike[str]) -> keras.Model:
         return keras.models.load_model(file)
     # What damaged contents raise depends on where the damage is: zip, JSON, HDF5 or Keras errors.
     except Exception as error:
+        unknown = re.search(r"Could not locate (?:class|function) '[^']*'", str(error))
+        if unknown:
+            raise InvalidArgumentError(
+                f"{file}: Keras cannot load this model: {unknown[0]}. Decorate it with "
+                "@keras.saving.register_keras_serializable() and import its module before; for a "
+                "command of kfacprune by --import=module."
+            ) from error
         raise InvalidArgumentError(
-            f"{file}: Keras cannot load this model: {_first_line(error)} If a class is unknown, "
-            "import the module that registers it first; otherwise save or copy the file again."
+            f"{file}: Keras cannot load this model: {_first_line(error)} Save or copy the file "
+            "again."
         ) from error
 
 
