@@ -33,7 +33,7 @@ from tf_kfacprune.training.distributed import (
     raise_lost_worker,
 )
 from tf_kfacprune.training.fit_arguments import batched
-from tf_kfacprune.training.labels import check_labels
+from tf_kfacprune.training.labels import check_labels, check_labels_are_given
 from tf_kfacprune.training.run_callback import FitCall, RunCallback
 from tf_kfacprune.training.step import TrainingStep
 from tf_kfacprune.training.step_guard import StepGuard
@@ -193,6 +193,7 @@ class KFACModel(keras.Model):
             )
         if self._trainee is not None:
             warn_of_trainable(self.name, self._trainee.variables, self.network_variables)
+            check_labels_are_given(x, y, self.loss, self.name)
         if y is not None:
             check_labels(y, self.loss, self.net)
         fit = super().fit
