@@ -1,6 +1,5 @@
 """How a training shows what it has done: in a terminal of any width, and in a log."""
 
-import os
 import re
 from types import SimpleNamespace
 
@@ -17,8 +16,9 @@ def run_epoch(monkeypatch):
 
     def run(is_live, columns=80, figures=FIGURES):
         now = [0.0]
-        monkeypatch.setattr("time.monotonic", lambda: now[0])
-        monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((columns, 24)))
+        clock = SimpleNamespace(monotonic=lambda: now[0])
+        monkeypatch.setattr("tf_kfacprune.cli.progress_lines.time", clock)
+        monkeypatch.setenv("COLUMNS", str(columns))
         lines = ProgressLines(SimpleNamespace(start=100, steps=104), is_live=is_live)
         lines.set_params({"epochs": 30})
         lines.on_epoch_begin(2)
@@ -62,6 +62,6 @@ def test_no_line_in_a_terminal_is_broken_by_it(run_epoch, capsys, monkeypatch, c
 def test_prose_is_broken_between_words_in_a_terminal_only(capsys, monkeypatch):
     text = "word " * 40
     assert wrapped(text) == text
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((41, 24)))
+    monkeypatch.setenv("COLUMNS", "41")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert wrapped(text).splitlines() == ["word " * 7 + "word"] * 5

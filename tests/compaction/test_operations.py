@@ -109,6 +109,11 @@ def pixels_from_channels(x):
     return ops.reshape(ops.transpose(blocks, (0, 1, 3, 2, 4, 5)), (-1, 16, 16, 5))
 
 
+def extremes(x):
+    largest = ops.max(x, axis=-1, keepdims=True)
+    return x / (1.0 + ops.square(largest)) - ops.min(ops.exp(x), axis=(1, 3), keepdims=True)
+
+
 CASES = {
     "array constants": lambda: image(constants),
     "slices with steps": lambda: image(every_other, filters=8),
@@ -132,6 +137,7 @@ CASES = {
     ),
     "depth to space by reshapes": lambda: image(pixels_from_channels),
     "space to depth": lambda: image(lambda x: ops.space_to_depth(x, 2)),
+    "largest and smallest over channels": lambda: image(extremes),
     "raw operators": lambda: image(operators),
     "resizing": lambda: image(resized),
     "pooling operators": lambda: image(pooled),

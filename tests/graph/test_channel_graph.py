@@ -257,12 +257,12 @@ def test_unknown_layers_freeze_until_a_rule_is_registered():
     assert isinstance(rule_for(Doubling()), DoublingRule)
 
 
-def test_reductions_over_channels_freeze_and_over_positions_do_not():
+def test_products_over_channels_freeze_and_means_over_positions_do_not():
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(4, 3, name="first")(inputs)
     over_positions = keras.Model(inputs, layers.Dense(2)(ops.mean(x, axis=(1, 2))))
     assert why(over_positions) == set()
-    over_channels = keras.Model(inputs, layers.Dense(2)(ops.max(x, axis=-1)))
+    over_channels = keras.Model(inputs, layers.Dense(2)(ops.prod(x, axis=-1)))
     assert why(over_channels) == {reasons.REDUCED}
 
 

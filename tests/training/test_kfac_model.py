@@ -7,7 +7,12 @@ import tensorflow as tf
 
 import tf_kfacprune as kp
 from tf_kfacprune.curvature import Batch
-from tf_kfacprune.errors import InvalidArgumentError, NonFiniteError, UnsupportedModelError
+from tf_kfacprune.errors import (
+    DataError,
+    InvalidArgumentError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 
 L = keras.layers
 to_numpy = keras.ops.convert_to_numpy
@@ -469,6 +474,23 @@ def test_layers_may_be_frozen_and_freed_between_two_compilations():
     network.get_layer("hidden").trainable = False
     with pytest.raises(InvalidArgumentError, match="frozen or freed"):
         model.compile(model.optimizer, LOSS)
+
+
+def test_arrays_without_labels_are_refused_unless_nothing_asks_for_labels():
+    model = kp.KFACModel(_network(), seed=0)
+    model.compile(keras.optimizers.SGD(0.1), LOSS, run_eagerly=True)
+    for x in (X, [X]):
+        with pytest.raises(DataError, match=r"y=None.*fit\(x, x\)"):
+            model.fit(x, verbose=0)
+    model.fit(tf.data.Dataset.from_tensors((X, Y)), shuffle=False, verbose=0)
+    own = keras.Sequential(
+        [keras.Input((6,)), L.Dense(2, name="own", activity_regularizer=keras.regularizers.L2(1.0))]
+    )
+    before = np.array(own.get_layer("own").kernel)
+    model = kp.KFACModel(own, seed=0)
+    model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
+    model.fit(X, verbose=0)
+    assert not np.array_equal(own.get_layer("own").kernel, before)
 
 
 @pytest.mark.parametrize("settings", [FIXED, AUTO], ids=["fixed", "auto"])

@@ -1,4 +1,4 @@
-r"""Gates of channels over which an operation takes a statistic, as `mean`, `sum`, `std` or `any`.
+r"""Gates of channels over which an operation takes a statistic, as `mean`, `std`, `max` or `any`.
 
 As in the layers that normalize across channels, the statistic is one of the C' of C channels that
 are present (p_c = 1). The operation stays what it is and reads, in place of x,
@@ -6,6 +6,7 @@ are present (p_c = 1). The operation stays what it is and reads, in place of x,
     sum         x_c p_c
     mean        x_c p_c C / C'
     variance    r x_c where present, r mu' elsewhere;  r = sqrt(C / C'), mu' = sum_c p_c x_c / C',
+    max, min    x_c where present, -inf (for max) or +inf (for min) elsewhere,
     any, all    x_c where present, false (for any) or true (for all) elsewhere,
 
 of which the statistic over all C channels is that of the C' present ones of x. With all
@@ -23,6 +24,9 @@ from keras import ops
 
 __all__ = ["StatisticEdge"]
 
+# What changes nothing, if it is among the values of which the statistic is taken.
+_NEUTRAL = {"any": False, "all": True, "max": float("-inf"), "min": float("inf")}
+
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
 class StatisticEdge(keras.layers.Layer):
@@ -32,7 +36,8 @@ class StatisticEdge(keras.layers.Layer):
         indices: For each channel the number of its gate in the bank, or the number of gates in the
             bank for a channel that is never pruned.
         axis: The channel axis.
-        statistic: `"sum"`, `"mean"` or `"variance"`, and of truth values `"any"` or `"all"`.
+        statistic: `"sum"`, `"mean"`, `"variance"`, `"max"` or `"min"`, and of truth values `"any"`
+            or `"all"`.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
@@ -54,8 +59,8 @@ class StatisticEdge(keras.layers.Layer):
         ratio = float(len(self.indices)) / left
         shape = [1] * len(x.shape)
         shape[self.axis] = -1
-        if self.statistic in ("any", "all"):
-            return ops.where(ops.reshape(present > 0, shape), x, self.statistic == "all")
+        if self.statistic in _NEUTRAL:
+            return ops.where(ops.reshape(present > 0, shape), x, _NEUTRAL[self.statistic])
         mask = ops.cast(ops.reshape(present, shape), x.dtype)
         if self.statistic == "sum":
             return x * mask

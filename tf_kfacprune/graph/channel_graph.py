@@ -62,7 +62,7 @@ class Edge:
         neurons: Neuron at each position; `num_neurons` where nothing can be removed.
         slots: In a gated model, the gate that each position has passed; -1 where none.
         statistic: What an operation takes over the channels: `"sum"`, `"mean"`, `"variance"`,
-            `"any"`, `"all"`; None for a contraction.
+            `"max"`, `"min"`, `"any"`, `"all"`; None for a contraction.
     """
 
     call: Call

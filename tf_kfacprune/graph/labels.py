@@ -232,7 +232,8 @@ class LabelFlow:
             call: The call.
             value: Its data.
             axis: The channel axis.
-            statistic: `"sum"`, `"mean"`, `"variance"`, `"any"` or `"all"`; see `StatisticEdge`.
+            statistic: `"sum"`, `"mean"`, `"variance"`, `"max"`, `"min"`, `"any"` or `"all"`; see
+                `StatisticEdge`.
 
         Raises:
             UnsupportedModelError: If an ordinary gate stands in front, whose closed channels would

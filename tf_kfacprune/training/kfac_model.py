@@ -35,7 +35,7 @@ from tf_kfacprune.training.distributed import (
     raise_lost_worker,
 )
 from tf_kfacprune.training.fit_arguments import batched
-from tf_kfacprune.training.labels import check_labels
+from tf_kfacprune.training.labels import check_labels, check_labels_are_given
 from tf_kfacprune.training.run_callback import FitCall, RunCallback
 from tf_kfacprune.training.step import TrainingStep
 from tf_kfacprune.training.step_guard import StepGuard
@@ -197,6 +197,7 @@ class KFACModel(keras.Model):
             )
         if self._trainee is not None:
             warn_of_changed_freezing(self.name, self.network_variables, self._trainee.variables)
+            check_labels_are_given(x, y, self.loss, self.name)
         if y is not None:
             check_labels(y, self.loss, self.net)
         fit = super().fit

@@ -9,9 +9,31 @@ import numpy as np
 
 from tf_kfacprune.errors import DataError
 
-__all__ = ["check_labels"]
+__all__ = ["check_labels", "check_labels_are_given"]
 
 _SPARSE = "sparse_categorical_crossentropy"
+
+
+def check_labels_are_given(x: Any, y: Any, loss: Any, name: str) -> None:
+    """Checks that there are labels for the loss, where `x` are arrays, which hold none.
+
+    Args:
+        x: Inputs as given to `fit`.
+        y: Labels as given to `fit`, or None.
+        loss: Loss as given to `compile`, or None.
+        name: Name of the model.
+
+    Raises:
+        DataError: If there are none.
+    """
+    parts = keras.tree.flatten(x)
+    is_array = bool(parts) and all(isinstance(part, np.ndarray) for part in parts)
+    if y is None and is_array and any(part is not None for part in keras.tree.flatten(loss)):
+        raise DataError(
+            f"The loss that {name!r} was compiled with compares outputs with labels. Received: "
+            "y=None, beside arrays x. Pass labels, as `fit(x, y)`; those of an autoencoder are its "
+            "inputs, `fit(x, x)`."
+        )
 
 
 def check_labels(y: Any, loss: Any, net: keras.Model) -> None:

@@ -181,8 +181,12 @@ class TileRule(IndexRule):
 
 _STATISTICS = {
     "All": "all",
+    "Amax": "max",
+    "Amin": "min",
     "Any": "any",
+    "Max": "max",
     "Mean": "mean",
+    "Min": "min",
     "Norm": "sum",  # of absolute values, or of squares
     "Std": "variance",
     "Sum": "sum",
@@ -194,10 +198,10 @@ _STATISTICS = {
     *("All", "Any", "Mean", "Sum", "Max", "Min", "Amax", "Amin", "Prod", "Std", "Var", "Norm")
 )
 class ReductionRule(ChannelRule):
-    """Reductions over positions pass channels; sums, means and variances over channels read them.
+    """Reductions over positions pass channels; statistics over channels read them.
 
-    So do norms of order 1 or 2, `any` and `all`. A product, a largest or a smallest over channels
-    freezes them.
+    Statistics are sums, means, variances, largest and smallest values, norms of order 1 or 2, `any`
+    and `all`. A product over channels freezes them.
     """
 
     def reduced(self, call: Call) -> set[int]:
