@@ -34,12 +34,18 @@ def frontier_table():
             len(runs),
             mean_and_deviation([run["error"] for run in runs], 2),
             *(mean_and_deviation([run[name] for run in runs], 0) for name in ("weights", "macs")),
-            f"{statistics.mean(run['seconds'] for run in runs):.0f}",
+            seconds_of(runs),
         ]
         for runs in sorted(groups, key=order)
     ]
     header = ["case", "epochs x images", "method", "size or strength", "seeds"]
     return recorded_table([*header, "error %", "weights", "MACs", "seconds"], rows)
+
+
+def seconds_of(runs):
+    """Mean seconds of runs; nothing if they shared their cores with others."""
+    seconds = [run["seconds"] for run in runs]
+    return "-" if None in seconds else f"{statistics.mean(seconds):.0f}"
 
 
 def case_of(key):
