@@ -114,7 +114,7 @@ def test_benchmark_prints_and_writes_its_figures(files, tmp_path, capsys):
         (["export", "--scale=0"], "scale must be a finite number"),
         (["export", "--max_accuracy_drop=3"], "max_accuracy_drop must be"),
         (["benchmark", "--formats=int3"], "--formats=int3"),
-        (["benchmark", "--threads=0"], "--threads must be positive"),
+        (["benchmark", "--threads=0"], "--threads must be integers from 1"),
         (["benchmark", "--plot=a.bmp", "--blocks=1"], "a.bmp"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
