@@ -101,8 +101,9 @@ class EinsumDenseRule(ContractionRule):
             return
         target = list(layer.partial_output_shape)
         for k, letter in enumerate(reversed(letters[2][-len(target) :]), start=1):
-            left = count(letter) if letter in letters[1] else None
-            if left is not None:
+            # Channels that pass may be fewer, too, and be said as a number.
+            left = count(letter) if letter in letters[1] else shape[-k]
+            if left is not None and target[-k] is not None:
                 target[-k] = left
         config["output_shape"] = target
 
