@@ -162,6 +162,7 @@ class PrunableModel(KFACModel):
         gated = GatedNetwork(model, latency_table) if has_gates else None
         groups = None
         if budget is not None and gated is not None:
+            budget.relative_to(gated.cost)  # refuses what nothing is known about
             groups = GateGroups(gated, round_to, min_channels, budget.targets)
             _check_reachable(budget, gated, groups)
         if curvature is not None and curvature.strength > 0:
