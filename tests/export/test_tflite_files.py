@@ -177,7 +177,8 @@ def test_truncated_file_is_found(model, files, tmp_path, monkeypatch):
 
 
 def test_wrong_input_name_is_found(files):
-    with pytest.raises(ExportError, match=r"inputs \['image'\]\. Received: arrays for \['picture'\]"):
+    told = r"inputs \['image'\]. Received: arrays for \['picture'\]"
+    with pytest.raises(ExportError, match=told):
         run_tflite(files[None], {"picture": X})
 
 
