@@ -17,8 +17,8 @@ from keras import layers
 import tf_kfacprune as kp
 from tf_kfacprune.errors import ExportError, InvalidArgumentError
 from tf_kfacprune.export import latency_table, layer_latency
-from tf_kfacprune.export.branches import branches
 from tf_kfacprune.export.conversion import convert
+from tf_kfacprune.export.file_parts import file_parts
 from tf_kfacprune.export.layer_latency import _converted
 from tf_kfacprune.export.model_graph import read_graph
 from tf_kfacprune.export.serving import Signature
@@ -176,7 +176,7 @@ def test_a_branch_of_a_file_has_what_its_output_is_computed_from():
     model = keras.Model([first, second], outputs)
     signature = Signature.of(model, 1)
     content = convert(model, signature)
-    files = branches(content, signature.outputs)
+    files = file_parts(content, signature.outputs)
     for file, given, output in zip(files, (first, second), outputs, strict=True):
         part = read_graph(file)
         assert [step.operator for step in part.operations] == ["FULLY_CONNECTED"]

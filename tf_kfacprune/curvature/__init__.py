@@ -4,7 +4,13 @@ from tf_kfacprune.curvature.batch import Batch
 from tf_kfacprune.curvature.blocks import KroneckerBlock, LocationSample, Record, blocks_of
 from tf_kfacprune.curvature.capture import capture
 from tf_kfacprune.curvature.discovery import NetworkBlocks, find_blocks
-from tf_kfacprune.curvature.estimator import LABELS, CurvatureEstimator, Look, Uses
+from tf_kfacprune.curvature.estimator import (
+    LABELS,
+    LEAST_EXAMPLES,
+    CurvatureEstimator,
+    Look,
+    Uses,
+)
 from tf_kfacprune.curvature.forward_state import ForwardState
 from tf_kfacprune.curvature.gate_curvature import find_gate_layers, gate_curvature
 from tf_kfacprune.curvature.likelihoods import Likelihood, expects_probabilities, likelihood_of
@@ -19,6 +25,7 @@ from tf_kfacprune.curvature.twice_differentiable import mends, twice_differentia
 
 __all__ = [
     "LABELS",
+    "LEAST_EXAMPLES",
     "Batch",
     "CompiledObjective",
     "CurvatureEstimator",

@@ -50,13 +50,14 @@ from tf_kfacprune.curvature.objective import (
 from tf_kfacprune.curvature.second_derivatives import reachable_operations
 from tf_kfacprune.errors import InvalidArgumentError
 
-__all__ = ["LABELS", "CurvatureEstimator", "Look", "Uses"]
+__all__ = ["LABELS", "LEAST_EXAMPLES", "CurvatureEstimator", "Look", "Uses"]
 
 LABELS = ("sampled", "data", "exact")
 _MOST_OUTPUTS = 256  # beyond, one backward pass per output is no option any more
-# Normalized by the statistics of n vectors, 2 of n directions of the batch have no curvature: of
-# one vector, or of two, none is left.
-_LEAST_NORMALIZED = 16
+# BatchNormalization makes another function of a smaller part of a batch. Normalized by the
+# statistics of n vectors, 2 of n directions of the batch have no curvature: of one vector, or of
+# two, none is left.
+LEAST_EXAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class CurvatureEstimator:
             isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
             for layer in reachable_operations(self.network)
         )
-        return batch.head(fraction, _LEAST_NORMALIZED if normalizes else 1)
+        return batch.head(fraction, LEAST_EXAMPLES if normalizes else 1)
 
     def look(
         self,

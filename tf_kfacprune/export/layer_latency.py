@@ -8,6 +8,7 @@ multiplied by that ratio.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -25,8 +26,8 @@ from keras import layers
 
 from tf_kfacprune.errors import ExportError, InvalidArgumentError
 from tf_kfacprune.export.atomic import write_bytes
-from tf_kfacprune.export.branches import branches
 from tf_kfacprune.export.conversion import convert
+from tf_kfacprune.export.file_parts import file_parts
 from tf_kfacprune.export.latency_curves import layer_times
 from tf_kfacprune.export.probes import FIXED, LayerProbes
 from tf_kfacprune.export.running import litert_job
@@ -102,7 +103,7 @@ def latency_table(
     whole = _fingerprint(channels)
     if whole not in cache:
         content = _converted(model, of)
-        overhead, total = _total_times([_converted(_nothing(), of), content])
+        overhead, total = _total_times([_nothing(of), content])
         cache.add({whole: [[0, 0, overhead], [1, 1, total]]})
     (*_, overhead), (*_, total) = cache[whole]
     rows = {
@@ -203,17 +204,19 @@ def _measured(part: dict[str, LayerProbes], of: str) -> dict[str, list[list[floa
             f"The time of these layers cannot be measured: {paths}. {error}"
         ) from error
     outputs = Signature.of(probes, 1).outputs
-    files = [content] if len(outputs) == 1 else branches(content, outputs)
-    overhead, *times = _total_times([_converted(_nothing(), of), *files])
+    files = [content] if len(outputs) == 1 else file_parts(content, outputs)
+    overhead, *times = _total_times([_nothing(of), *files])
     rows: dict[str, list[list[float]]] = {name: [] for name in part}
     for (name, channels), time in zip(asked, times, strict=True):
         rows[name].append([*channels, max(time - overhead, 0.0)])
     return rows
 
 
-def _nothing() -> keras.Model:
+@functools.cache
+def _nothing(of: str) -> bytes:
+    """The file of a network with as good as nothing in it."""
     inputs = keras.Input((1,), name="nothing")
-    return keras.Model(inputs, layers.ReLU()(inputs), name="empty")
+    return _converted(keras.Model(inputs, layers.ReLU()(inputs), name="empty"), of)
 
 
 def _converted(model: keras.Model, of: str) -> bytes:

@@ -16,14 +16,9 @@ from keras import ops
 
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.gates.gate_source import GateSource
+from tf_kfacprune.graph.rules.base import along
 
 __all__ = ["GateBank", "GateEdge", "NeuronGate"]
-
-
-def _scale_along(x: Any, z: Any, axis: int) -> Any:
-    shape = [1] * len(x.shape)
-    shape[axis] = -1
-    return x * ops.cast(ops.reshape(z, shape), x.dtype)
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
@@ -81,7 +76,7 @@ class NeuronGate(GateSource):
         return (self._num_channels,)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        return _scale_along(inputs, self.values(training), self.axis)
+        return inputs * along(self.values(training), self.axis, inputs)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
@@ -181,7 +176,8 @@ class GateEdge(keras.layers.Layer):
         """Gates `inputs = [x, z]`; returns a tensor of the shape of `x`."""
         x, z = inputs
         always_open = ops.ones((1,), dtype=z.dtype)
-        return _scale_along(x, ops.take(ops.concatenate([z, always_open]), self.indices), self.axis)
+        z = ops.take(ops.concatenate([z, always_open]), self.indices)
+        return x * along(z, self.axis, x)
 
     def compute_output_spec(self, inputs: Sequence[Any]) -> keras.KerasTensor:
         return keras.KerasTensor(inputs[0].shape, dtype=self.compute_dtype)

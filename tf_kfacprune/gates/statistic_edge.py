@@ -22,6 +22,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from tf_kfacprune.graph.rules.base import along
+
 __all__ = ["StatisticEdge"]
 
 # What changes nothing, if it is among the values of which the statistic is taken.
@@ -57,11 +59,9 @@ class StatisticEdge(keras.layers.Layer):
         present = ops.take(ops.concatenate([present, always]), self.indices)
         left = ops.maximum(ops.sum(present), 1.0)
         ratio = float(len(self.indices)) / left
-        shape = [1] * len(x.shape)
-        shape[self.axis] = -1
+        mask = along(present, self.axis, x)
         if self.statistic in _NEUTRAL:
-            return ops.where(ops.reshape(present > 0, shape), x, _NEUTRAL[self.statistic])
-        mask = ops.cast(ops.reshape(present, shape), x.dtype)
+            return ops.where(ops.cast(mask, "bool"), x, _NEUTRAL[self.statistic])
         if self.statistic == "sum":
             return x * mask
         if self.statistic == "mean":

@@ -19,9 +19,8 @@ from tf_kfacprune.graph.channel_graph import ChannelGraph
 from tf_kfacprune.graph.rules import ContractionRule, Extent, rule_for
 from tf_kfacprune.graph.rules.activations import HomogeneousRule, ReLURule
 from tf_kfacprune.graph.rules.base import extents
-from tf_kfacprune.graph.rules.channelwise import NoiseRule, SpatialRule
+from tf_kfacprune.graph.rules.channelwise import SpatialRule
 from tf_kfacprune.graph.rules.contractions import ConvRule, ConvTransposeRule, DepthwiseConvRule
-from tf_kfacprune.graph.rules.preprocessing import AugmentationRule
 from tf_kfacprune.graph.rules.reshaping import IndexRule
 
 __all__ = ["FileBytes"]
@@ -81,7 +80,7 @@ class FileBytes:
             if self.is_folded(call):
                 return 0
             return _records(operators=2, tensors=4, names=6, path=call.path)
-        if isinstance(rule, NoiseRule | AugmentationRule) or self.is_fused(call):
+        if rule.is_absent or self.is_fused(call):
             return 0
         if isinstance(rule, ContractionRule | DepthwiseConvRule):
             kernels = max(len(list(rule.macs(call, self._channels.flow))), 1)

@@ -20,9 +20,7 @@ from tf_kfacprune.graph.channel_graph import ChannelGraph
 from tf_kfacprune.graph.file_bytes import FileBytes
 from tf_kfacprune.graph.rules import ContractionRule, Extent, rule_for
 from tf_kfacprune.graph.rules.base import extents
-from tf_kfacprune.graph.rules.channelwise import NoiseRule
 from tf_kfacprune.graph.rules.contractions import ConvRule, ConvTransposeRule, DepthwiseConvRule
-from tf_kfacprune.graph.rules.preprocessing import AugmentationRule
 
 __all__ = ["Buffer", "Int8Steps", "Step"]
 
@@ -134,8 +132,7 @@ class Int8Steps:
         if isinstance(operation, layers.Flatten):  # a Dense layer reads it as it is
             positions = call.inputs[0].shape[1:-1]
             return bool(positions) and all(size == 1 for size in positions)
-        is_absent = isinstance(rule_for(operation), NoiseRule | AugmentationRule)
-        return is_absent or self._content.is_fused(call)
+        return rule_for(operation).is_absent or self._content.is_fused(call)
 
     def _buffer(self, value: Value) -> Buffer:
         """The activation of a value; one that nothing made is given."""

@@ -37,9 +37,8 @@ from tf_kfacprune.graph.labels import LabelFlow
 from tf_kfacprune.graph.rules import ContractionRule, Extent, rule_for
 from tf_kfacprune.graph.rules.activations import ActivationRule, ElementwiseRule
 from tf_kfacprune.graph.rules.base import ChannelRule
-from tf_kfacprune.graph.rules.channelwise import BatchNormalizationRule, NoiseRule
+from tf_kfacprune.graph.rules.channelwise import BatchNormalizationRule
 from tf_kfacprune.graph.rules.contractions import ConvRule, DepthwiseConvRule
-from tf_kfacprune.graph.rules.preprocessing import AugmentationRule
 from tf_kfacprune.graph.rules.reshaping import IndexRule
 from tf_kfacprune.graph.sizes import Curved, Factor
 
@@ -57,8 +56,8 @@ __all__ = [
 # Formats of `kp.export.tflite` that can be timed: the second is the full int8 file.
 LATENCY_OF = ("float32", "int8")
 
-# What these layers do takes no time: the converter folds or fuses them, or nothing is left.
-_FREE = (BatchNormalizationRule, NoiseRule, AugmentationRule, IndexRule, ElementwiseRule)
+# What these layers do takes no time: the converter folds or fuses them.
+_FREE = (BatchNormalizationRule, IndexRule, ElementwiseRule)
 _FUSED = ("linear", "relu", "relu6")
 _NOT_IN_SIGNATURE = (
     "initializer",
@@ -195,8 +194,12 @@ def takes_time(call: Call) -> bool:
     """Whether something is left of a layer in a file, and its rule says what it does."""
     layer, rule = call.operation, rule_for(call.operation)
     is_known = type(rule) is not ChannelRule and not isinstance(layer, layers.InputLayer)
-    is_free = isinstance(rule, _FREE) or (
-        isinstance(rule, ActivationRule) and getattr(layer.activation, "__name__", "") in _FUSED
+    is_free = (
+        rule.is_absent
+        or isinstance(rule, _FREE)
+        or (
+            isinstance(rule, ActivationRule) and getattr(layer.activation, "__name__", "") in _FUSED
+        )
     )
     return is_known and bool(call.inputs) and not is_free
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras import ops
 
 from tf_kfacprune.errors import UnsupportedModelError
+from tf_kfacprune.graph.rules.substitution import substituted
 
 __all__ = ["expressed_by_keras"]
 
@@ -22,18 +23,10 @@ __all__ = ["expressed_by_keras"]
 @contextmanager
 def expressed_by_keras() -> Iterator[None]:
     """Lets `tf.linalg.band_part` and `tf.gather` take symbolic tensors within a `with` block."""
-    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
-        (tf.linalg, "band_part", _band_part),
-        (tf, "gather", _gather),
-    ]
-    originals = [getattr(module, name) for module, name, _ in replaced]
-    for (module, name, function), original in zip(replaced, originals, strict=True):
-        setattr(module, name, _dispatch(function, original))
-    try:
+    band_part = _dispatch(_band_part, tf.linalg.band_part)
+    gather = _dispatch(_gather, tf.gather)
+    with substituted(tf.linalg, band_part=band_part), substituted(tf, gather=gather):
         yield
-    finally:
-        for (module, name, _), original in zip(replaced, originals, strict=True):
-            setattr(module, name, original)
 
 
 def _dispatch(symbolic: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

@@ -280,7 +280,7 @@ def calls_of(function: keras.Function) -> tuple[list[Value], list[Call], list[Va
     inputs = [Value(tuple(t.shape), t.dtype) for t in function.inputs]
     calls = []
     env = {id(tensor): value for tensor, value in zip(function.inputs, inputs, strict=True)}
-    for node in _nodes(function):
+    for node in nodes_of(function):
         args, kwargs = node.arguments.fill_in(env)
         outputs = tuple(Value(tuple(t.shape), t.dtype) for t in node.outputs)
         calls.append(Call(node.operation, args, kwargs, outputs, node.operation.name))
@@ -388,16 +388,11 @@ def inherit_training(function: keras.Function, positions: Iterable[int]) -> None
         del nodes[position].arguments.kwargs["training"]
 
 
-def _nodes(function: keras.Function) -> Iterator[Any]:
-    """The recorded calls of a graph in the order of their execution."""
-    nodes_by_depth = function._nodes_by_depth
-    for depth in sorted(nodes_by_depth, reverse=True):
-        yield from (node for node in nodes_by_depth[depth] if not node.is_input)
-
-
 def nodes_of(function: keras.Function) -> list[Any]:
-    """What stands for the recorded calls of a function, in the order of their execution."""
-    return list(_nodes(function))
+    """What stands for the recorded calls of a graph, in the order of their execution."""
+    nodes_by_depth = function._nodes_by_depth
+    depths = sorted(nodes_by_depth, reverse=True)
+    return [node for depth in depths for node in nodes_by_depth[depth] if not node.is_input]
 
 
 def tells_shapes(call: Any) -> bool:
@@ -469,7 +464,7 @@ class _Walk:
         env: dict[int, Value] = {
             id(tensor): value for tensor, value in zip(function.inputs, inputs, strict=True)
         }
-        for node in _nodes(function):
+        for node in nodes_of(function):
             outputs = self._node(node, env, prefix)
             env.update({id(t): v for t, v in zip(node.outputs, outputs, strict=True)})
         return [env[id(tensor)] for tensor in function.outputs]

@@ -389,7 +389,7 @@ class KFAC(keras.optimizers.Optimizer):
         """
         gradients: list[Any] = [None] * len(self._trainable_variables)
         for place, gradient in zip(places, grads, strict=True):
-            gradients[place] = tf.convert_to_tensor(gradient)
+            gradients[place] = gradient
         for index in self._curvature.in_blocks:
             if gradients[index] is not None:
                 gradients[index] = tf.cast(gradients[index], "float32")

@@ -34,6 +34,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_kfacprune.curvature import (
+    LEAST_EXAMPLES,
     Batch,
     CurvatureEstimator,
     KroneckerBlock,
@@ -52,8 +53,6 @@ _TINY = 1e-12
 _DECAY = 0.95
 # s, chosen on digits and MNIST: 0.3 flattened less, 1 harmed training on pixels from 0 to 16.
 _LARGEST_SHARE = 0.6
-# BatchNormalization makes another function of a smaller part of a batch.
-_LEAST_EXAMPLES = 16
 # So many radii make up what a reduction is relative to; there is no penalty before.
 _EVALUATIONS_OF_REFERENCE = 20.0
 
@@ -132,7 +131,7 @@ class CurvaturePenalty(keras.layers.Layer):
         settings = self.settings
 
         def of_penalty() -> list[Any]:
-            part = batch.head(settings.batch_fraction, _LEAST_EXAMPLES)
+            part = batch.head(settings.batch_fraction, LEAST_EXAMPLES)
             found = self.gradients(part, estimator, variables)
             whole = sum_over_replicas(gradients)
             weight = settings.every / num_replicas()  # they will be summed

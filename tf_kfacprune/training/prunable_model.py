@@ -160,11 +160,11 @@ class PrunableModel(KFACModel):
             )
             graph, has_gates = trace(model), True
         gated = GatedNetwork(model, latency_table) if has_gates else None
-        groups = None
+        fractions = groups = None
         if budget is not None and gated is not None:
-            budget.relative_to(gated.cost)  # refuses what nothing is known about
+            fractions = budget.relative_to(gated.cost)  # refuses what nothing is known about
             groups = GateGroups(gated, round_to, min_channels, budget.targets)
-            _check_reachable(budget, gated, groups)
+            _check_reachable(budget, fractions, gated, groups)
         if curvature is not None and curvature.strength > 0:
             check_second_derivatives(model, training=True, mended=mends)
         kwargs.setdefault("name", f"prunable_{model.name}")
@@ -179,8 +179,8 @@ class PrunableModel(KFACModel):
         self.min_channels = min_channels
         self._run = _Run(gated, groups)
         self.controller = None
-        if budget is not None and gated is not None and groups is not None:
-            task = PruningTask(gated, budget.relative_to(gated.cost), self.phases, groups)
+        if gated is not None and fractions is not None and groups is not None:
+            task = PruningTask(gated, fractions, self.phases, groups)
             self.controller = PruningController(task, chosen.build(task, seed), name="budget")
         self.curvature_penalty = None
         if curvature is not None:
@@ -576,12 +576,13 @@ def _refuse(arguments: dict[str, Any], reason: str, remedy: str) -> None:
         )
 
 
-def _check_reachable(budget: Budget, gated: GatedNetwork, groups: GateGroups) -> None:
-    fractions = budget.relative_to(gated.cost).targets
+def _check_reachable(
+    budget: Budget, fractions: Budget, gated: GatedNetwork, groups: GateGroups
+) -> None:
     check_countable(gated.channels, budget.targets, gated.net.name)
     for measure, target in budget.targets.items():
         least = float(gated.cost.least(measure, groups.least))
-        if fractions[measure] < least:
+        if fractions.targets[measure] < least:
             least *= budget.unit(measure, gated.cost)
             frozen = what_stays(gated.channels, gated.cost, measure)
             raise BudgetError(

@@ -74,8 +74,8 @@ class TrainingStep:
             self._update_factors(batch)
             self._decay_learning_rate()
             scale = trainee.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
-            self._update_weights(gradients, [_divided(g, scale) for g in of_loss], batch)
-            self._move_gates([_divided(g, scale) for g in of_gates], batch)
+            self._update_weights(gradients, of_loss, scale, batch)
+            self._move_gates([g / scale for g in of_gates], batch)
             update_metrics(outputs, loss)
 
         def leave_out() -> None:
@@ -202,13 +202,14 @@ class TrainingStep:
             compiled.iterations.assign_add(1)
 
     def _update_weights(
-        self, gradients: Sequence[Any], of_loss: Sequence[Any], batch: Batch
+        self, gradients: Sequence[Any], of_loss: Sequence[Any], scale: Any, batch: Batch
     ) -> None:
         """The optimizer's step.
 
         Args:
-            gradients: Of everything, scaled.
-            of_loss: Of the loss alone, unscaled.
+            gradients: Of everything.
+            of_loss: Of the loss alone.
+            scale: What both are multiplied by.
             batch: The batch.
         """
         trainee, kfac = self.trainee, self.trainee.kfac
@@ -216,13 +217,12 @@ class TrainingStep:
         if kfac is None or not kfac.needs_quadratic_form:
             trainee.optimizer.apply_gradients(pairs)
             return
-        model_of_loss = None
+        in_model = None
         if trainee.penalty is not None:
             known = {id(v): g for v, g in zip(trainee.variables, of_loss, strict=True)}
-            found = [(known[id(v)], v) for v in kfac.block_variables]
-            model_of_loss = [tf.zeros(v.shape, v.dtype) if g is None else g for g, v in found]
+            in_model = [_divided(known[id(v)], scale, v) for v in kfac.block_variables]
         form = functools.partial(self._quadratic_form, kfac, batch)
-        with kfac.measured_by(form, model_of_loss):
+        with kfac.measured_by(form, in_model):
             trainee.optimizer.apply_gradients(pairs)
 
     def _quadratic_form(
@@ -251,6 +251,8 @@ class TrainingStep:
         cond(due, move, lambda: None)
 
 
-def _divided(tensor: Any, scale: Any) -> Any:
-    """A gradient without the scale of the loss; None stays None."""
-    return None if tensor is None else tensor / tf.cast(scale, tensor.dtype)
+def _divided(gradient: Any, scale: Any, variable: keras.Variable) -> Any:
+    """A gradient without the scale of the loss; zeros if there is none."""
+    if gradient is None:
+        return tf.zeros(variable.shape, variable.dtype)
+    return gradient / tf.cast(scale, gradient.dtype)

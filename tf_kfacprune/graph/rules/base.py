@@ -90,6 +90,7 @@ class ChannelRule:
         folded: If the layer is a contraction, the weights that multiply its inputs, each with the
             role of its input axis (or roles, if there are several): soft gates are folded into
             them.
+        is_absent: Whether the layer does nothing in inference, so that files are without it.
 
     Examples:
         >>> @kp.register_channel_rule(MyScale)
@@ -118,6 +119,7 @@ class ChannelRule:
     weights: ClassVar[Roles] = {}
     sizes: ClassVar[Mapping[str, str]] = {}
     folded: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+    is_absent: ClassVar[bool] = False
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         """Relates the labels of the inputs to those of the outputs.

@@ -105,6 +105,8 @@ class ConstantsRule(ChannelRule):
 class NoiseRule(ChannelRule):
     """Noise that is absent in inference, element by element."""
 
+    is_absent = True
+
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         return [flow.of(call.inputs[0])]
 

@@ -13,11 +13,13 @@ from tf_kfacprune.graph.rules.base import ChannelRule
 from tf_kfacprune.graph.rules.channelwise import SpatialRule
 from tf_kfacprune.graph.rules.registry import register_channel_rule
 
-__all__ = ["AugmentationRule"]
+__all__: list[str] = []
 
 
 class AugmentationRule(SpatialRule):
     """Base of the rules for augmentation of images, which is absent in inference."""
+
+    is_absent = True
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         if len(call.inputs) != 1:  # images with labels or boxes

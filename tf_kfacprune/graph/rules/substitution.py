@@ -1,4 +1,4 @@
-"""Calling a Keras layer with some of its attributes replaced for the time of the call."""
+"""Calling a Keras layer with some attributes, its own or a module's, replaced for the time."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ __all__ = ["substituted"]
 
 
 @contextmanager
-def substituted(layer: Any, **attributes: Any) -> Iterator[None]:
-    """Replaces attributes of a layer, weights and methods included, within a `with` block.
+def substituted(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Replaces attributes of a layer or module, weights and methods included, in a `with` block.
 
     Works past Keras' attribute tracking, which is locked once a layer is built and would take a
     tensor in place of a weight for a loss of the weight.
 
     Args:
-        layer: The layer.
+        owner: The layer or module.
         **attributes: The attributes and what to put in their place.
     """
-    own = vars(layer)
+    own = vars(owner)
     before = {name: own[name] for name in attributes if name in own}
     own.update(attributes)
     try:

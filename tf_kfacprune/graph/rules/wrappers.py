@@ -25,8 +25,32 @@ __all__: list[str] = []
 _PREFIX = "layer."  # where the weights of the wrapped layer are
 
 
+class WrapperRule(ContractionRule):
+    """Base of the rules for layers around one layer: weights and configuration are that one's."""
+
+    def inner_shape(self, shape: Shape) -> Shape:
+        """What the wrapped layer puts out, from what the layer around it does."""
+        return shape
+
+    def weight_roles(self, layer: Any) -> Roles:
+        roles = rule_for(layer.layer).weight_roles(layer.layer)
+        return {_PREFIX + name: axes for name, axes in roles.items()}
+
+    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
+        inner = config["layer"]
+        inner.pop("build_config", None)
+        rule = rule_for(layer.layer)
+        rule.edit_config(layer.layer, inner["config"], count, self.inner_shape(shape))
+
+    def fold(
+        self, layer: Any, name: str, role: str, kernel: np.ndarray, scale: np.ndarray
+    ) -> np.ndarray:
+        name = name.removeprefix(_PREFIX)
+        return rule_for(layer.layer).fold(layer.layer, name, role, kernel, scale)
+
+
 @register_channel_rule(layers.TimeDistributed)
-class TimeDistributedRule(ContractionRule):
+class TimeDistributedRule(WrapperRule):
     """`TimeDistributed`: as the wrapped layer; frozen if that reads channels inside."""
 
     folded: ClassVar = {f"{_PREFIX}kernel": "in", f"{_PREFIX}depthwise_kernel": "in"}
@@ -55,26 +79,13 @@ class TimeDistributedRule(ContractionRule):
         flow.share_roles(layer, layer.layer)
         return [[axes[0], flow.of(value)[1], *axes[1:]]]
 
-    def weight_roles(self, layer: Any) -> Roles:
-        roles = rule_for(layer.layer).weight_roles(layer.layer)
-        return {_PREFIX + name: axes for name, axes in roles.items()}
-
     def is_homogeneous(self, call: Call) -> bool:
         step, made = (_without_time(v, v.shape) for v in (call.inputs[0], call.outputs[0]))
         inner = Call(call.operation.layer, (step,), {}, (made,), call.path)
         return rule_for(inner.operation).is_homogeneous(inner)
 
-    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
-        inner = config["layer"]
-        inner.pop("build_config", None)
-        step = (shape[0], *shape[2:])
-        rule_for(layer.layer).edit_config(layer.layer, inner["config"], count, step)
-
-    def fold(
-        self, layer: Any, name: str, role: str, kernel: np.ndarray, scale: np.ndarray
-    ) -> np.ndarray:
-        name = name.removeprefix(_PREFIX)
-        return rule_for(layer.layer).fold(layer.layer, name, role, kernel, scale)
+    def inner_shape(self, shape: Shape) -> Shape:
+        return (shape[0], *shape[2:])
 
     def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
         values = (call.inputs[0], call.outputs[0])
@@ -95,7 +106,7 @@ def _without_time_axis(axes: Axes) -> Axes:
 
 
 @register_channel_rule(layers.SpectralNormalization)
-class SpectralNormalizationRule(ContractionRule):
+class SpectralNormalizationRule(WrapperRule):
     """`SpectralNormalization`: as the wrapped layer, whose kernel it scales in training."""
 
     def folded_roles(self, name: str) -> tuple[str, ...]:
@@ -134,19 +145,7 @@ class SpectralNormalizationRule(ContractionRule):
     def weight_roles(self, layer: Any) -> Roles:
         roles = rule_for(layer.layer).weight_roles(layer.layer)
         columns = roles.get("kernel", roles.get("embeddings", (None,)))[-1]
-        inner = {_PREFIX + name: axes for name, axes in roles.items()}
-        return {**inner, "vector_u": (None, columns)}
-
-    def edit_config(self, layer: Any, config: dict[str, Any], count: Count, shape: Shape) -> None:
-        inner = config["layer"]
-        inner.pop("build_config", None)
-        rule_for(layer.layer).edit_config(layer.layer, inner["config"], count, shape)
-
-    def fold(
-        self, layer: Any, name: str, role: str, kernel: np.ndarray, scale: np.ndarray
-    ) -> np.ndarray:
-        inner = layer.layer
-        return rule_for(inner).fold(inner, name.removeprefix(_PREFIX), role, kernel, scale)
+        return {**super().weight_roles(layer), "vector_u": (None, columns)}
 
     def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
         return rule_for(call.operation.layer).macs(self.inner(call), flow)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-__all__ = ["branches"]
+__all__ = ["file_parts"]
 
 _IDENTIFIER = b"TFL3"
 
 
-def branches(content: bytes, outputs: tuple[str, ...]) -> list[bytes]:
+def file_parts(content: bytes, outputs: tuple[str, ...]) -> list[bytes]:
     """One file for each output, with what it is computed from.
 
     Converting twenty small models as one takes a quarter of the time of converting them one by one.
