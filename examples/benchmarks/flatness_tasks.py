@@ -87,7 +87,7 @@ def text():
     """Windows of text and the characters that follow; the last tenth of the text is the test."""
     x, y = manual_text()
     train, test = slice(0, len(x) * 9 // 10, 5), slice(len(x) * 9 // 10 + 5, None, 5)
-    return kp.data.Dataset("text", x[train], y[train], x[test], y[test], 128)
+    return kp.data.Dataset(x[train], y[train], x[test], y[test], 128, "text")
 
 
 @dataclasses.dataclass(frozen=True)
