@@ -32,7 +32,8 @@ METHODS = flags.DEFINE_list("methods", ["dense", "pruned", "narrow"], "What to t
 OUTPUT = flags.DEFINE_string("output", None, "Folder of the records; default: results/.")
 FLAGS = flags.FLAGS
 
-SETTINGS = ("hidden", "epochs", "batch_size", "learning_rate", "weight_decay", "validation")
+SETTINGS = ["hidden", "epochs", "batch_size", "learning_rate", "weight_decay"]
+SETTINGS += ["examples", "validation"]
 
 
 def narrow_width(task, budget):
