@@ -66,7 +66,7 @@ def function_between(inputs: Sequence[Any], outputs: Sequence[Any]) -> keras.Fun
     """The graph between symbolic tensors, some of which may be inputs and outputs at once."""
     for tensor in inputs:
         if not tensor._keras_history.operation._outbound_nodes:
-            keras.ops.stop_gradient(tensor)  # Keras 3.10 refuses inputs that nothing reads
+            keras.ops.stop_gradient(tensor)  # older versions refuse inputs that nothing reads
     return keras.Function(list(inputs), list(outputs))
 
 
