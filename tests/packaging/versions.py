@@ -49,9 +49,10 @@ def main() -> None:
     for corner in asked.corners:
         with tempfile.TemporaryDirectory() as name:
             fine = passes(corner, asked.tests, Path(name))
-        print(
-            f"{corner} ({', '.join(CORNERS[corner])}): {'fine' if fine else 'FAILED'}", flush=True
-        )
+            print(
+                f"{corner} ({', '.join(CORNERS[corner])}): {'fine' if fine else 'FAILED'}",
+                flush=True,
+            )
         failed += [] if fine else [corner]
     sys.exit(1 if failed else 0)
 

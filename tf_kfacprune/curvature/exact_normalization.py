@@ -29,9 +29,15 @@ __all__ = [
     "layer_normalization",
     "layer_normalization_operation",
     "moments_operation",
+    "renormalizes",
 ]
 
 Call = Callable[..., Any]
+
+
+def renormalizes(layer: keras.layers.BatchNormalization) -> bool:
+    """Whether the layer has `renorm=True`, which Keras 3.12 does not know."""
+    return getattr(layer, "renorm", False)
 
 
 def batch_normalization(layer: keras.layers.BatchNormalization, call: Call) -> Call:
@@ -48,7 +54,7 @@ def batch_normalization(layer: keras.layers.BatchNormalization, call: Call) -> C
     def twice_differentiable_call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
         if not (training and layer.trainable):
             return call(inputs, training=False, mask=mask)
-        if layer.renorm:
+        if renormalizes(layer):
             raise UnsupportedModelError(
                 f"BatchNormalization {layer.name!r} has renorm=True, which corrects batch "
                 "statistics by factors that are held constant: its gradient in training mode is "

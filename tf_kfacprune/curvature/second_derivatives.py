@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_kfacprune.curvature.exact_normalization import renormalizes
 from tf_kfacprune.errors import UnsupportedModelError
 
 __all__ = [
@@ -138,7 +139,7 @@ def _fault_of(operation: keras.Operation, training: bool) -> tuple[str, bool]:
     """``(reason, affects Jacobian products)``, with an empty reason for a sound operation."""
     layers = keras.layers
     if isinstance(operation, layers.BatchNormalization) and training and operation.trainable:
-        if operation.renorm:
+        if renormalizes(operation):
             return RENORM_HAS_NO_OBJECTIVE, False
         # Synchronized over replicas, it takes a route without tf.nn.moments.
         return ("", False) if operation.synchronized else (MOMENTS_STOP_GRADIENT, False)

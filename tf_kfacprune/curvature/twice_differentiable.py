@@ -112,7 +112,7 @@ def mends(operation: keras.Operation) -> bool:
     Returns:
         False for a subclass with a `call` of its own too: nobody knows what that computes.
     """
-    if isinstance(operation, keras.layers.BatchNormalization) and operation.renorm:
+    if isinstance(operation, keras.layers.BatchNormalization) and exact.renormalizes(operation):
         return False
     if _reexpression(operation) is not None:
         return True
