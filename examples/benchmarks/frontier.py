@@ -195,7 +195,7 @@ METHODS = {
 # Methods without a budget run at these strengths instead of the targets.
 STRENGTHS = {
     "hard_concrete": (0.3, 1.0, 3.0),
-    "vibnet": (1e-4, 3e-4, 1e-3),
+    "vibnet": (2e-4, 5e-4, 1e-3),
     "bc_gnj": (0.3, 1.0),
     "bc_ghs": (0.3, 1.0),
     "dense": (0.0,),
