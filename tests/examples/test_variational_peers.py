@@ -144,40 +144,53 @@ def test_every_example_has_its_own_value_of_each_neuron_wherever_it_is_read(peer
     np.testing.assert_array_equal(peers.positions(gated), [4, 4, 4, 1, 1, 1, 1, 1])
 
 
-@pytest.mark.parametrize("name", ["conv", "fc"])
-def test_weights_of_which_every_example_draws_its_own_sum(peers, run, name, monkeypatch):
-    layer = run.model.get_layer(name)
-    x = np.random.default_rng(0).normal(size=(4, *layer.input.shape[1:])).astype("float32")
-    noisy = peers.NoisyWeights(layer)
-    np.testing.assert_array_equal(noisy(x), layer(x))
-    for log_variance in noisy.log_variances:
-        log_variance.assign(keras.random.normal(log_variance.shape, seed=3))
+@pytest.fixture(name="noise_of_one")
+def constant_noise(monkeypatch):
     monkeypatch.setattr(keras.random, "normal", lambda shape, seed: keras.ops.ones(shape))
-    kernel, bias, kernel_v, bias_v = (
-        keras.ops.convert_to_numpy(w).astype("float64")
-        for w in (*layer.weights, *(keras.ops.exp(v) for v in noisy.log_variances))
+
+
+def noisy_weights(peers, layer):
+    """A layer with noise, and its weights and their variances."""
+    noisy = peers.NoisyWeights(layer)
+    for number, log_variance in enumerate(noisy.log_variances):
+        log_variance.assign(np.random.default_rng(number).normal(size=log_variance.shape))
+    variances = [keras.ops.exp(log_variance) for log_variance in noisy.log_variances]
+    return noisy, [keras.ops.convert_to_numpy(w) for w in (*layer.weights, *variances)]
+
+
+@pytest.mark.usefixtures("noise_of_one")
+def test_every_example_draws_the_sum_of_its_noisy_weights(peers, run):
+    noisy, (kernel, bias, kernel_variance, bias_variance) = noisy_weights(
+        peers, run.model.get_layer("fc")
     )
-    if name == "conv":
-        x = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
-        x = np.moveaxis(x, 3, -1).reshape(4, 4, 4, -1)
-        kernel, kernel_v = (k.reshape(-1, k.shape[-1]) for k in (kernel, kernel_v))
-    expected = x @ kernel + bias + np.sqrt(x**2 @ kernel_v + bias_v)
-    if name == "fc":
-        expected = np.maximum(expected, 0.0)
-    found = noisy(np.asarray(layer_inputs(x, name)), training=True)
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+    x = np.random.default_rng(0).normal(size=(4, 12)).astype("float32")
+    deviation = np.sqrt(x**2 @ kernel_variance + bias_variance)
+    expected = np.maximum(x @ kernel + bias + deviation, 0.0)
+    np.testing.assert_allclose(noisy(x, training=True), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(noisy(x), noisy.layer(x))
 
 
-def layer_inputs(x, name):
-    """Images again from their patches."""
-    if name == "fc":
-        return x
-    patches = x.reshape(4, 4, 4, 3, 3, 2)
-    images = np.zeros((4, 6, 6, 2), "float32")
-    for i in range(3):
-        for j in range(3):
-            images[:, i : i + 4, j : j + 4] = patches[:, :, :, i, j]
-    return images
+@pytest.mark.usefixtures("noise_of_one")
+def test_a_batch_draws_the_kernel_of_a_convolution(peers, run):
+    layer = run.model.get_layer("conv")
+    noisy, (kernel, bias, kernel_variance, bias_variance) = noisy_weights(peers, layer)
+    found = keras.ops.convert_to_numpy(noisy(run.x, training=True))
+    layer.set_weights([kernel + np.sqrt(kernel_variance), bias + np.sqrt(bias_variance)])
+    np.testing.assert_allclose(found, layer(run.x), rtol=1e-4, atol=1e-5)
+
+
+def test_rates_are_split_where_both_parts_vary_least(peers):
+    values = np.array([3.0, -2.0, 2.6, -1.0, 3.3])
+    np.testing.assert_array_equal(peers.lower_part(values), [False, True, False, True, False])
+    for seed in range(5):
+        values = np.random.default_rng(seed).normal(size=9)
+        keep = peers.lower_part(values)
+
+        def within(part, values=values):
+            return values[part].var() * part.sum() + values[~part].var() * (~part).sum()
+
+        least = min(within(values <= at) for at in np.sort(values)[:-1])
+        assert within(keep) == pytest.approx(least)
 
 
 def test_a_network_without_its_drowned_neurons_computes_the_means(peers, run):
@@ -191,7 +204,7 @@ def test_a_network_without_its_drowned_neurons_computes_the_means(peers, run):
     noise.mu.assign(means * keep)
     expected = keras.ops.convert_to_numpy(noisy(run.x, training=False))
     noise.mu.assign(means)
-    small = peers.cut_out(gated, noise, threshold=0.0)
+    small = peers.cut_out(gated, noise, peers.rates_of(noise) < 0.0)
     assert [w.shape[-1] for w in small.weights[::2]] == [2, 3, 2]
     np.testing.assert_allclose(small(run.x), expected, rtol=1e-4, atol=1e-4)
 
@@ -200,7 +213,7 @@ def test_a_network_without_its_drowned_neurons_computes_the_means(peers, run):
 def test_a_high_price_drowns_neurons(peers, run, method, monkeypatch):
     # In twelve steps: less far to go.
     monkeypatch.setattr(peers, "NOISE_TRAVEL", 4.0)
-    monkeypatch.setattr(peers, "INITIAL_LOG_VARIANCE", -1.0)
+    monkeypatch.setattr(peers, "INITIAL_LOG_VARIANCE", -4.0)
     dense = run.model.count_params()
     small = getattr(peers, method)(dataclasses.replace(run, strength=100.0))
     assert small.count_params() < dense
