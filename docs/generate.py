@@ -44,6 +44,7 @@ TABLES = {
     "flatness_pruned": lambda: flatness.flatness_table("prune"),
     "corruptions_pruned": lambda: flatness.corruptions_table("prune"),
     "tracking": flatness.tracking_table,
+    "flatness_tasks": flatness.tasks_table,
     "budgets": budgets.budgets_table,
     "latency": latency.latency_table,
     "step_cost": optimizer.step_cost_table,

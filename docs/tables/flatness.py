@@ -83,6 +83,53 @@ def corruptions_table(part):
     return recorded_table(["network", "penalty", *header], rows)
 
 
+def tasks_table(default=1e-4):
+    """Networks of many kinds without the penalty and with its default strength."""
+    rows = []
+    for task, runs in _by_task().items():
+        pair = [runs.get(0.0, []), runs.get(default, [])]
+        seeds = [{run["key"]["seed"]: run for run in side} for side in pair]
+        both = sorted(seeds[0].keys() & seeds[1].keys())
+        if both:
+            sides = [[of_side[seed] for seed in both] for of_side in seeds]
+            rows.append([f"`{task}`", len(both), *_compared(*sides)])
+    header = ["task", "seeds", "scaled eigenvalue", "times flatter", "test error %"]
+    return recorded_table([*header, "on spoilt images %", "cost"], rows)
+
+
+def _by_task():
+    """Runs of every task by the strength of the penalty."""
+    tasks = {}
+    for run in records("flatness_tasks.jsonl"):
+        of_task = tasks.setdefault(run["key"]["task"], {})
+        of_task.setdefault(run["key"]["strength"], []).append(run)
+    return tasks
+
+
+def _compared(without, penalized):
+    """Cells of two lists of runs with the same seeds."""
+
+    def of(value, digits, unit=1):
+        return " -> ".join(
+            mean_and_deviation([value(run) for run in side], digits, unit)
+            for side in (without, penalized)
+        )
+
+    pairs = list(zip(without, penalized, strict=True))
+    flatter = statistics.geometric_mean(a["top_scaled"] / b["top_scaled"] for a, b in pairs)
+    seconds = "cpu_seconds" if "cpu_seconds" in without[0] else "epoch_cpu_seconds"
+    spoilt = "-"
+    if "corrupted" in without[0]:
+        spoilt = of(lambda run: 1 - statistics.mean(run["corrupted"].values()), 1, 100)
+    return [
+        of(lambda run: run["top_scaled"], 1),
+        f"{flatter:.1f}",
+        of(lambda run: run["test_error"], 2, 100),
+        spoilt,
+        f"{statistics.median(b[seconds] / a[seconds] for a, b in pairs):.2f}",
+    ]
+
+
 def tracking_table():
     """How the K-FAC estimate follows the exact eigenvalue along runs."""
     rows = []

@@ -1,35 +1,34 @@
 """One default penalty for all: small networks of many kinds, with and without it.
 
-    python examples/benchmarks/flatness_tasks.py [--tasks=digits_conv_bn] [--strengths=0,1e-4]
+    python examples/benchmarks/flatness_tasks.py --data_dir=DIR [--tasks=text] [--strengths=0,1e-4]
 
-Every task is trained with the same optimizer and settings, the default strength, a tenth of it and
-ten times it, and without the penalty. Nothing is chosen by the test set: rate and decay of `KFAC`
-are those of `PrunableModel`, the epochs were set before any run. Each finished run appends one line
-to `results/flatness_tasks.jsonl`; what is in there is not run again.
+Every task is trained with the same optimizer and settings without the penalty and with its default
+strength (a tenth of it and ten times it: `--strengths=1e-5,1e-3`). Some are pruned at the same
+time, as in `frontier.py`. Nothing is chosen by the test set: rate and decay of `KFAC` are those of
+`PrunableModel`, the epochs were set before any run. Each finished run appends one line to
+`results/flatness_tasks.jsonl`; what is in there is not run again.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable
 
+import frontier
 import keras
 import numpy as np
 from absl import app, flags
-from flatness import LOSS, accuracy
-from optimizer import manual_text, text_network
+from peers import SharedStarts
 from records import Records
+from text_task import manual_text, text_network
 
 import tf_kfacprune as kp
 
 TASK_NAMES = flags.DEFINE_list("tasks", None, "Names of tasks; default: all of them.")
-TASK_STRENGTHS = flags.DEFINE_list(
-    "task_strengths", ["0", "1e-4", "1e-3", "1e-5"], "Strengths of the penalty; 0 for none."
-)
-TASK_SEEDS = flags.DEFINE_list("task_seeds", ["0", "1", "2", "3", "4"], "Seeds.")
-RECORDS = flags.DEFINE_string("records", None, "Folder of the records; default: results/.")
+STRENGTHS = flags.DEFINE_list("strengths", ["0", "1e-4"], "Strengths of the penalty; 0 for none.")
 
 LEARNING_RATE, WEIGHT_DECAY = 3e-2, 0.03
-PIXELS = 8
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+PIXELS, EXAMINED, SEEDS = 8, 2000, range(5)
 
 
 def conv_bn(seed):
@@ -88,7 +87,7 @@ def text():
     """Windows of text and the characters that follow; the last tenth of the text is the test."""
     x, y = manual_text()
     train, test = slice(0, len(x) * 9 // 10, 5), slice(len(x) * 9 // 10 + 5, None, 5)
-    return kp.data.Dataset("text", x[train], y[train], x[test], y[test], 128)
+    return kp.data.Dataset(x[train], y[train], x[test], y[test], 128, "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +99,49 @@ class Task:
     epochs: int
     batch_size: int = 32
 
+    def train(self, curvature, seed):
+        """The trained network, its data, and what it took."""
+        data, network = self.data(), self.network(seed)
+        model = kp.PrunableModel(network, curvature=curvature, seed=seed)
+        steps = self.epochs * -(-len(data.x_train) // self.batch_size)
+        rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
+        model.compile(kp.KFAC(rate, weight_decay=WEIGHT_DECAY), LOSS, steps_per_execution=10)
+        batch = {"batch_size": self.batch_size, "verbose": 0}
+        model.fit(data.x_train, data.y_train, epochs=1, **batch)  # with the tracing
+        start = time.process_time()
+        model.fit(data.x_train, data.y_train, epochs=self.epochs, initial_epoch=1, **batch)
+        seconds = (time.process_time() - start) / (self.epochs - 1)
+        return network, data, {"epoch_cpu_seconds": round(seconds, 3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunedTask:
+    """A case of `frontier.py`, pruned to one of its targets."""
+
+    case: str
+    target: str
+
+    @property
+    def epochs(self):
+        """Epochs of training."""
+        return frontier.CASES[self.case].epochs
+
+    def train(self, curvature, seed):
+        """The compact network, its data, and what it took."""
+        case = frontier.CASES[self.case]
+        data = frontier.load(case, "test")
+        budget = kp.Budget(**case.targets[self.target])
+        run = frontier.prepared(case, data, seed, SharedStarts(), budget)
+        start = time.process_time()
+        small = frontier.ours(run, curvature=curvature)
+        seconds = time.process_time() - start
+        images = {
+            "x_train": run.x,
+            "y_train": run.y,
+            "x_test": frontier.shown_to(small, data.x_test),
+        }
+        return small, dataclasses.replace(data, **images), {"cpu_seconds": round(seconds, 1)}
+
 
 TASKS = {
     "digits_conv_bn": Task(conv_bn, digits, epochs=20),
@@ -107,6 +149,10 @@ TASKS = {
     "digits_mlp": Task(mlp, digits, epochs=30),
     "digits_transformer": Task(vision_transformer, digits, epochs=30),
     "text": Task(lambda seed: seeded(text_network, seed), text, epochs=6, batch_size=256),
+    "lenet300_9k": PrunedTask("lenet300", "9k"),
+    "lenet5_2.75k": PrunedTask("lenet5", "2.75k"),
+    "lenet5_fashion_2.75k": PrunedTask("lenet5_fashion", "2.75k"),
+    "resnet20_30%": PrunedTask("resnet20", "30%"),
 }
 
 
@@ -127,59 +173,51 @@ def spoilt(images):
     }
 
 
+def error(network, x, y):
+    """Share of wrong answers."""
+    predicted = network.predict(x, batch_size=500, verbose=0)
+    return float(np.mean(predicted.argmax(axis=-1) != y))
+
+
 def measured(network, data):
-    """Curvature on up to 2,000 training examples, and the error."""
-    examples = (data.x_train[:2000], data.y_train[:2000])
+    """Curvature on the first training examples, and the error on test data."""
+    examples = (data.x_train[:EXAMINED], data.y_train[:EXAMINED])
     options = {"tolerance": 1e-2, "batch_size": 500}
     plain = kp.diagnostics.hessian_spectrum(network, examples, LOSS, **options)
     scaled = kp.diagnostics.hessian_spectrum(network, examples, LOSS, scaling="norm", **options)
-    predicted = network.predict(data.x_test, batch_size=500, verbose=0)
+    network.compile(loss=LOSS)
     values = {
         "top": plain.top,
         "top_scaled": scaled.top,
         "converged": bool(plain.converged and scaled.converged),
-        "test_error": float(np.mean(predicted.argmax(axis=-1) != data.y_test)),
-        "test_loss": float(LOSS(data.y_test, predicted)),
-        "train_loss": float(network.evaluate(*examples, batch_size=500, verbose=0)),
+        "test_error": error(network, data.x_test, data.y_test),
+        "test_loss": float(network.evaluate(data.x_test, data.y_test, 500, verbose=0)),
+        "train_loss": float(network.evaluate(*examples, 500, verbose=0)),
     }
     if data.x_test.ndim == 4:
         values["corrupted"] = {
-            name: accuracy(network, images, data.y_test)
+            name: 1.0 - error(network, images, data.y_test)
             for name, images in spoilt(data.x_test).items()
         }
     return values
 
 
-def run_of(task, strength, seed):
-    """Trains a task once and measures what came out."""
-    keras.utils.set_random_seed(seed)
-    data, network = task.data(), task.network(seed)
-    curvature = kp.SpectralRadius(strength) if strength else None
-    model = kp.PrunableModel(network, curvature=curvature, seed=seed)
-    steps = task.epochs * -(-len(data.x_train) // task.batch_size)
-    rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
-    model.compile(kp.KFAC(rate, weight_decay=WEIGHT_DECAY), LOSS, steps_per_execution=10)
-    network.compile(loss=LOSS)
-    batch = {"batch_size": task.batch_size, "verbose": 0}
-    model.fit(data.x_train, data.y_train, epochs=1, **batch)  # with the tracing
-    start = time.process_time()
-    model.fit(data.x_train, data.y_train, epochs=task.epochs, initial_epoch=1, **batch)
-    seconds = (time.process_time() - start) / (task.epochs - 1)
-    return {**measured(network, data), "epoch_cpu_seconds": round(seconds, 3)}
-
-
 def main(argv):
     """All runs that are not recorded yet."""
     del argv
-    records = Records("flatness_tasks.jsonl", RECORDS.value)
-    for strength in map(float, TASK_STRENGTHS.value):
-        for seed in map(int, TASK_SEEDS.value):
-            for name in TASK_NAMES.value or TASKS:
-                key = {"task": name, "strength": strength, "seed": seed}
-                key["epochs"] = TASKS[name].epochs
-                if key not in records:
-                    records.add(key, run_of(TASKS[name], strength, seed))
-                    keras.backend.clear_session()
+    records = Records("flatness_tasks.jsonl", frontier.OUTPUT.value)
+    for seed in map(int, frontier.SEEDS.value or SEEDS):
+        for name in TASK_NAMES.value or TASKS:
+            for strength in map(float, STRENGTHS.value):
+                task = TASKS[name]
+                key = {"task": name, "strength": strength, "seed": seed, "epochs": task.epochs}
+                if key in records:
+                    continue
+                keras.utils.set_random_seed(seed)
+                curvature = kp.SpectralRadius(strength) if strength else None
+                network, data, cost = task.train(curvature, seed)
+                records.add(key, measured(network, data) | cost)
+                keras.backend.clear_session()
 
 
 if __name__ == "__main__":

@@ -228,13 +228,17 @@ def shown_to(model, x):
     return x.reshape(-1, *model.input_shape[1:])
 
 
-def trained(case, data, method, seed, starts, budget=None, strength=None):
-    """The network that a method makes, and the seconds it takes."""
+def prepared(case, data, seed, starts, budget=None, strength=None):
+    """A run of an untrained network."""
     keras.utils.set_random_seed(seed)
     model = case.network(data.input_shape, data.num_classes, seed=seed)
     x = shown_to(model, data.x_train[: case.examples])
-    y = data.y_train[: case.examples]
-    run = Run(case, model, x, y, seed, starts, budget, strength)
+    return Run(case, model, x, data.y_train[: case.examples], seed, starts, budget, strength)
+
+
+def trained(case, data, method, seed, starts, budget=None, strength=None):
+    """The network that a method makes, and the seconds it takes."""
+    run = prepared(case, data, seed, starts, budget, strength)
     start, spared = time.perf_counter(), starts.seconds_spared
     small = METHODS[method](run)
     return small, time.perf_counter() - start + starts.seconds_spared - spared

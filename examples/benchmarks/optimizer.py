@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from records import Records
+from text_task import manual_text, text_network
 
 import tf_kfacprune as kp
 
@@ -75,31 +76,6 @@ def resnet20():
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.9
     return network
-
-
-def manual_text(window=32):
-    """Windows of characters of Python's own manual, and the character that follows each."""
-    import pydoc_data.topics
-
-    text = "".join(pydoc_data.topics.topics.values()).encode("ascii", "ignore")
-    tokens = np.frombuffer(text, np.uint8).astype("int32")
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, window + 1)[::7]
-    return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
-
-
-def text_network():
-    """A small causal transformer over 128 characters."""
-    inputs = keras.Input((32,), dtype="int32")
-    x = keras.layers.Embedding(128, 64)(inputs)
-    places = keras.layers.Embedding(32, 64)
-    x = x + places(keras.ops.arange(32))
-    for _ in range(2):
-        y = keras.layers.LayerNormalization()(x)
-        x = x + keras.layers.MultiHeadAttention(4, 16)(y, y, use_causal_mask=True)
-        y = keras.layers.LayerNormalization()(x)
-        y = keras.layers.Dense(128, activation="gelu")(y)
-        x = x + keras.layers.Dense(64)(y)
-    return keras.Model(inputs, keras.layers.Dense(128)(keras.layers.LayerNormalization()(x)))
 
 
 BERNOULLI = keras.losses.BinaryCrossentropy(from_logits=True)

@@ -104,6 +104,37 @@ def test_refusal_names_the_layer_and_the_way_out():
     check_second_derivatives(model, jacobian_only=True)
 
 
+IN_FLOAT32 = ("bilinear", "bicubic", "resizing")  # TensorFlow resizes in float32 only
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_products_with_the_hessian_are_exact_nevertheless(name):
+    """Against differences of the gradient along one direction, all parameters taking part."""
+    first, last = layers.Dense(3, dtype="float64"), layers.Dense(1, dtype="float64")
+    model = model_with(first, FAULTY[name](), layers.Flatten(dtype="float64"), last)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(3, *IMAGE)), rng.normal(size=(3, 1))
+    operator = CurvatureOperator(model, (x, y), "mse")
+    values = [0.7 * rng.normal(size=v.shape) for v in model.trainable_variables]
+    direction = rng.normal(size=operator.dimension)
+
+    def gradient_at(step):
+        ends = np.cumsum([v.size for v in values])[:-1]
+        parts = np.split(direction, ends)
+        for variable, value, part in zip(model.trainable_variables, values, parts, strict=True):
+            variable.assign(value + step * part.reshape(value.shape))
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((tf.cast(model(x, training=False), tf.float64) - y) ** 2)
+        gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+        return np.concatenate([g.numpy().ravel() for g in gradients])
+
+    step, tolerance = (1e-2, 1e-3) if name in IN_FLOAT32 else (1e-5, 1e-7)
+    differences = (gradient_at(step) - gradient_at(-step)) / (2 * step)
+    gradient_at(0.0)
+    error = np.linalg.norm(operator.matvec(direction) - differences)
+    assert error < tolerance * np.linalg.norm(differences)
+
+
 def test_ggn_of_a_layer_normalized_model_is_exact():
     inputs = keras.Input((3,), dtype="float64")
     hidden = layers.LayerNormalization(dtype="float64")(layers.Dense(4, dtype="float64")(inputs))

@@ -91,6 +91,35 @@ def test_accuracy_refuses_what_is_not_a_classifier(models):
         accuracy(models[0], X, Y[:39])
 
 
+def test_what_is_no_classifier_is_measured_by_what_it_was_compiled_with():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    x = keras.layers.Dense(20, activation="relu", name="fc")(inputs)
+    outputs = {
+        "is_large": keras.layers.Dense(1, activation="sigmoid", name="is_large")(x),
+        "value": keras.layers.Dense(2, name="value")(x),
+    }
+    targets = {"is_large": (X[:, :1] > 0).astype("float32"), "value": X[:, 1:3]}
+    losses = {"is_large": "binary_crossentropy", "value": "mse"}
+    pm = kp.PrunableModel(keras.Model(inputs, outputs), kp.Budget(macs=0.5), seed=0)
+    pm.compile(loss=losses)
+    pm.fit(X, targets, batch_size=8, epochs=4, verbose=0)
+    small = compact(pm)
+    with pytest.raises(InvalidArgumentError, match="Compile it with the loss"):
+        report(pm, small, data=(X, targets), files=False)
+    small.compile(loss=losses, metrics={"value": ["mae"]})
+    comparison = report(pm, small, data=(X, targets), files=False)
+    found = small.predict(X, verbose=0)
+    p, is_large = found["is_large"], targets["is_large"]
+    entropy = -np.mean(is_large * np.log(p) + (1 - is_large) * np.log(1 - p))
+    errors = found["value"] - targets["value"]
+    measured = comparison.compact.measures
+    assert measured["loss"] == pytest.approx(entropy + np.mean(errors**2), rel=1e-4)
+    assert measured["value_mae"] == pytest.approx(np.mean(np.abs(errors)), rel=1e-4)
+    assert comparison.compact.accuracy is None
+    assert "value_mae" in str(comparison)
+
+
 def test_tflite_size_holds_the_weights_once(models):
     dense, _, small = models
     assert tflite_size(dense).raw - tflite_size(small).raw == pytest.approx(

@@ -17,10 +17,10 @@ from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import GateBank
 from tf_kfacprune.gates.rules import GateRule
 from tf_kfacprune.graph import Call, Value, Weight, fresh_operation, rule_for
+from tf_kfacprune.graph.keras_internals import mask_of, set_mask
 from tf_kfacprune.graph.recording import missing_masks
 from tf_kfacprune.graph.rules.activations import activation_reason
 from tf_kfacprune.graph.rules.registry import has_rule
-from tf_kfacprune.graph.tracer import mask_of, set_mask
 
 __all__ = ["rebuild_compact"]
 

@@ -11,7 +11,8 @@ symbol     meaning                                                           sha
 =========  ================================================================  ===========
 
 ``H v = grad (grad L . v)`` (Pearlmutter 1994). Both are exact, batch by batch, in the model's
-precision, and accumulated in float64. Memory does not depend on N.
+precision, and accumulated in float64. Memory does not depend on N. Layers whose second derivatives
+TensorFlow gets wrong are called by another expression meanwhile (`twice_differentiable`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tf_kfacprune.curvature.second_derivatives import (
     check_second_derivatives,
     reachable_operations,
 )
+from tf_kfacprune.curvature.twice_differentiable import mends, twice_differentiable
 from tf_kfacprune.errors import DataError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import GateSource
 from tf_kfacprune.validation import is_count
@@ -91,7 +93,7 @@ class CurvatureOperator:
                 f"batch_size must be an integer >= 1. Received: batch_size={batch_size!r}"
             )
         self._net = checked_network(model)
-        check_second_derivatives(self._net, jacobian_only=curvature == "ggn")
+        check_second_derivatives(self._net, jacobian_only=curvature == "ggn", mended=mends)
         self._objective = SingleObjective(loss)
         self._batches = batches_of(data, batch_size)
         self._variables = _parameters(self._net)
@@ -149,11 +151,12 @@ class CurvatureOperator:
         total = np.zeros(self.dimension)
         loss = 0.0
         count = 0
-        for x, y in self._batches():
-            value, product = self._differentiated(self._product, x, y, parts)
-            total += _flattened(product)
-            loss += float(value)
-            count += length_of(y)
+        with twice_differentiable(self._net):
+            for x, y in self._batches():
+                value, product = self._differentiated(self._product, x, y, parts)
+                total += _flattened(product)
+                loss += float(value)
+                count += length_of(y)
         total /= self._checked_count(count)
         self._check_loss(loss / count)
         return total if self._scale is None else self._scale * total

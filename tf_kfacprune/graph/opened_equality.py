@@ -11,8 +11,9 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from tf_kfacprune.graph.keras_internals import mask_of, set_mask
 from tf_kfacprune.graph.recording import Recording
-from tf_kfacprune.graph.tracer import Opened, mask_of, set_mask
+from tf_kfacprune.graph.walk import Opened
 
 __all__ = ["is_noise", "why_different"]
 

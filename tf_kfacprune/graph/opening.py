@@ -26,20 +26,18 @@ from keras import ops, tree
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Value
-from tf_kfacprune.graph.opened_equality import describe_error, is_noise, why_different
-from tf_kfacprune.graph.recording import Recording
-from tf_kfacprune.graph.rules.registry import has_rule, take_rule_of
-from tf_kfacprune.graph.tracer import (
-    Graph,
-    Opened,
-    calls_of,
+from tf_kfacprune.graph.keras_internals import (
     inherit_training,
     mask_of,
     nodes_of,
     settings_of,
     tells_shapes,
-    trace,
 )
+from tf_kfacprune.graph.opened_equality import describe_error, is_noise, why_different
+from tf_kfacprune.graph.recording import Recording
+from tf_kfacprune.graph.rules.registry import has_rule, take_rule_of
+from tf_kfacprune.graph.tracer import Graph, calls_of, trace
+from tf_kfacprune.graph.walk import Opened
 from tf_kfacprune.graph.weight_layer import Weight
 
 __all__ = ["OpaqueLayer", "keep_opaque", "opaque_layers", "open_layer", "trace_opened"]

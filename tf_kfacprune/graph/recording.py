@@ -10,13 +10,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from tf_kfacprune.graph.rules.registry import has_rule
-from tf_kfacprune.graph.rules.substitution import substituted
-from tf_kfacprune.graph.symbolic_sizes import symbolic_sizes
-from tf_kfacprune.graph.tensorflow_functions import expressed_by_keras
-from tf_kfacprune.graph.tracer import (
-    Opened,
-    calls_of,
+from tf_kfacprune.graph.keras_internals import (
     calls_without_trailing_none,
     converted_dtype,
     forget_calls,
@@ -27,6 +21,12 @@ from tf_kfacprune.graph.tracer import (
     set_mask,
     without_trailing_none,
 )
+from tf_kfacprune.graph.rules.registry import has_rule
+from tf_kfacprune.graph.rules.substitution import substituted
+from tf_kfacprune.graph.symbolic_sizes import symbolic_sizes
+from tf_kfacprune.graph.tensorflow_functions import expressed_by_keras
+from tf_kfacprune.graph.tracer import calls_of
+from tf_kfacprune.graph.walk import Opened
 from tf_kfacprune.graph.weight_layer import Weight
 
 __all__ = ["Recording", "missing_masks"]

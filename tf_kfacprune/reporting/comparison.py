@@ -96,6 +96,8 @@ def before_after_table(
         if dense.accuracy is not None and compact.accuracy is not None:
             change = f"{100 * (compact.accuracy - dense.accuracy):+.2f} points"
         table.add_row("accuracy", _percent(dense.accuracy), _percent(compact.accuracy), change)
+    for name in dict.fromkeys([*dense.measures, *compact.measures]):
+        _add(table, name, dense.measures.get(name), compact.measures.get(name), _significant)
     if dense.latency_us is not None or compact.latency_us is not None:
         row = _row(dense.latency_us, compact.latency_us, lambda time: f"{time:.1f} µs")
         left = row[2] if latency_ratio is None else f"{100 * latency_ratio:.1f} %"

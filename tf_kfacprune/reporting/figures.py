@@ -20,7 +20,7 @@ from tf_kfacprune.export.conversion import convert
 from tf_kfacprune.export.file_sizes import FileSize
 from tf_kfacprune.export.serving import Signature, check_exportable
 
-__all__ = ["Flatness", "ModelFigures", "accuracy", "flatness_of", "tflite_size"]
+__all__ = ["Flatness", "ModelFigures", "accuracy", "flatness_of", "measures", "tflite_size"]
 
 _BATCH = 512
 # A report needs two digits of an eigenvalue, from as many examples as fit in one product.
@@ -59,6 +59,7 @@ class ModelFigures:
         accuracy: fraction of right predictions, in [0, 1].
         latency_us: microseconds of one inference.
         flatness: eigenvalues of the curvature.
+        measures: name -> loss and metrics that the model was compiled with.
     """
 
     neurons: Mapping[str, int] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class ModelFigures:
     accuracy: float | None = None
     latency_us: float | None = None
     flatness: Flatness | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 def tflite_size(model: keras.Model) -> FileSize:
@@ -85,6 +87,41 @@ def tflite_size(model: keras.Model) -> FileSize:
     """
     check_exportable(model)
     return FileSize.of(convert(model, Signature.of(model)))
+
+
+def measures(model: keras.Model, x: Any, y: Any) -> dict[str, Any]:
+    """How good a model is: its accuracy, or the loss and the metrics that it was compiled with.
+
+    Args:
+        model: a classifier with one output and no other metrics, or any compiled model.
+        x: inputs, as the model takes them.
+        y: labels or targets, as its loss takes them.
+
+    Returns:
+        The fields ``accuracy`` or ``measures`` of `ModelFigures`.
+
+    Raises:
+        InvalidArgumentError: if the model is no classifier and was not compiled.
+        DataError: if labels and predictions differ in number.
+    """
+    if _returns_classes(model) and _is_one_number_each(y):
+        return {"accuracy": accuracy(model, x, y)}
+    if not model.compiled:
+        raise InvalidArgumentError(
+            f"Model {model.name!r} is no classifier of one class number per example, so that what "
+            "`data` measures is not known. Compile it with the loss and the metrics to be shown "
+            "(model.compile(loss=..., metrics=[...])), or leave `data` out."
+        )
+    return {"measures": model.evaluate(x, y, batch_size=_BATCH, verbose=0, return_dict=True)}
+
+
+def _returns_classes(model: keras.Model) -> bool:
+    shape = model.output_shape
+    return isinstance(shape, tuple) and len(shape) == 2 and (shape[1] or 0) >= 2
+
+
+def _is_one_number_each(y: Any) -> bool:
+    return not isinstance(y, dict) and np.ndim(y) > 0 and np.shape(y)[1:] in ((), (1,))
 
 
 def accuracy(model: keras.Model, x: Any, y: Any) -> float:
@@ -122,7 +159,7 @@ def flatness_of(model: keras.Model, x: Any, y: Any, loss: Any) -> Flatness:
     """The top eigenvalue of the exact Hessian, to about two digits, over the first 500 examples.
 
     Args:
-        model: a built model with one output.
+        model: a built model.
         x: inputs, as the model takes them.
         y: labels.
         loss: as given to `compile`.
@@ -130,8 +167,8 @@ def flatness_of(model: keras.Model, x: Any, y: Any, loss: Any) -> Flatness:
     Returns:
         The eigenvalues, or the reason why the model has none that can be trusted.
     """
-    x = keras.tree.map_structure(lambda part: np.asarray(part)[:_FLATNESS_EXAMPLES], x)
-    y = np.asarray(y)[:_FLATNESS_EXAMPLES]
+    x, y = keras.tree.map_structure(lambda part: np.asarray(part)[:_FLATNESS_EXAMPLES], (x, y))
+    count = len(keras.tree.flatten(x)[0])
     tops = []
     for scaling in (None, "norm"):
         try:
@@ -145,6 +182,6 @@ def flatness_of(model: keras.Model, x: Any, y: Any, loss: Any) -> Flatness:
                 batch_size=_FLATNESS_EXAMPLES,
             )
         except (UnsupportedModelError, NonFiniteError) as error:
-            return Flatness(None, None, len(y), str(error))
+            return Flatness(None, None, count, str(error))
         tops.append(spectrum.top)
-    return Flatness(tops[0], tops[1], len(y))
+    return Flatness(tops[0], tops[1], count)

@@ -17,7 +17,7 @@ from tf_kfacprune.export.atomic import atomic_file
 from tf_kfacprune.export.file_sizes import FileSize
 from tf_kfacprune.export.timing import latency
 from tf_kfacprune.reporting.comparison import Comparison
-from tf_kfacprune.reporting.figures import ModelFigures, accuracy, flatness_of, tflite_size
+from tf_kfacprune.reporting.figures import ModelFigures, flatness_of, measures, tflite_size
 from tf_kfacprune.reporting.records import command_line, versions
 from tf_kfacprune.reporting.report_page import report_page
 from tf_kfacprune.reporting.run_history import run_of
@@ -45,7 +45,9 @@ def report(
         compact_model: what it returned.
         dense: the network without gates, trained without pruning, as the other side of accuracy,
             file size and latency. Without it these show the compact model only.
-        data: ``(x, y)`` to measure accuracy on; none is measured without it.
+        data: ``(x, y)`` to measure accuracy on; none is measured without it. Of a model that is no
+            classifier of class numbers (regression, binary decisions, several outputs, pixels) the
+            loss and the metrics are shown that it was compiled with.
         files: convert both to float32 ``.tflite`` and compare the bytes. A model for which that is
             impossible is warned of, and has none in the table.
         time: compare the latencies, if ``dense`` is given.
@@ -61,8 +63,9 @@ def report(
         A comparison that prints as a table.
 
     Raises:
-        InvalidArgumentError: if the models do not belong together, ``data`` is not a pair, or is
-            missing for ``flatness``, or ``history`` or the name of the page is something else.
+        InvalidArgumentError: if the models do not belong together, ``data`` is not a pair, is
+            missing for ``flatness``, or is given for a model that is neither a classifier nor
+            compiled, or ``history`` or the name of the page is something else.
         ExportError: if a model cannot be timed, or the page exists or cannot be written.
 
     Examples:
@@ -116,7 +119,7 @@ def _compared(
             params=removed["params"][side],
             macs=removed["macs"][side],
             tflite=_tflite_size(net) if files and net is not None else None,
-            accuracy=accuracy(net, *data) if data is not None and net is not None else None,
+            **(measures(net, *data) if data is not None and net is not None else {}),
             flatness=(
                 flatness_of(net, data[0], data[1], loss)
                 if loss is not None and data is not None and net is not None

@@ -98,6 +98,10 @@ def _tiles(comparison: Comparison) -> str:
         if dense.accuracy is not None:
             note = f"dense: {100 * dense.accuracy:.2f} %"
         tiles.append((f"{100 * compact.accuracy:.2f} %", "accuracy", note))
+    for name, value in compact.measures.items():
+        before = dense.measures.get(name)
+        note = "dense: not measured" if before is None else f"dense: {before:.4g}"
+        tiles.append((f"{value:.4g}", name, note))
     if comparison.latency_ratio is not None:
         micro = f"{compact.latency_us:.1f} µs" if compact.latency_us is not None else "measured"
         tiles.append((_percent(comparison.latency_ratio), "time left", micro))
