@@ -196,8 +196,8 @@ METHODS = {
 STRENGTHS = {
     "hard_concrete": (0.3, 1.0, 3.0),
     "vibnet": (2e-4, 5e-4, 1e-3),
-    "bc_gnj": (0.3, 1.0),
-    "bc_ghs": (0.3, 1.0),
+    "bc_gnj": (1.0,),
+    "bc_ghs": (1.0,),
     "dense": (0.0,),
     "dense_kfac": (0.0,),
 }
