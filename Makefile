@@ -3,6 +3,7 @@
 #   make test   format, lint, types, tests
 #   make docs   the documentation site, in site/, with every snippet of its pages run
 #   make wheel  wheel and sdist, in dist/, each tried in an environment of its own
+#   make versions  the tests with the oldest and newest TensorFlow and Keras, each in a fresh one
 # And `make coverage` for the tests with the share of lines that they reach.
 # All create .venv with a suitable Python and install into it; PYTHON=... picks the interpreter.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTHON ?=
 
-.PHONY: demo test coverage docs wheel clean
+.PHONY: demo test coverage docs wheel versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -35,6 +36,9 @@ docs: $(VENV)/.installed-docs
 
 wheel: $(BIN)/python
 	$(BIN)/python tests/packaging/smoke.py
+
+versions: $(BIN)/python
+	$(BIN)/python tests/packaging/versions.py
 
 # The stamps keep the installation from being repeated until the requirements change.
 $(VENV)/.installed-demo: $(BIN)/python setup.cfg pyproject.toml

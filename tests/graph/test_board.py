@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras import layers
 
 import tf_kfacprune as kp
+from tests.graph.file_layout import needs_fitted_layout
 from tf_kfacprune.errors import BudgetError
 from tf_kfacprune.export import check_micro, tflite
 from tf_kfacprune.graph import CostModel, analyze
@@ -112,6 +113,7 @@ def test_a_stack_is_a_sum_and_the_largest_of_others():
     np.testing.assert_array_equal(tape.gradient(value, sizes), [1.0, 0.0, 3.0])
 
 
+@needs_fitted_layout
 @pytest.mark.parametrize("bounds", [{"flash": 0.75, "ram": 0.6}, {"ram": 9_000}])
 def test_a_landed_network_fits_as_predicted(bounds, tmp_path):
     model, small = landed(kp.Budget(**bounds))

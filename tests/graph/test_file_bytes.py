@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+from tests.graph.file_layout import needs_fitted_layout
 from tf_kfacprune import PrunableModel, compact
 from tf_kfacprune.gates import GatedNetwork, insert_gates
 from tf_kfacprune.graph import CostModel, analyze
@@ -51,6 +52,7 @@ def different_weights(model):
         weight.assign(rng.uniform(0.1, 1.0, weight.shape))
 
 
+@needs_fitted_layout
 @pytest.mark.parametrize(
     ("build", "prune_inputs", "target"),
     [(convolutional, False, 1.0), (convolutional, False, 0.3), (dense, True, 0.2)],
@@ -69,6 +71,7 @@ def test_the_file_is_as_large_as_predicted(build, prune_inputs, target):
     assert tflite_size(small).raw == pytest.approx(predicted, rel=0.02)
 
 
+@needs_fitted_layout
 def test_a_normalization_that_cannot_be_folded_stores_scale_and_shift():
     inputs = keras.Input((5,))
     x = layers.Dense(8, name="fc")(inputs)

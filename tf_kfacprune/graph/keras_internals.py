@@ -29,6 +29,7 @@ __all__ = [
     "converted_dtype",
     "forget_calls",
     "fresh_operation",
+    "function_between",
     "functional_of",
     "in_mode",
     "inherit_training",
@@ -59,6 +60,14 @@ def functional_of(operation: Any) -> Functional | None:
     if isinstance(operation, Functional) and type(operation).call is Functional.call:
         return operation
     return None
+
+
+def function_between(inputs: Sequence[Any], outputs: Sequence[Any]) -> keras.Function:
+    """The graph between symbolic tensors, some of which may be inputs and outputs at once."""
+    for tensor in inputs:
+        if not tensor._keras_history.operation._outbound_nodes:
+            keras.ops.stop_gradient(tensor)  # older versions refuse inputs that nothing reads
+    return keras.Function(list(inputs), list(outputs))
 
 
 def nodes_of(function: keras.Function) -> list[Any]:

@@ -14,6 +14,7 @@ from tf_kfacprune.graph.keras_internals import (
     calls_without_trailing_none,
     converted_dtype,
     forget_calls,
+    function_between,
     in_mode,
     is_made_by_layer,
     make_dense,
@@ -122,7 +123,7 @@ class Recording:
             if mask_of(tensor) is not None and not is_made_by_layer(tensor)
         )
         set_inside = [mask_of(outputs[number]) for number in masked]
-        function = keras.Function([*self.inputs, *self.masks], [*outputs, *set_inside])
+        function = function_between([*self.inputs, *self.masks], [*outputs, *set_inside])
         return Opened(function, masked)
 
     def forget(self) -> None:

@@ -11,7 +11,11 @@ from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import ChannelRule, channel_axis, freeze_by_constant
-from tf_kfacprune.graph.rules.registry import register_channel_rule, register_internal_rule
+from tf_kfacprune.graph.rules.registry import (
+    existing_layers,
+    register_channel_rule,
+    register_internal_rule,
+)
 
 __all__: list[str] = []
 
@@ -120,10 +124,8 @@ class NoiseRule(ChannelRule):
         for kind in ("MaxPooling", "AveragePooling", "ZeroPadding", "Cropping", "UpSampling")
         for rank in (1, 2, 3)
     ),
-    *(
-        getattr(layers, f"Adaptive{kind}Pooling{rank}D")
-        for kind in ("Max", "Average")
-        for rank in (1, 2, 3)
+    *existing_layers(
+        *(f"Adaptive{kind}Pooling{rank}D" for kind in ("Max", "Average") for rank in (1, 2, 3))
     ),
     layers.CenterCrop,
     layers.Resizing,

@@ -12,6 +12,7 @@ from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.graph.rules.base import ChannelRule
 
 __all__ = [
+    "existing_layers",
     "has_rule",
     "register_channel_rule",
     "register_internal_rule",
@@ -65,6 +66,11 @@ def register_channel_rule(*layer_classes: type) -> Callable[[RuleClass], RuleCla
         return rule_class
 
     return register
+
+
+def existing_layers(*names: str) -> list[type]:
+    """Public layers of Keras by name, without those that the installed version does not have."""
+    return [getattr(keras.layers, name) for name in names if hasattr(keras.layers, name)]
 
 
 def register_internal_rule(*names: str) -> Callable[[RuleClass], RuleClass]:

@@ -13,7 +13,7 @@ from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import ChannelRule, Extent, Gates, Roles, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
-from tf_kfacprune.graph.rules.registry import register_channel_rule
+from tf_kfacprune.graph.rules.registry import existing_layers, register_channel_rule
 
 __all__: list[str] = []
 
@@ -38,7 +38,7 @@ class EmbeddingRule(ContractionRule):
         return []
 
 
-@register_channel_rule(layers.ReversibleEmbedding)
+@register_channel_rule(*existing_layers("ReversibleEmbedding"))
 class ReversibleEmbeddingRule(EmbeddingRule):
     """`ReversibleEmbedding`: called in reverse it reads the channels that it creates."""
 
