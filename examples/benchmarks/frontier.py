@@ -22,6 +22,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import peers
+import variational_peers
 from absl import app, flags
 from records import Records
 
@@ -30,6 +31,9 @@ import tf_kfacprune as kp
 CASES_FLAG = flags.DEFINE_list("cases", None, "Names of cases; default: all.")
 METHODS_FLAG = flags.DEFINE_list("methods", None, "Names of methods; default: all.")
 TARGETS = flags.DEFINE_list("targets", None, "Names of targets; default: all of the case.")
+STRENGTHS_FLAG = flags.DEFINE_list(
+    "strengths", None, "Strengths of methods that know no budget; default: all of the method."
+)
 SEEDS = flags.DEFINE_list("seeds", None, "Seeds; default: 5 of them, 3 for CIFAR-10.")
 EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs; default: the case's.")
 EXAMPLES = flags.DEFINE_integer("examples", None, "Training images; default: the case's.")
@@ -184,9 +188,19 @@ METHODS = {
     "taylor": lambda run: peers.one_shot(run, "taylor"),
     "hard_concrete": peers.hard_concrete,
     "slimming": lambda run: peers.slimming(run, penalty=0.1),
+    "vibnet": variational_peers.vibnet,
+    "bc_gnj": variational_peers.bc_gnj,
+    "bc_ghs": variational_peers.bc_ghs,
 } | VARIATIONS
 # Methods without a budget run at these strengths instead of the targets.
-STRENGTHS = {"hard_concrete": (0.3, 1.0, 3.0), "dense": (0.0,), "dense_kfac": (0.0,)}
+STRENGTHS = {
+    "hard_concrete": (0.3, 1.0, 3.0),
+    "vibnet": (2e-4, 5e-4, 1e-3),
+    "bc_gnj": (1.0,),
+    "bc_ghs": (1.0,),
+    "dense": (0.0,),
+    "dense_kfac": (0.0,),
+}
 
 
 def plans(case_name):
@@ -194,7 +208,7 @@ def plans(case_name):
     case = CASES[case_name]
     for method in METHODS_FLAG.value or METHODS:
         if method in STRENGTHS:
-            for strength in STRENGTHS[method]:
+            for strength in map(float, STRENGTHS_FLAG.value or STRENGTHS[method]):
                 yield method, f"{strength:g}", None, strength
         else:
             for target in TARGETS.value or (case.varied if method in VARIATIONS else case.targets):
@@ -333,7 +347,7 @@ def plot():
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(6 * columns, 4.6 * rows), squeeze=False, layout="constrained"
     )
-    colors = {method: f"C{number}" for number, method in enumerate(METHODS)}
+    styles = {m: {"color": f"C{k % 10}", "marker": "os^"[k // 10]} for k, m in enumerate(METHODS)}
     for axis in axes.flat[len(points) :]:
         axis.set_axis_off()
     for axis, (name, methods) in zip(axes.flat, points.items(), strict=False):
@@ -341,7 +355,7 @@ def plot():
             runs = sorted(map(np.array, methods[method].values()), key=np.mean)
             mean = np.array([of_target.mean(axis=0) for of_target in runs])
             spread = [run[:, 1].std(ddof=1) if len(run) > 1 else 0.0 for run in runs]
-            style = {"color": colors[method], "marker": "o", "capsize": 2, "label": method}
+            style = styles[method] | {"capsize": 2, "label": method}
             axis.errorbar(mean[:, 0], mean[:, 1], spread, **style)
         for label, (weights, error, side) in PUBLISHED.get(name, {}).items():
             dx, dy, ha, va = SIDES[side]
