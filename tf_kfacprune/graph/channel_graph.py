@@ -16,9 +16,11 @@ from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.components import connected_components
-from tf_kfacprune.graph.labels import NO_SLOT, LabelFlow
+from tf_kfacprune.graph.features import Features
+from tf_kfacprune.graph.labels import NO_SLOT, LabelFlow, Producer
 from tf_kfacprune.graph.opening import trace_opened
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, rule_for
+from tf_kfacprune.graph.rules.reshaping import IndexRule
 from tf_kfacprune.graph.selection import Selection, Selector
 from tf_kfacprune.graph.tracer import Graph
 
@@ -63,6 +65,8 @@ class Edge:
         slots: In a gated model, the gate that each position has passed; -1 where none.
         statistic: What an operation takes over the channels: `"sum"`, `"mean"`, `"variance"`,
             `"max"`, `"min"`, `"any"`, `"all"`; None for a contraction.
+        flattened: `"features"` where the neurons are entries of flattened channels, `"channels"`
+            where they are these channels, of which each entry is a neuron, too; else None.
     """
 
     call: Call
@@ -73,6 +77,7 @@ class Edge:
     neurons: np.ndarray
     slots: np.ndarray
     statistic: str | None = None
+    flattened: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class ChannelGraph:
         flow: The labels it was resolved from.
         groups: Groups of neurons, contiguous, in the order of their first producers.
         num_neurons: Number of neurons that can be removed.
+        features: Which neurons are flattened features, and of which channels.
         edges: All places where tracked channels are read, in order.
         frozen: Channels that cannot be removed, with reasons.
     """
@@ -122,15 +128,26 @@ class ChannelGraph:
                 neurons=self.neurons(r.labels),
                 slots=r.slots,
                 statistic=r.statistic,
+                flattened=r.flattened,
             )
             for r in flow.readings
         ]
+        self.features = self._features()
         self.groups = self._describe(groups)
         self.frozen = self._frozen(why)
 
     def neurons(self, labels: np.ndarray) -> np.ndarray:
         """The neuron behind each label; `num_neurons` where nothing can be removed."""
         return self._neuron_of_label[self.flow.base(labels)]
+
+    @property
+    def picked(self) -> list[Producer]:
+        """What readers pick the ones that stay of: input features and flattened features."""
+        return [
+            producer
+            for producer in self.flow.producers
+            if producer.is_picked and (self.neurons(producer.labels) < self.num_neurons).any()
+        ]
 
     def roles(self, layer: keras.Layer) -> dict[str, np.ndarray]:
         """The neurons that a layer's weight axes hold, by role; only tracked roles."""
@@ -179,6 +196,11 @@ class ChannelGraph:
         if groups:
             of_root[np.concatenate(groups)] = np.arange(count)
         return of_root[self._component], groups
+
+    def _features(self) -> Features:
+        pairs = [np.stack([self.neurons(f), self.neurons(c)]) for f, c in self.flow.features]
+        read = [edge.neurons for edge in self.edges if edge.flattened is None]
+        return Features(self.num_neurons, pairs, read)
 
     def _describe(self, groups: Sequence[np.ndarray]) -> list[NeuronGroup]:
         starts = np.cumsum([0, *map(len, groups)])
@@ -230,6 +252,7 @@ def analyze(
     model: keras.Model | Graph,
     *,
     prune_inputs: bool = False,
+    prune_features: bool = False,
     include: Sequence[Selector] | None = None,
     exclude: Sequence[Selector] = (),
     gated_only: bool = False,
@@ -239,6 +262,7 @@ def analyze(
     Args:
         model: A Sequential or Functional model, or its traced graph.
         prune_inputs: Whether input features may be removed too.
+        prune_features: Whether flattened features may be removed one by one.
         include: Layers that may lose neurons: names, regular expressions (matched against the
             whole name, or that of a nested model) or layer objects. By default, all.
         exclude: Layers that keep all their neurons, likewise; wins over `include`.
@@ -254,19 +278,22 @@ def analyze(
     """
     graph = model if isinstance(model, Graph) else trace_opened(model)
     selection = Selection(graph, include, exclude)
-    flow = LabelFlow(graph, prune_inputs, selection.why_left_out)
+    flow = LabelFlow(graph, prune_inputs, prune_features, selection.why_left_out)
     for call in graph.calls:
         rule = rule_for(call.operation)
         _refuse_misplaced_gate(call, rule, flow)
         for value, axes in zip(call.outputs, rule.propagate(call, flow), strict=True):
             flow.axes[value] = axes
         _mark_raw(call, rule, flow)
+        _mark_flattened(call, rule, flow)
     for value in graph.outputs:
         flow.freeze_value(value, reasons.MODEL_OUTPUT, "model output")
     for reading in flow.readings if gated_only else ():
         ungated = reading.labels[reading.slots == NO_SLOT]
         flow.freeze(ungated, reasons.NOT_GATED, reading.call.path)
     _freeze_unread(flow)
+    if prune_features:
+        _freeze_unpicked(flow)
     return ChannelGraph(graph, flow)
 
 
@@ -277,6 +304,32 @@ def _mark_raw(call: Call, rule: ChannelRule, flow: LabelFlow) -> None:
         return
     if all(value in flow.raw for value in call.inputs):
         flow.raw.update(dict.fromkeys(call.outputs, flow.raw[call.inputs[0]]))
+
+
+def _mark_flattened(call: Call, rule: ChannelRule, flow: LabelFlow) -> None:
+    """Vectors of which a channel has several entries: those that a reshape makes of its map."""
+    value, *others = call.outputs
+    if others or len(value.shape) != 2 or not call.inputs:
+        return
+    labels = flow.axes[value][1]
+    if labels is None or len(np.unique(flow.base(labels))) == len(labels):
+        return
+    if isinstance(rule, IndexRule) and len(call.inputs[0].shape) > 2:
+        flow.flattened[value] = (call, labels)
+    elif not isinstance(rule, ContractionRule) and call.inputs[0] in flow.flattened:
+        maker, _ = flow.flattened[call.inputs[0]]
+        flow.flattened[value] = (maker, labels)
+
+
+def _freeze_unpicked(flow: LabelFlow) -> None:
+    """Lists flattened features that are no neurons, with the reason."""
+    values = (value for _, value in flow.selections if value in flow.flattened)
+    picked = {flow.flattened[value][0] for value in values}
+    for maker in dict.fromkeys(maker for maker, _ in flow.flattened.values()):
+        if maker not in picked:
+            size = maker.outputs[0].shape[1] or 0
+            labels = flow.fresh(size, maker.path, maker.operation, is_picked=True)
+            flow.freeze(labels, reasons.NOT_READ_BY_DENSE, maker.path)
 
 
 def _freeze_unread(flow: LabelFlow) -> None:
