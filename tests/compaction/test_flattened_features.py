@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from keras import layers, ops
 
 from tf_kfacprune.compaction import compact, compensate, parity_error, random_inputs
+from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.gates import GatedNetwork, insert_gates
 from tf_kfacprune.graph import CostModel, analyze, reasons
 
@@ -58,6 +59,32 @@ def two_towers():
     return keras.Model([a, b], layers.Dense(2)(layers.Concatenate()([x, y])))
 
 
+def joined(*parts):
+    """One vector of flattened maps, units of a Dense layer, and input features."""
+    inputs = keras.Input((5, 4, 2), name="x")
+    left = layers.Conv2D(4, 3, activation="relu", name="conv_left")(inputs)
+    right = layers.Conv2D(3, 2, name="conv_right")(inputs)
+    pooled = layers.GlobalAveragePooling2D()(inputs)
+    made = {
+        "left": layers.Flatten(name="left")(left),
+        "right": layers.Flatten(name="right")(right),
+        "units": layers.Dense(5, activation="relu", name="units")(pooled),
+        "raw": layers.Flatten(name="raw")(inputs),
+    }
+    x = layers.Concatenate()([made[part] for part in parts])
+    return keras.Model(inputs, layers.Dense(2)(x))
+
+
+def combined(merge):
+    """Two flattened maps whose entries are united."""
+    inputs = keras.Input((5, 4, 2))
+    maps = (layers.Conv2D(4, 3, name=f"conv_{name}")(inputs) for name in ("left", "right"))
+    left, right = (
+        layers.Flatten(name=name)(x) for name, x in zip(("left", "right"), maps, strict=True)
+    )
+    return keras.Model(inputs, layers.Dense(3)(merge([left, right])))
+
+
 def residual_head():
     """A branch that flattens a map: its Dense layer keeps a feature, for it is no mere branch."""
     inputs = keras.Input((4, 4, 2))
@@ -92,6 +119,12 @@ MODELS = {
     "read elsewhere": read_elsewhere,
     "two towers": two_towers,
     "residual": residual_head,
+    "behind units": lambda: joined("units", "left"),
+    "before units": lambda: joined("left", "units"),
+    "behind and before input features": lambda: joined("right", "raw", "left"),
+    "twice in a vector": lambda: joined("left", "left"),
+    "sum": lambda: combined(layers.Add()),
+    "product": lambda: combined(layers.Multiply()),
 }
 
 
@@ -111,7 +144,66 @@ def test_input_and_flattened_features_are_pruned_together(assert_exact):
 
 def test_a_flattened_input_is_an_input():
     model = keras.Sequential([keras.Input((4, 3)), flat(), *head()])
-    assert {group.name for group in analyze(model, prune_features=True).groups} == {"fc"}
+    with pytest.warns(UserWarning, match="changes nothing"):
+        found = analyze(model, prune_features=True)
+    assert {group.name for group in found.groups} == {"fc"}
+
+
+@pytest.mark.parametrize(
+    ("model", "makers", "size"),
+    [
+        (lambda: joined("left", "units"), ("left",), 24),
+        (lambda: joined("units", "left"), ("left",), 24),
+        (lambda: joined("raw", "left"), ("left",), 24),
+        (lambda: joined("left", "raw", "right", "units"), ("left", "right"), 24 + 36),
+        (lambda: joined("units", "right", "left"), ("right", "left"), 36 + 24),
+        (lambda: combined(layers.Add()), ("left", "right"), 24),
+    ],
+)
+def test_features_are_the_entries_of_maps_alone_whatever_stands_beside_them(model, makers, size):
+    found = analyze(model(), prune_features=True)
+    features = [group for group in found.groups if group.producers == makers]
+    assert [group.size for group in features] == [size]
+    of_groups = {name for group in found.groups for name in group.producers}
+    assert "x" not in of_groups
+    assert not of_groups & {frozen.layer for frozen in found.frozen}
+
+
+def test_input_features_beside_flattened_ones_are_pruned_if_asked(assert_exact):
+    model = joined("raw", "left", "units")
+    assert_exact(model, prune_inputs=True, prune_features=True)
+    groups = analyze(model, prune_inputs=True, prune_features=True).groups
+    # What the convolution and the pooling read, and what is flattened as it is.
+    assert [group.size for group in groups if "x" in group.producers] == [2, 2, 40]
+
+
+def test_an_excluded_flattening_keeps_the_features_beside_it_together():
+    found = analyze(joined("left", "right"), prune_features=True, exclude=["right"])
+    assert {group.name for group in found.groups} == {"conv_left", "conv_right"}
+    why = {frozen.layer: frozen.reason for frozen in found.frozen}
+    assert why["left"] == why["right"] == reasons.EXCLUDED
+
+
+def test_groups_of_features_have_one_name_in_all_tables():
+    model = readers(apart=True)
+    names = [[group.name for group in analyze(model, prune_features=True).groups]]
+    network = GatedNetwork(insert_gates(model, prune_features=True))
+    names.append([group.name for group in network.channels.groups])
+    assert names[0] == names[1] == ["second", "flatten", "flatten:2"]
+
+
+def test_a_model_without_flattened_maps_is_told_so():
+    model = chain(layers.GlobalAveragePooling2D(), *head())
+    with pytest.warns(UserWarning, match="prune_features=True changes nothing"):
+        plain = analyze(model, prune_features=True)
+    assert [group.name for group in plain.groups] == ["first", "second", "fc"]
+
+
+@pytest.mark.parametrize("value", ["flatten", None, 1, ["flatten"]])
+@pytest.mark.parametrize("argument", ["prune_features", "prune_inputs"])
+def test_arguments_that_are_neither_true_nor_false_are_refused(argument, value):
+    with pytest.raises(InvalidArgumentError, match=f"`{argument}` .* must be True or False"):
+        insert_gates(MODELS["flatten"](), **{argument: value})
 
 
 def gated_chain():
@@ -199,7 +291,6 @@ def test_features_are_frozen_with_the_reason_where_they_cannot_be_told_apart():
     assert why(chain(flat(), *gru)) == {reasons.NOT_READ_BY_DENSE}
     excluded = why(MODELS["flatten"](), exclude=["flatten"])
     assert excluded == {reasons.EXCLUDED}
-    assert why(chain(layers.GlobalAveragePooling2D(), *head())) == set()
 
 
 def test_readers_make_up_for_removed_features():

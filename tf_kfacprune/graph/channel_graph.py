@@ -6,8 +6,10 @@ they appear in. Neurons with the same producers form a *group*, numbered contigu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import keras
 import numpy as np
@@ -23,6 +25,7 @@ from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, rule_for
 from tf_kfacprune.graph.rules.reshaping import IndexRule
 from tf_kfacprune.graph.selection import Selection, Selector
 from tf_kfacprune.graph.tracer import Graph
+from tf_kfacprune.validation import require
 
 __all__ = ["ChannelGraph", "Edge", "Frozen", "NeuronGroup", "analyze"]
 
@@ -145,8 +148,8 @@ class ChannelGraph:
         """What readers pick the ones that stay of: input features and flattened features."""
         return [
             producer
-            for producer in self.flow.producers
-            if producer.is_picked and (self.neurons(producer.labels) < self.num_neurons).any()
+            for producer in self.flow.picked
+            if (self.neurons(producer.labels) < self.num_neurons).any()
         ]
 
     def roles(self, layer: keras.Layer) -> dict[str, np.ndarray]:
@@ -199,7 +202,7 @@ class ChannelGraph:
 
     def _features(self) -> Features:
         pairs = [np.stack([self.neurons(f), self.neurons(c)]) for f, c in self.flow.features]
-        read = [edge.neurons for edge in self.edges if edge.flattened is None]
+        read = [edge.neurons for edge in self.edges if edge.flattened != "channels"]
         return Features(self.num_neurons, pairs, read)
 
     def _describe(self, groups: Sequence[np.ndarray]) -> list[NeuronGroup]:
@@ -274,8 +277,11 @@ def analyze(
     Raises:
         UnsupportedModelError: If the model cannot be traced, or holds a gate where closing it
             would not remove a channel.
-        InvalidArgumentError: If `include` or `exclude` names a layer that does not exist.
+        InvalidArgumentError: If `include` or `exclude` names a layer that does not exist, or
+            `prune_inputs` or `prune_features` is neither True nor False.
     """
+    for name, flag in (("prune_inputs", prune_inputs), ("prune_features", prune_features)):
+        require("analyze", isinstance(flag, bool), name, "True or False", flag)
     graph = model if isinstance(model, Graph) else trace_opened(model)
     selection = Selection(graph, include, exclude)
     flow = LabelFlow(graph, prune_inputs, prune_features, selection.why_left_out)
@@ -294,6 +300,7 @@ def analyze(
     _freeze_unread(flow)
     if prune_features:
         _freeze_unpicked(flow)
+        _warn_of_no_features(flow)
     return ChannelGraph(graph, flow)
 
 
@@ -315,21 +322,35 @@ def _mark_flattened(call: Call, rule: ChannelRule, flow: LabelFlow) -> None:
     if labels is None or len(np.unique(flow.base(labels))) == len(labels):
         return
     if isinstance(rule, IndexRule) and len(call.inputs[0].shape) > 2:
-        flow.flattened[value] = (call, labels)
-    elif not isinstance(rule, ContractionRule) and call.inputs[0] in flow.flattened:
-        maker, _ = flow.flattened[call.inputs[0]]
-        flow.flattened[value] = (maker, labels)
+        flow.flattened[value] = ((call,), labels)
+    elif not isinstance(rule, ContractionRule):
+        before = [flow.flattened[read][0] for read in call.inputs if read in flow.flattened]
+        if before:
+            flow.flattened[value] = (tuple(dict.fromkeys(chain(*before))), labels)
 
 
 def _freeze_unpicked(flow: LabelFlow) -> None:
     """Lists flattened features that are no neurons, with the reason."""
     values = (value for _, value in flow.selections if value in flow.flattened)
-    picked = {flow.flattened[value][0] for value in values}
-    for maker in dict.fromkeys(maker for maker, _ in flow.flattened.values()):
+    picked = {maker for value in values for maker in flow.flattened[value][0]}
+    why: dict[Call, str] = {}
+    for value, (makers, _) in flow.flattened.items():
+        for maker in makers:
+            why[maker] = why.get(maker) or flow.why_whole(value) or ""
+    for maker, left_out in why.items():
         if maker not in picked:
-            size = maker.outputs[0].shape[1] or 0
-            labels = flow.fresh(size, maker.path, maker.operation, is_picked=True)
-            flow.freeze(labels, reasons.NOT_READ_BY_DENSE, maker.path)
+            labels = flow.fresh(maker.outputs[0].shape[1] or 0, maker.path, maker.operation)
+            flow.freeze(labels, left_out or reasons.NOT_READ_BY_DENSE, maker.path)
+
+
+def _warn_of_no_features(flow: LabelFlow) -> None:
+    if not flow.flattened:
+        warnings.warn(
+            f"prune_features=True changes nothing in model {flow.graph.model.name!r}: it makes no "
+            "vectors of the maps of its channels by Flatten or a reshape, of shape (batch, "
+            "features) each.",
+            stacklevel=4,
+        )
 
 
 def _freeze_unread(flow: LabelFlow) -> None:

@@ -40,7 +40,6 @@ class Producer:
     name: str
     layer: Any  # None for a model input
     labels: Labels
-    is_picked: bool = False  # whether readers pick the ones that stay out of a whole tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +81,13 @@ class LabelFlow:
         readings: Where channels are read: contraction edges, and inside of layers; in order.
         selections: For a call and one of its inputs: axis and labels of the input features or
             flattened features that the call reads; others can be cut off right before it.
-        features: Labels of flattened features, and the labels of their channels, which have passed
-            the channels' gates.
-        flattened: Values of two axes whose entries are positions of channels, with the call that
+        features: For each tensor of which flattened features are picked, the labels of its entries
+            and those of the channels that features are entries of, which have passed the channels'
+            gates; an entry that is no feature has its own label, and `CONSTANT` for a channel.
+        flattened: Values of two axes whose entries are positions of channels, with the calls that
             flattened them and the labels of the channels.
+        picked: Input features and flattened features, with the labels of the whole tensor out of
+            which readers pick those that stay.
         slot_sources: First gate number of every gate source.
         slot_origin: First gate number behind a value that holds a vector of gates.
         num_slots: Number of gates met so far.
@@ -108,7 +110,8 @@ class LabelFlow:
         self.readings: list[Reading] = []
         self.selections: dict[tuple[Call, Value], tuple[int, Labels]] = {}
         self.features: list[tuple[Labels, Labels]] = []
-        self.flattened: dict[Value, tuple[Call, Labels]] = {}
+        self.flattened: dict[Value, tuple[tuple[Call, ...], Labels]] = {}
+        self.picked: list[Producer] = []
         self.parts: list[Labels] = []
         self.freezes: list[Freeze] = []
         self.slot_origin: dict[Value, int] = {}
@@ -149,13 +152,11 @@ class LabelFlow:
 
     # ---- making labels
 
-    def fresh(
-        self, size: int, name: str, layer: Any, part: str = "", *, is_picked: bool = False
-    ) -> Labels:
+    def fresh(self, size: int, name: str, layer: Any, part: str = "") -> Labels:
         """New channels, created by (a part of) a layer, or by a model input: `layer=None`."""
         labels = self._allocate(np.arange(self.size, self.size + size), NO_SLOT)
         name_of_part = f"{name}:{part}" if part else name
-        self.producers.append(Producer(name_of_part, layer, labels, is_picked))
+        self.producers.append(Producer(name_of_part, layer, labels))
         reason = self._why_left_out(name, layer)
         if reason is not None:
             self.freeze(labels, reason, name)
@@ -224,7 +225,8 @@ class LabelFlow:
         if labels is not None or not self._prune_inputs or value not in self.raw or not size:
             return labels
         if (value, axis) not in self._picked:
-            self._picked[value, axis] = self.fresh(size, self.raw[value], None, is_picked=True)
+            self._picked[value, axis] = self.fresh(size, self.raw[value], None)
+            self.picked.append(self.producers[-1])
         labels = self._picked[value, axis]
         self.selections[call, value] = (axis, labels)
         return labels
@@ -261,20 +263,34 @@ class LabelFlow:
         be of other ones.
         """
         calls = sum(other.operation is call.operation for other in self.graph.calls)
-        maker, _ = self.flattened[value]
-        left_out = self._why_left_out(maker.path, maker.operation)
-        return self._prune_features and calls == 1 and left_out is None
+        return self._prune_features and calls == 1 and self.why_whole(value) is None
+
+    def why_whole(self, value: Value) -> str | None:
+        """Why the caller's choice keeps flattened features together, or None."""
+        makers, _ = self.flattened[value]
+        why = (self._why_left_out(maker.path, maker.operation) for maker in makers)
+        return next((reason for reason in why if reason is not None), None)
 
     def pick_features(self, call: Call, value: Value) -> Labels:
-        """Labels of the entries of flattened channels, of which a call picks those that stay."""
+        """Labels of a tensor's entries, of which a call picks those that stay.
+
+        The entries of flattened channels are new neurons, made by all layers that flattened some of
+        them. Others (units or input features that were concatenated) are what they were.
+        """
         axis = len(value.shape) - 1
         if (value, axis) not in self._picked:
-            maker, channels = self.flattened[value]
-            is_first = all(producer.name != maker.path for producer in self.producers)
-            part = "" if is_first else call.path
-            labels = self.fresh(len(channels), maker.path, maker.operation, part, is_picked=True)
+            makers, channels = self.flattened[value]
+            labels = self.base(channels).copy()
+            _, entry, counts = np.unique(labels, return_inverse=True, return_counts=True)
+            is_feature = (counts[entry] > 1) & (labels != CONSTANT)
+            first, *others = makers
+            labels[is_feature] = self.fresh(is_feature.sum(), first.path, first.operation)
+            for maker in others:
+                also = replace(self.producers[-1], name=maker.path, layer=maker.operation)
+                self.producers.append(also)
             self._picked[value, axis] = labels
-            self.features.append((labels, channels))
+            self.picked.append(Producer(first.path, first.operation, labels))
+            self.features.append((labels, np.where(is_feature, channels, CONSTANT)))
         self.selections[call, value] = (axis, self._picked[value, axis])
         return self._picked[value, axis]
 
