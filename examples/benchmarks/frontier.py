@@ -173,6 +173,7 @@ VARIATIONS = {
     "ours_hard_concrete": lambda run: ours(run, policy="hard_concrete"),
     "ours_proximal": lambda run: ours(run, policy="proximal"),
     "ours_taylor": lambda run: ours(run, policy="taylor"),
+    "ours_features": lambda run: ours(run, prune_features=True),
     "magnitude_compensated": lambda run: peers.one_shot(run, "magnitude", compensate=True),
     "taylor_compensated": lambda run: peers.one_shot(run, "taylor", compensate=True),
 }

@@ -98,6 +98,11 @@ def test_compact_and_export_continue_from_the_files(trained, small_data, tmp_pat
     assert (tmp_path / "served" / "saved_model.pb").is_file()
 
 
+def test_inspect_shows_flattened_features(capsys):
+    assert main(["inspect", "--model=lenet5", "--prune_features"]) == 0
+    assert "flatten" in capsys.readouterr().out
+
+
 def test_inspect_shows_groups_of_built_in_networks(capsys):
     assert main(["inspect", "--model=lenet300", "--prune_inputs"]) == 0
     shown = capsys.readouterr().out

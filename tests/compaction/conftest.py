@@ -20,11 +20,11 @@ def randomize(model, rng):
             weight.assign(rng.normal(size=weight.shape) * 0.5)
 
 
-def assert_exact(model, *, data=None, prune_inputs=False, tolerance=1e-5):
+def assert_exact(model, *, data=None, prune_inputs=False, prune_features=False, tolerance=1e-5):
     """Compact equals gated for hard, soft and wholly closed gates; open gates change nothing."""
     rng = np.random.default_rng(0)
     randomize(model, rng)
-    gated = insert_gates(model, prune_inputs=prune_inputs)
+    gated = insert_gates(model, prune_inputs=prune_inputs, prune_features=prune_features)
     x = random_inputs(model) if data is None else data
     assert parity_error(model(x, training=False), gated(x, training=False)) == 0
     (bank,) = GatedNetwork(gated).sources

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -183,14 +185,18 @@ def randomize(model, rng):
 @given(
     steps=st.lists(STEP, min_size=1, max_size=7),
     hard=st.booleans(),
+    features=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_compact_equals_gated_on_random_graphs(steps, hard, seed):
+def test_compact_equals_gated_on_random_graphs(steps, hard, features, seed):
     keras.utils.set_random_seed(seed)
     rng = np.random.default_rng(seed)
     model = build(steps)
     randomize(model, rng)
-    gated = insert_gates(model, prune_inputs=True)  # so that something can always be pruned
+    # Inputs are gated so that something can always be pruned.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="prune_features=True changes nothing")
+        gated = insert_gates(model, prune_inputs=True, prune_features=features)
     x = random_inputs(model, batch_size=4)
     assert parity_error(model(x, training=False), gated(x, training=False)) == 0
     (bank,) = GatedNetwork(gated).sources

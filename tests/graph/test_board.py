@@ -50,9 +50,18 @@ def different_weights(model):
         weight.assign(rng.uniform(low, 1.0, weight.shape))
 
 
-def landed(budget):
+def flattened():
+    x = inputs = keras.Input((14, 14, 2), name="image")
+    x = layers.Conv2D(12, 3, activation="relu", name="conv1")(x)
+    x = layers.MaxPooling2D(name="pool")(x)
+    x = layers.Conv2D(32, 3, activation="relu", name="conv2")(x)
+    x = layers.Dense(64, activation="relu", name="fc")(layers.Flatten(name="flatten")(x))
+    return keras.Model(inputs, layers.Dense(5, name="logits")(x), name="flattened")
+
+
+def landed(network, budget, **options):
     """A network that has landed on a budget by scores at random, and its compact model."""
-    model = kp.PrunableModel(residual(), budget)
+    model = kp.PrunableModel(network, budget, **options)
     rng = np.random.default_rng(0)
     for parameters in model.controller.gate_parameters:
         parameters.assign(rng.normal(size=parameters.shape))
@@ -114,9 +123,16 @@ def test_a_stack_is_a_sum_and_the_largest_of_others():
 
 
 @needs_fitted_layout
-@pytest.mark.parametrize("bounds", [{"flash": 0.75, "ram": 0.6}, {"ram": 9_000}])
-def test_a_landed_network_fits_as_predicted(bounds, tmp_path):
-    model, small = landed(kp.Budget(**bounds))
+@pytest.mark.parametrize(
+    ("build", "options", "bounds"),
+    [
+        (residual, {}, {"flash": 0.75, "ram": 0.6}),
+        (residual, {}, {"ram": 9_000}),
+        (flattened, {"prune_features": True, "policy": "random", "seed": 0}, {"flash": 0.5}),
+    ],
+)
+def test_a_landed_network_fits_as_predicted(build, options, bounds, tmp_path):
+    model, small = landed(build(), kp.Budget(**bounds), **options)
     cost, kept = model.gated.cost, model.gated.kept_neurons()
     predicted = {m: cost.exact(m, kept) for m in ("flash", "ram")}
     for measure, bound in bounds.items():

@@ -54,12 +54,17 @@ def different_weights(model):
 
 @needs_fitted_layout
 @pytest.mark.parametrize(
-    ("build", "prune_inputs", "target"),
-    [(convolutional, False, 1.0), (convolutional, False, 0.3), (dense, True, 0.2)],
-    ids=["convolutional", "pruned", "inputs"],
+    ("build", "options", "target"),
+    [
+        (convolutional, {}, 1.0),
+        (convolutional, {}, 0.3),
+        (convolutional, {"prune_features": True, "policy": "random", "seed": 0}, 0.3),
+        (dense, {"prune_inputs": True}, 0.2),
+    ],
+    ids=["convolutional", "pruned", "features", "inputs"],
 )
-def test_the_file_is_as_large_as_predicted(build, prune_inputs, target):
-    pm = PrunableModel(build(), Budget(bytes=target), prune_inputs=prune_inputs)
+def test_the_file_is_as_large_as_predicted(build, options, target):
+    pm = PrunableModel(build(), Budget(bytes=target), **options)
     if target < 1.0:
         rng = np.random.default_rng(0)
         for parameters in pm.controller.gate_parameters:

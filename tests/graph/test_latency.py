@@ -61,6 +61,23 @@ def test_the_latency_is_the_sum_over_layers_of_products_of_curves(filters, tiles
     np.testing.assert_allclose(in_float32.numpy(), share, rtol=1e-6)
 
 
+def test_features_take_time_to_be_picked():
+    table = table_of(network(), scale=1.5)
+    open_cost, cost = (
+        CostModel(analyze(network(), prune_features=is_pruned), latency_table=table)
+        for is_pruned in (False, True)
+    )
+    (features,) = cost.channels.picked
+    assert len(features.labels) == 9 * 16
+    alone = np.ones(open_cost.channels.num_neurons)
+    together = np.ones(cost.channels.num_neurons)
+    picked = cost.exact("latency", together) - open_cost.exact("latency", alone)
+    assert picked == pytest.approx(1.5 * 0.006 * 9 * 16)
+    together[cost.channels.neurons(features.labels)[16:]] = 0.0  # one position of nine stays
+    rest = 1.5 * (5 + 12 * 4 + 2 + 16 + 8) + 1.5 * 0.006 * 16
+    assert cost.exact("latency", together) == pytest.approx(rest + 1.5 * (1 + 0.5 * 16))
+
+
 def test_a_filter_saves_its_share_of_what_half_of_its_layer_saves():
     cost = CostModel(analyze(network()), latency_table=table_of(network()))
     openness = tf.Variable(open_filters(cost, 14))

@@ -103,7 +103,14 @@ def test_some_step_is_left_to_settle(steps, shares):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"prune_inputs": True}, {"exclude": ["a"]}, {"round_to": 8}, {"min_channels": 2}]
+    "arguments",
+    [
+        {"prune_inputs": True},
+        {"prune_features": True},
+        {"exclude": ["a"]},
+        {"round_to": 8},
+        {"min_channels": 2},
+    ],
 )
 def test_arguments_without_effect_are_refused(arguments):
     (name,) = arguments

@@ -62,8 +62,9 @@ class Sizes(keras.callbacks.Callback):
             self.same.append(np.abs(of_copy - of_network).max() / np.abs(of_network).max())
 
 
-def test_the_working_copy_takes_weights_and_puts_them_back_to_the_bit():
-    net = insert_gates(network())
+@pytest.mark.parametrize("prune_features", [False, True])
+def test_the_working_copy_takes_weights_and_puts_them_back_to_the_bit(prune_features):
+    net = insert_gates(network(), prune_features=prune_features)
     gated = GatedNetwork(net)
     (bank,) = gated.sources
     values = np.random.default_rng(0).uniform(0.1, 1.0, bank.size)

@@ -32,6 +32,9 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "prune_inputs", False, "Count input features as neurons too.", flag_values=values
     )
+    flags.DEFINE_bool(
+        "prune_features", False, "Count flattened features as neurons too.", flag_values=values
+    )
     add_selection_flags(values)
     flags.DEFINE_enum(
         "latency_of",
@@ -50,6 +53,7 @@ def _execute(values: flags.FlagValues) -> None:
         inspect(
             model,
             prune_inputs=values.prune_inputs,
+            prune_features=values.prune_features,
             include=values.include or None,
             exclude=values.exclude,
             latency_table=table,

@@ -121,6 +121,7 @@ class _Run:
                 curvature=SpectralRadius(values.curvature) if values.curvature else None,
                 policy=values.policy,
                 prune_inputs=values.prune_inputs,
+                prune_features=values.prune_features,
                 include=values.include or None,
                 exclude=values.exclude,
                 round_to=values.round_to,

@@ -117,6 +117,12 @@ def _define_pruning(values: flags.FlagValues) -> None:
         "policy", "kfac", POLICIES, "How gates find out whether to close.", flag_values=values
     )
     flags.DEFINE_bool("prune_inputs", False, "Prune input features too.", flag_values=values)
+    flags.DEFINE_bool(
+        "prune_features",
+        False,
+        "Prune flattened features one by one, where a Dense layer reads them.",
+        flag_values=values,
+    )
     add_selection_flags(values)
     define_count(values, "round_to", None, "Keep channels in multiples of this number, e.g. 8.")
     define_count(

@@ -53,13 +53,17 @@ class RemovalPlan:
         self._gate_with_constant = np.append(self.gates, np.float32(1.0))
         self._scales: dict[tuple[keras.Layer, str], np.ndarray] = {}
         self._unfolded: dict[tuple[Call, Value], list[Edge]] = {}
+        above: np.ndarray | float = 1.0
         for edge in self.channels.edges:
             if edge.statistic is not None:
                 continue  # taken over the channels that are present, whatever their gates
+            scale = self._gate_with_constant[edge.slots]
             if edge.value is not None and not _is_folded(edge):
                 self._unfolded.setdefault((edge.call, edge.value), []).append(edge)
+            elif edge.flattened == "channels":  # the edge of their features is the next one
+                above = scale
             else:
-                self._add_scale(edge, self._gate_with_constant[edge.slots])
+                self._add_scale(edge, scale * above if edge.flattened else scale)
 
     @property
     def is_wholly_folded(self) -> bool:

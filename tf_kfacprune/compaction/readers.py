@@ -171,8 +171,9 @@ def find_readers(
     """The layers to compensate, and those that cannot be, with the reason."""
     readers: list[Reader] = []
     skipped: dict[str, str] = {}
-    calls = [edge.layer for edge in plan.channels.edges if edge.value is not None]
-    for edge in plan.channels.edges:
+    edges = [edge for edge in plan.channels.edges if edge.flattened != "channels"]
+    calls = [edge.layer for edge in edges if edge.value is not None]
+    for edge in edges:
         stays = plan.positions(edge.neurons)
         is_whole = len(stays) == len(edge.neurons)
         if is_whole or not plan.is_needed(edge.call) or plan.is_cut(edge.call):

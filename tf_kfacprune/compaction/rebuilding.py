@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 from tf_kfacprune.compaction.constants import Constant, elementwise, output_on_zeros, sum_of
@@ -131,7 +132,7 @@ class _Replay:
         return tensor
 
     def _select_features(self, call: Call, args: Any, kwargs: Any) -> Any:
-        """Cuts off the input features that nothing reads any more."""
+        """Picks the input features and flattened features that are still read."""
 
         def select(value: Any, tensor: Any) -> Any:
             selection = None
@@ -141,10 +142,12 @@ class _Replay:
                 return tensor
             axis, labels = selection
             kept = self._plan.positions(self._plan.channels.neurons(labels))
-            if len(kept) == len(labels):
+            there = self._plan.kept(value, axis)
+            there = np.arange(len(labels)) if there is None else there
+            if len(kept) == len(there):
                 return tensor
             if (value, axis) not in self._selected:
-                taken = ops.take(tensor, kept.tolist(), axis=axis)
+                taken = ops.take(tensor, np.searchsorted(there, kept).tolist(), axis=axis)
                 set_mask(taken, mask_of(tensor))
                 self._selected[value, axis] = taken
             return self._selected[value, axis]

@@ -17,11 +17,12 @@ from tf_kfacprune.gates.gated_layers import (
 from tf_kfacprune.gates.gated_network import GatedNetwork
 from tf_kfacprune.gates.hard_concrete import HardConcrete
 from tf_kfacprune.gates.insertion import insert_gates
-from tf_kfacprune.gates.neuron_gate import GateBank, GateEdge, NeuronGate
+from tf_kfacprune.gates.neuron_gate import FeatureEdge, GateBank, GateEdge, NeuronGate
 from tf_kfacprune.gates.proximal import Proximal, UnitInterval
 
 __all__ = [
     "GATE_KINDS",
+    "FeatureEdge",
     "GateAware",
     "GateBank",
     "GateEdge",

@@ -90,7 +90,8 @@ class GatedNetwork:
         """Which neurons stay when the network is compacted now: boolean, `(num_neurons,)`.
 
         Where all neurons of a group are closed, the one most likely to be open stays: a layer
-        keeps at least one. Only a residual branch may go as a whole.
+        keeps at least one. Only a residual branch may go as a whole. A channel of which only
+        flattened features are read stays if one of them does, and each of them if it does.
         """
         keep = ops.convert_to_numpy(self.openness(ops.convert_to_tensor(self.gate_values()))) > 0
         probability = ops.concatenate([source.open_probability() for source in self.sources])
@@ -99,6 +100,7 @@ class GatedNetwork:
             members = slice(group.start, group.start + group.size)
             if not keep[members].any() and number not in self.cost.branches.removable:
                 keep[group.start + np.argmax(probability[members])] = True
+        keep = self.channels.features.completed(keep, self.channels.groups, probability)
         return self.cost.branches.without_branches(keep)
 
     def _gates_by_neuron(self) -> np.ndarray:

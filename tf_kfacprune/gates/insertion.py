@@ -15,7 +15,7 @@ import keras
 from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.gates import rules as _rules  # noqa: F401  (registers the rules of gate layers)
 from tf_kfacprune.gates.gate_aware import GateAware
-from tf_kfacprune.gates.neuron_gate import GateBank, GateEdge
+from tf_kfacprune.gates.neuron_gate import FeatureEdge, GateBank, GateEdge
 from tf_kfacprune.gates.statistic_edge import StatisticEdge
 from tf_kfacprune.graph import Call, ChannelGraph, Edge, Value, analyze, fresh_operation, reasons
 from tf_kfacprune.graph.calls import GATES
@@ -28,6 +28,7 @@ def insert_gates(
     model: keras.Model,
     *,
     prune_inputs: bool = False,
+    prune_features: bool = False,
     include: Sequence[Selector] | None = None,
     exclude: Sequence[Selector] = (),
     kind: str = "hard_concrete",
@@ -36,13 +37,15 @@ def insert_gates(
 
     One `GateBank` holds the gates of all neurons; a `GateEdge` multiplies the data input of every
     Dense or convolution layer by the gates of the neurons it reads. There, a closed gate removes
-    the neuron exactly, whatever came before. Layers that read neurons inside (normalizations,
-    recurrent layers, attention) are put into a `GateAware` layer of the same name. With all gates
-    open the model is unchanged, to the bit.
+    the neuron exactly, whatever came before. Where flattened features are neurons, a `FeatureEdge`
+    follows: a feature has two gates, its channel's and its own. Layers that read neurons inside
+    (normalizations, recurrent layers, attention) are put into a `GateAware` layer of the same name.
+    With all gates open the model is unchanged, to the bit.
 
     Args:
         model: A built Sequential or Functional model.
         prune_inputs: Whether input features are gated too.
+        prune_features: Whether flattened features, each position of each channel, are gated too.
         include: Layers that may lose neurons: names, regular expressions or layers; by default
             all.
         exclude: Layers that keep all their neurons, likewise; wins over `include`.
@@ -58,7 +61,13 @@ def insert_gates(
             nothing in it can be pruned.
         InvalidArgumentError: If `include`, `exclude` or `kind` is wrong.
     """
-    channels = analyze(model, prune_inputs=prune_inputs, include=include, exclude=exclude)
+    channels = analyze(
+        model,
+        prune_inputs=prune_inputs,
+        prune_features=prune_features,
+        include=include,
+        exclude=exclude,
+    )
     if channels.flow.slot_sources:
         raise UnsupportedModelError(
             f"Model {model.name!r} has gates already. Insert them into the model without gates."
@@ -150,7 +159,8 @@ class _Insertion:
             name = self._free_name(f"{edge.layer.name}_gate")
             indices = edge.neurons.tolist()
             if edge.statistic is None:
-                layer = GateEdge(indices, axis=edge.axis, name=name)
+                kind = FeatureEdge if edge.flattened == "features" else GateEdge
+                layer = kind(indices, axis=edge.axis, name=name)
                 self._gated[key] = layer([tensor, self._gates[0]])
             else:
                 layer = StatisticEdge(indices, edge.axis, edge.statistic, name=name)

@@ -18,7 +18,7 @@ from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.gates.gate_source import GateSource
 from tf_kfacprune.graph.rules.base import along
 
-__all__ = ["GateBank", "GateEdge", "NeuronGate"]
+__all__ = ["FeatureEdge", "GateBank", "GateEdge", "NeuronGate"]
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
@@ -188,3 +188,12 @@ class GateEdge(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "indices": self.indices.tolist(), "axis": self.axis}
+
+
+@keras.saving.register_keras_serializable(package="tf_kfacprune")
+class FeatureEdge(GateEdge):
+    """A `GateEdge` for entries of flattened channels, each of which is a neuron of its own.
+
+    It stands behind the `GateEdge` of the channels, so that a feature is there if both of its gates
+    are open.
+    """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tf_kfacprune.gates.neuron_gate import GateBank, GateEdge, NeuronGate
+from tf_kfacprune.gates.neuron_gate import FeatureEdge, GateBank, GateEdge, NeuronGate
 from tf_kfacprune.gates.statistic_edge import StatisticEdge
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.labels import CONSTANT, NO_SLOT, Axes, LabelFlow
@@ -71,3 +71,12 @@ class GateEdgeRule(GateRule):
         indices, bank = call.operation.indices, call.inputs[1]
         is_gate = indices < (bank.shape[0] or 0)
         return np.where(is_gate, flow.slot_origin[bank] + indices, NO_SLOT)
+
+
+@register_channel_rule(FeatureEdge)
+class FeatureEdgeRule(GateEdgeRule):
+    """`FeatureEdge`: the entries of flattened channels become neurons."""
+
+    def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
+        features = flow.pick_features(call, call.inputs[0])
+        return [[None, flow.gated(features, self.slots(call, flow))]]

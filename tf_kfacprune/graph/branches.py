@@ -108,11 +108,12 @@ class Branches:
     # ---- construction
 
     def _candidates(self) -> dict[Call, int]:
-        """Contractions that read one group alone and lead to `Add` only."""
+        """Contractions that read one group of channels alone and lead to `Add` only."""
         found = {}
         for edge in self._channels.edges:
             is_free = (edge.neurons < self._channels.num_neurons).all()
-            if edge.value is None or not is_free or type(edge.layer) not in _AFFINE:
+            is_whole = is_free and edge.flattened is None
+            if edge.value is None or not is_whole or type(edge.layer) not in _AFFINE:
                 continue
             if activation_reason(edge.layer.activation) is not None:
                 continue

@@ -6,8 +6,10 @@ they appear in. Neurons with the same producers form a *group*, numbered contigu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import keras
 import numpy as np
@@ -16,11 +18,14 @@ from tf_kfacprune.errors import UnsupportedModelError
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.components import connected_components
-from tf_kfacprune.graph.labels import NO_SLOT, LabelFlow
+from tf_kfacprune.graph.features import Features
+from tf_kfacprune.graph.labels import NO_SLOT, LabelFlow, Producer
 from tf_kfacprune.graph.opening import trace_opened
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, rule_for
+from tf_kfacprune.graph.rules.reshaping import IndexRule
 from tf_kfacprune.graph.selection import Selection, Selector
 from tf_kfacprune.graph.tracer import Graph
+from tf_kfacprune.validation import require
 
 __all__ = ["ChannelGraph", "Edge", "Frozen", "NeuronGroup", "analyze"]
 
@@ -63,6 +68,8 @@ class Edge:
         slots: In a gated model, the gate that each position has passed; -1 where none.
         statistic: What an operation takes over the channels: `"sum"`, `"mean"`, `"variance"`,
             `"max"`, `"min"`, `"any"`, `"all"`; None for a contraction.
+        flattened: `"features"` where the neurons are entries of flattened channels, `"channels"`
+            where they are these channels, of which each entry is a neuron, too; else None.
     """
 
     call: Call
@@ -73,6 +80,7 @@ class Edge:
     neurons: np.ndarray
     slots: np.ndarray
     statistic: str | None = None
+    flattened: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ class ChannelGraph:
         flow: The labels it was resolved from.
         groups: Groups of neurons, contiguous, in the order of their first producers.
         num_neurons: Number of neurons that can be removed.
+        features: Which neurons are flattened features, and of which channels.
         edges: All places where tracked channels are read, in order.
         frozen: Channels that cannot be removed, with reasons.
     """
@@ -122,15 +131,26 @@ class ChannelGraph:
                 neurons=self.neurons(r.labels),
                 slots=r.slots,
                 statistic=r.statistic,
+                flattened=r.flattened,
             )
             for r in flow.readings
         ]
+        self.features = self._features()
         self.groups = self._describe(groups)
         self.frozen = self._frozen(why)
 
     def neurons(self, labels: np.ndarray) -> np.ndarray:
         """The neuron behind each label; `num_neurons` where nothing can be removed."""
         return self._neuron_of_label[self.flow.base(labels)]
+
+    @property
+    def picked(self) -> list[Producer]:
+        """What readers pick the ones that stay of: input features and flattened features."""
+        return [
+            producer
+            for producer in self.flow.picked
+            if (self.neurons(producer.labels) < self.num_neurons).any()
+        ]
 
     def roles(self, layer: keras.Layer) -> dict[str, np.ndarray]:
         """The neurons that a layer's weight axes hold, by role; only tracked roles."""
@@ -179,6 +199,11 @@ class ChannelGraph:
         if groups:
             of_root[np.concatenate(groups)] = np.arange(count)
         return of_root[self._component], groups
+
+    def _features(self) -> Features:
+        pairs = [np.stack([self.neurons(f), self.neurons(c)]) for f, c in self.flow.features]
+        read = [edge.neurons for edge in self.edges if edge.flattened != "channels"]
+        return Features(self.num_neurons, pairs, read)
 
     def _describe(self, groups: Sequence[np.ndarray]) -> list[NeuronGroup]:
         starts = np.cumsum([0, *map(len, groups)])
@@ -230,6 +255,7 @@ def analyze(
     model: keras.Model | Graph,
     *,
     prune_inputs: bool = False,
+    prune_features: bool = False,
     include: Sequence[Selector] | None = None,
     exclude: Sequence[Selector] = (),
     gated_only: bool = False,
@@ -239,6 +265,7 @@ def analyze(
     Args:
         model: A Sequential or Functional model, or its traced graph.
         prune_inputs: Whether input features may be removed too.
+        prune_features: Whether flattened features may be removed one by one.
         include: Layers that may lose neurons: names, regular expressions (matched against the
             whole name, or that of a nested model) or layer objects. By default, all.
         exclude: Layers that keep all their neurons, likewise; wins over `include`.
@@ -250,23 +277,30 @@ def analyze(
     Raises:
         UnsupportedModelError: If the model cannot be traced, or holds a gate where closing it
             would not remove a channel.
-        InvalidArgumentError: If `include` or `exclude` names a layer that does not exist.
+        InvalidArgumentError: If `include` or `exclude` names a layer that does not exist, or
+            `prune_inputs` or `prune_features` is neither True nor False.
     """
+    for name, flag in (("prune_inputs", prune_inputs), ("prune_features", prune_features)):
+        require("analyze", isinstance(flag, bool), name, "True or False", flag)
     graph = model if isinstance(model, Graph) else trace_opened(model)
     selection = Selection(graph, include, exclude)
-    flow = LabelFlow(graph, prune_inputs, selection.why_left_out)
+    flow = LabelFlow(graph, prune_inputs, prune_features, selection.why_left_out)
     for call in graph.calls:
         rule = rule_for(call.operation)
         _refuse_misplaced_gate(call, rule, flow)
         for value, axes in zip(call.outputs, rule.propagate(call, flow), strict=True):
             flow.axes[value] = axes
         _mark_raw(call, rule, flow)
+        _mark_flattened(call, rule, flow)
     for value in graph.outputs:
         flow.freeze_value(value, reasons.MODEL_OUTPUT, "model output")
     for reading in flow.readings if gated_only else ():
         ungated = reading.labels[reading.slots == NO_SLOT]
         flow.freeze(ungated, reasons.NOT_GATED, reading.call.path)
     _freeze_unread(flow)
+    if prune_features:
+        _freeze_unpicked(flow)
+        _warn_of_no_features(flow)
     return ChannelGraph(graph, flow)
 
 
@@ -277,6 +311,46 @@ def _mark_raw(call: Call, rule: ChannelRule, flow: LabelFlow) -> None:
         return
     if all(value in flow.raw for value in call.inputs):
         flow.raw.update(dict.fromkeys(call.outputs, flow.raw[call.inputs[0]]))
+
+
+def _mark_flattened(call: Call, rule: ChannelRule, flow: LabelFlow) -> None:
+    """Vectors of which a channel has several entries: those that a reshape makes of its map."""
+    value, *others = call.outputs
+    if others or len(value.shape) != 2 or not call.inputs:
+        return
+    labels = flow.axes[value][1]
+    if labels is None or len(np.unique(flow.base(labels))) == len(labels):
+        return
+    if isinstance(rule, IndexRule) and len(call.inputs[0].shape) > 2:
+        flow.flattened[value] = ((call,), labels)
+    elif not isinstance(rule, ContractionRule):
+        before = [flow.flattened[read][0] for read in call.inputs if read in flow.flattened]
+        if before:
+            flow.flattened[value] = (tuple(dict.fromkeys(chain(*before))), labels)
+
+
+def _freeze_unpicked(flow: LabelFlow) -> None:
+    """Lists flattened features that are no neurons, with the reason."""
+    values = (value for _, value in flow.selections if value in flow.flattened)
+    picked = {maker for value in values for maker in flow.flattened[value][0]}
+    why: dict[Call, str] = {}
+    for value, (makers, _) in flow.flattened.items():
+        for maker in makers:
+            why[maker] = why.get(maker) or flow.why_whole(value) or ""
+    for maker, left_out in why.items():
+        if maker not in picked:
+            labels = flow.fresh(maker.outputs[0].shape[1] or 0, maker.path, maker.operation)
+            flow.freeze(labels, left_out or reasons.NOT_READ_BY_DENSE, maker.path)
+
+
+def _warn_of_no_features(flow: LabelFlow) -> None:
+    if not flow.flattened:
+        warnings.warn(
+            f"prune_features=True changes nothing in model {flow.graph.model.name!r}: it makes no "
+            "vectors of the maps of its channels by Flatten or a reshape, of shape (batch, "
+            "features) each.",
+            stacklevel=4,
+        )
 
 
 def _freeze_unread(flow: LabelFlow) -> None:

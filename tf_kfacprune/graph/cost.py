@@ -11,7 +11,8 @@ presence of the branch's deciding group g,
     1 - prod_{k in g} (1 - o_k).
 
 For o in {0, 1} this equals counting the compact model; for probabilities it is the cost at the
-expected sizes on all sides of every layer, and differentiable.
+expected sizes on all sides of every layer, and differentiable. Where entries of flattened channels
+are neurons, o is what `features` makes of the openness of every gate.
 
 MACs and parameters are *counted*. The bytes of files and the latency are *estimated*: they are such
 sums, too, with coefficients of a file format or measured on a machine. The tensor arena is one such
@@ -36,7 +37,7 @@ from tf_kfacprune.graph.channel_graph import ChannelGraph
 from tf_kfacprune.graph.file_bytes import FileBytes
 from tf_kfacprune.graph.int8_bytes import Int8Bytes
 from tf_kfacprune.graph.int8_steps import Int8Steps
-from tf_kfacprune.graph.latency import LatencyTable, latency_products
+from tf_kfacprune.graph.latency import LatencyTable, latency_products, picking
 from tf_kfacprune.graph.rules import Extent, rule_for, weight_extents, weight_of
 from tf_kfacprune.graph.sizes import Sizes, Term
 
@@ -187,13 +188,24 @@ class CostModel:
         Returns:
             A number in [0, 1].
         """
+        return self.exact(measure, self.leaving(left)) / max(self._dense[measure], 1.0)
+
+    def leaving(self, left: Sequence[int] | None = None) -> np.ndarray:
+        """Openness with the first neurons of each group alone, for `exact`.
+
+        Args:
+            left: How many are left of each group; by default as few as possible.
+
+        Returns:
+            Array of shape `(num_neurons,)`, 0 or 1.
+        """
         groups = self.channels.groups
-        openness = np.zeros(self.channels.num_neurons)
+        keep = np.zeros(self.channels.num_neurons, bool)
         if left is None:
             left = [int(g not in self.branches.removable) for g in range(len(groups))]
         for group, count in zip(groups, left, strict=True):
-            openness[group.start : group.start + count] = 1.0
-        return self.exact(measure, openness) / max(self._dense[measure], 1.0)
+            keep[group.start : group.start + count] = True
+        return self.channels.features.completed(keep, groups, np.zeros(len(keep))).astype(float)
 
     def layer_costs(self, openness: Any) -> dict[str, dict[str, float]]:
         """Cost of each layer by measure, for tables.
@@ -301,7 +313,10 @@ class CostModel:
             self._terms["latency"].setdefault(id(call.operation), []).extend(
                 self._sizes.term(product, while_called) for product in products
             )
-        self._terms["latency"][id(self)] = [(table.overhead, ())]
+        self._terms["latency"][id(self)] = [
+            (table.overhead, ()),
+            *(self._sizes.term([picking(table), p.labels]) for p in self.channels.picked),
+        ]
 
     def _counted_calls(self) -> list[Call]:
         return [

@@ -53,13 +53,11 @@ class FileBytes:
         self._read_once = {value for value, calls in self._readers.items() if len(calls) == 1}
 
     def of_file(self) -> Iterator[list[Extent]]:
-        """What does not belong to a layer: the frame, and the choice of input features."""
+        """What does not belong to a layer: the frame, and the choice of features."""
         yield [_FILE]
-        for producer in self._channels.flow.producers:
-            neurons = self._channels.neurons(producer.labels)
-            if producer.layer is None and (neurons < self._channels.num_neurons).any():
-                yield [_records(operators=1, tensors=2, names=3, path=producer.name)]
-                yield [_PER_VALUE, producer.labels]
+        for producer in self._channels.picked:
+            yield [_records(operators=1, tensors=2, names=3, path=producer.name)]
+            yield [_PER_VALUE, producer.labels]
 
     def of_weights(self, call: Call, weights: Sequence[list[Extent]]) -> Iterator[list[Extent]]:
         """Stored values of a layer, given one product of extents for each of its weights."""

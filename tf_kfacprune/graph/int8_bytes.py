@@ -44,13 +44,12 @@ class Int8Bytes:
         self._channels = channels
 
     def of_file(self) -> Iterator[list[Extent]]:
-        """What does not belong to a layer: the frame, and the choice of input features."""
+        """What does not belong to a layer: the frame, and the choice of features."""
         yield [_FILE + _PLAN]
-        for producer in self._channels.flow.producers:
-            neurons = self._channels.neurons(producer.labels)
-            if producer.layer is None and (neurons < self._channels.num_neurons).any():
+        for producer in self._channels.picked:
+            if producer.layer is None:  # else it is one of the steps
                 yield [_STEP + _CONSTANT]
-                yield [4, producer.labels]
+            yield [4, producer.labels]
 
     def of_step(self, step: Step) -> Iterator[list[Extent]]:
         """Bytes of an operation, its tensors, their names, and scales per channel."""

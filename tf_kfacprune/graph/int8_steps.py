@@ -2,7 +2,7 @@
 
 The converter folds BatchNormalization into the weighted layer before it, fuses ReLUs, and drops
 dropout and gates. What is left of each call are operations, each with one result; an activation
-that cannot be fused is an operation of its own.
+that cannot be fused is an operation of its own, and so is the choice of flattened features.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class Int8Steps:
         self.selections: list[tuple[Buffer, Buffer]] = []
         self.steps: list[Step] = []
         self._buffers: dict[Value, Buffer] = {}
+        self._picked: dict[tuple[Value, int], Buffer] = {}
         self._normalized = {
             call.inputs[0]
             for call in channels.graph.calls
@@ -120,7 +121,7 @@ class Int8Steps:
             if isinstance(call.operation, layers.InputLayer):
                 self._give(call.outputs, None)
             elif is_dropped(call) or self._leaves_nothing(call):
-                self._buffers[call.outputs[0]] = self._buffer(call.inputs[0])
+                self._buffers[call.outputs[0]] = self._read(call, call.inputs[0])
             else:
                 self._run(call)
         self.outputs = [self._buffer(value) for value in channels.graph.outputs]
@@ -139,6 +140,17 @@ class Int8Steps:
         if value not in self._buffers:
             self._give((value,), None)
         return self._buffers[value]
+
+    def _read(self, call: Call, value: Value) -> Buffer:
+        """What a call reads of a value: all of it, or the flattened features that it picks."""
+        axis, labels = self._flow.selections.get((call, value), (0, np.zeros(0, int)))
+        if not self._is_prunable(labels) or value in self._flow.raw:
+            return self._buffer(value)
+        if (value, axis) not in self._picked:
+            picked = Buffer((1, labels), call)
+            self._picked[value, axis] = picked
+            self._append(call, "", (self._buffer(value),), picked, 1, None, 2)
+        return self._picked[value, axis]
 
     def _give(self, values: tuple[Value, ...], maker: Call | None) -> None:
         for value in values:
@@ -159,7 +171,7 @@ class Int8Steps:
 
     def _run(self, call: Call) -> None:
         operation, rule = call.operation, rule_for(call.operation)
-        reads = tuple(self._buffer(value) for value in call.inputs)
+        reads = tuple(self._read(call, value) for value in call.inputs)
         self._give(call.outputs, call)
         written = self._buffers[call.outputs[0]]
         activation = getattr(getattr(operation, "activation", None), "__name__", "linear")

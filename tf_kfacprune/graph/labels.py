@@ -12,7 +12,7 @@ A *gated* label stands for a channel that has been multiplied by a gate: it reme
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,7 +48,7 @@ class Reading:
 
     A contraction reads along one axis of a value, and so does a `statistic` over channels. What
     a layer reads inside, where no gate can stand, has neither: it is gated by the gate-aware layer
-    around it.
+    around it. What is `flattened` is read twice: its `"features"`, and under them its `"channels"`.
     """
 
     call: Call
@@ -58,6 +58,7 @@ class Reading:
     labels: Labels
     slots: np.ndarray
     statistic: str | None = None
+    flattened: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +79,15 @@ class LabelFlow:
         producers: Creators of channels, in order.
         parts: Labels that must not lose all their neurons, beside those of the producers.
         readings: Where channels are read: contraction edges, and inside of layers; in order.
-        selections: For a call and one of its inputs: axis and labels of the input features that
-            the call reads; the others can be cut off right before it.
+        selections: For a call and one of its inputs: axis and labels of the input features or
+            flattened features that the call reads; others can be cut off right before it.
+        features: For each tensor of which flattened features are picked, the labels of its entries
+            and those of the channels that features are entries of, which have passed the channels'
+            gates; an entry that is no feature has its own label, and `CONSTANT` for a channel.
+        flattened: Values of two axes whose entries are positions of channels, with the calls that
+            flattened them and the labels of the channels.
+        picked: Input features and flattened features, with the labels of the whole tensor out of
+            which readers pick those that stay.
         slot_sources: First gate number of every gate source.
         slot_origin: First gate number behind a value that holds a vector of gates.
         num_slots: Number of gates met so far.
@@ -93,6 +101,7 @@ class LabelFlow:
         self,
         graph: Graph,
         prune_inputs: bool = False,
+        prune_features: bool = False,
         why_left_out: Callable[[str, Any], str | None] = lambda name, layer: None,
     ) -> None:
         self.graph = graph
@@ -100,6 +109,9 @@ class LabelFlow:
         self.producers: list[Producer] = []
         self.readings: list[Reading] = []
         self.selections: dict[tuple[Call, Value], tuple[int, Labels]] = {}
+        self.features: list[tuple[Labels, Labels]] = []
+        self.flattened: dict[Value, tuple[tuple[Call, ...], Labels]] = {}
+        self.picked: list[Producer] = []
         self.parts: list[Labels] = []
         self.freezes: list[Freeze] = []
         self.slot_origin: dict[Value, int] = {}
@@ -112,8 +124,9 @@ class LabelFlow:
         self.size = 1
         self._sizes: dict[Value, tuple[int | None, ...]] = {}
         self._prune_inputs = prune_inputs
+        self._prune_features = prune_features
         self._why_left_out = why_left_out
-        self._features: dict[tuple[Value, int], Labels] = {}
+        self._picked: dict[tuple[Value, int], Labels] = {}
         self._roles: dict[Any, dict[str, Labels | None]] = {}
         self._pairs: list[np.ndarray] = []
         self._base = np.zeros(1, int)
@@ -142,7 +155,8 @@ class LabelFlow:
     def fresh(self, size: int, name: str, layer: Any, part: str = "") -> Labels:
         """New channels, created by (a part of) a layer, or by a model input: `layer=None`."""
         labels = self._allocate(np.arange(self.size, self.size + size), NO_SLOT)
-        self.producers.append(Producer(f"{name}:{part}" if part else name, layer, labels))
+        name_of_part = f"{name}:{part}" if part else name
+        self.producers.append(Producer(name_of_part, layer, labels))
         reason = self._why_left_out(name, layer)
         if reason is not None:
             self.freeze(labels, reason, name)
@@ -210,9 +224,10 @@ class LabelFlow:
         size = value.shape[axis]
         if labels is not None or not self._prune_inputs or value not in self.raw or not size:
             return labels
-        if (value, axis) not in self._features:
-            self._features[value, axis] = self.fresh(size, self.raw[value], None)
-        labels = self._features[value, axis]
+        if (value, axis) not in self._picked:
+            self._picked[value, axis] = self.fresh(size, self.raw[value], None)
+            self.picked.append(self.producers[-1])
+        labels = self._picked[value, axis]
         self.selections[call, value] = (axis, labels)
         return labels
 
@@ -224,6 +239,60 @@ class LabelFlow:
             labels = self.base(labels)
             self.readings.append(Reading(call, role, value, axis, labels, slots))
         return labels
+
+    def read_flattened(self, call: Call, value: Value, role: str = "in") -> Labels | None:
+        """As `read`, of the last axis; entries of flattened channels one by one, if prunable."""
+        axis = len(value.shape) - 1
+        labels = self.axes[value][axis]
+        if value in self.flattened and self._may_pick(call, value):
+            labels = self.pick_features(call, value)
+        entries = np.zeros(0, int) if labels is None else self.base(labels)
+        known = (channels for f, channels in self.features if np.array_equal(f, entries))
+        channels = next(known, None)
+        if labels is None or channels is None:
+            return self.read(call, value, axis, role)
+        for part, read in (("channels", channels), ("features", labels)):
+            reading = Reading(call, role, value, axis, self.base(read), self.slots(read))
+            self.readings.append(replace(reading, flattened=part))
+        return entries
+
+    def _may_pick(self, call: Call, value: Value) -> bool:
+        """Whether a call may pick single entries of flattened channels.
+
+        A layer that is called more than once reads whole channels: in its other calls, entries may
+        be of other ones.
+        """
+        calls = sum(other.operation is call.operation for other in self.graph.calls)
+        return self._prune_features and calls == 1 and self.why_whole(value) is None
+
+    def why_whole(self, value: Value) -> str | None:
+        """Why the caller's choice keeps flattened features together, or None."""
+        makers, _ = self.flattened[value]
+        why = (self._why_left_out(maker.path, maker.operation) for maker in makers)
+        return next((reason for reason in why if reason is not None), None)
+
+    def pick_features(self, call: Call, value: Value) -> Labels:
+        """Labels of a tensor's entries, of which a call picks those that stay.
+
+        The entries of flattened channels are new neurons, made by all layers that flattened some of
+        them. Others (units or input features that were concatenated) are what they were.
+        """
+        axis = len(value.shape) - 1
+        if (value, axis) not in self._picked:
+            makers, channels = self.flattened[value]
+            labels = self.base(channels).copy()
+            _, entry, counts = np.unique(labels, return_inverse=True, return_counts=True)
+            is_feature = (counts[entry] > 1) & (labels != CONSTANT)
+            first, *others = makers
+            labels[is_feature] = self.fresh(is_feature.sum(), first.path, first.operation)
+            for maker in others:
+                also = replace(self.producers[-1], name=maker.path, layer=maker.operation)
+                self.producers.append(also)
+            self._picked[value, axis] = labels
+            self.picked.append(Producer(first.path, first.operation, labels))
+            self.features.append((labels, np.where(is_feature, channels, CONSTANT)))
+        self.selections[call, value] = (axis, self._picked[value, axis])
+        return self._picked[value, axis]
 
     def read_statistic(self, call: Call, value: Value, axis: int, statistic: str) -> None:
         """Channels over which an operation takes a statistic.

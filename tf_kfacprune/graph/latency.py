@@ -6,11 +6,12 @@ symbol             meaning
 `n_in`, `n_out`    channels that a layer reads and creates
 `c, f, g`          times of a layer: a constant, and curves of its channels (`LayerTimes`)
 `e`                what one channel that becomes one channel takes besides
+`p`                time for each of `m` features that are picked, of an input or a flattened map
 `b`                time of calling a network with nothing in it
 `a`                factor that makes the time of the dense model what was measured
 =================  ==========================================================================
 
-    t = b + a sum over calls (c + f(n_in) g(n_out) + e [n_in = n_out = 1])
+    t = b + a (m p + sum over calls (c + f(n_in) g(n_out) + e [n_in = n_out = 1]))
 
 A kernel goes through all inputs for every tile of outputs: hence the product. Layers whose channels
 are tied (depthwise convolutions, pooling, additions) have one curve, and those that cannot be
@@ -50,11 +51,16 @@ __all__ = [
     "latency_channels",
     "latency_products",
     "layer_signature",
+    "picking",
     "takes_time",
 ]
 
 # Formats of `kp.export.tflite` that can be timed: the second is the full int8 file.
 LATENCY_OF = ("float32", "int8")
+
+# Microseconds for each of the features that are picked out of a vector (GATHER), measured on one
+# x86 processor: a few hundred of them take as long as calling the network.
+_PICKING = {"float32": 0.006, "int8": 0.004}
 
 # What these layers do takes no time: the converter folds or fuses them.
 _FREE = (BatchNormalizationRule, IndexRule, ElementwiseRule)
@@ -230,6 +236,11 @@ def latency_channels(call: Call, flow: LabelFlow) -> tuple[Extent, Extent]:
 
     read, created = extent("in", call.inputs[0]), extent("out", call.outputs[0])
     return (1, read) if has_tied_channels(call) else (read, created)
+
+
+def picking(table: LatencyTable) -> float:
+    """Microseconds for each feature that is picked, of an input or of a flattened map."""
+    return table.scale * _PICKING[table.of]
 
 
 def latency_products(call: Call, flow: LabelFlow, table: LatencyTable) -> Iterator[list[Factor]]:

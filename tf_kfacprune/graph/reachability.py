@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-
 from tf_kfacprune.errors import BudgetError
 from tf_kfacprune.graph import reasons
 from tf_kfacprune.graph.channel_graph import ChannelGraph, Frozen
@@ -34,10 +32,7 @@ def what_stays(channels: ChannelGraph, cost: CostModel, measure: str) -> str:
         more there are; `"none"` if no channel is frozen.
     """
     of = measure if measure in cost.measures else "params"
-    least = np.zeros(channels.num_neurons)
-    for number, group in enumerate(channels.groups):
-        least[group.start] = number not in cost.branches.removable
-    shares = {name: costs[of] for name, costs in cost.layer_costs(least).items()}
+    shares = {name: costs[of] for name, costs in cost.layer_costs(cost.leaving()).items()}
     inputs = {p.name for p in channels.flow.producers if p.layer is None}
     frozen = [f for f in channels.frozen if f.layer not in inputs or f.reason != reasons.NOT_GATED]
     frozen.sort(key=lambda f: -shares.get(f.layer.split(":")[0], 0.0))

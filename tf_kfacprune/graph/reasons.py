@@ -19,6 +19,7 @@ __all__ = [
     "NOT_GATED",
     "NOT_INCLUDED",
     "NOT_READ",
+    "NOT_READ_BY_DENSE",
     "ONLY_NEURON",
     "PICKED",
     "REDUCED",
@@ -38,6 +39,7 @@ ONLY_NEURON = "the only neuron of its layer; a layer keeps at least one"
 ALL_COUPLED = "all channels of the layer are coupled, so they could only go together"
 NOT_GATED = "read without a gate; gate every layer that multiplies, mixes or feeds back channels"
 NOT_READ = "not read by any Dense or convolution layer, so there is no edge to gate"
+NOT_READ_BY_DENSE = "flattened features that no Dense layer with a single call reads directly"
 UNKNOWN_OPERATION = "no channel rule for this operation; add one with register_channel_rule"
 UNKNOWN_CELL = "recurrent layer around a cell of unknown formula, or around several cells"
 UNKNOWN_ACTIVATION = "activation function not known to treat channels one by one"
@@ -62,6 +64,8 @@ _REMEDIES = {
     INPUT_FEATURES: "pass prune_inputs=True",
     ALL_COUPLED: "compute them apart: a reshape or a broadcast ties them (see what they meet)",
     NOT_GATED: "put a NeuronGate on every such edge, or let PrunableModel place the gates",
+    NOT_READ_BY_DENSE: "read them with a Dense layer that is called once; what treats every entry "
+    "alone may stand between",
     UNKNOWN_OPERATION: "use layers and operations that have a channel rule, or write one: "
     "@kp.register_channel_rule, see docs/channels.md",
     UNKNOWN_CELL: "use SimpleRNN, GRU or LSTM layers, one per level",

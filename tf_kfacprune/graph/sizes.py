@@ -155,6 +155,7 @@ class Sizes:
     def tensor(self, openness: Any) -> Any:
         """All sizes, differentiable, in the element type of `openness` (float32 or float64)."""
         dtype = openness.dtype
+        openness = self.channels.features.tensor(openness)
         open_counts = ops.take(openness, self._gather) * ops.cast(self._weight, dtype)
         summed = ops.segment_sum(open_counts, self._owner, num_segments=len(self._fixed))
         sizes = summed + ops.cast(self._offset, dtype)
@@ -168,6 +169,7 @@ class Sizes:
 
     def exact(self, openness: np.ndarray) -> np.ndarray:
         """All sizes in NumPy, float64."""
+        openness = self.channels.features.exact(openness)
         open_counts = openness[self._gather] * self._weight
         sizes = self._offset + np.bincount(self._owner, open_counts, minlength=len(self._fixed))
         if self._curves:

@@ -34,6 +34,9 @@ class GateGroups:
     Attributes:
         of_gate: The group of each gate, integers of shape `(num_gates,)`.
         counts: What each group allows.
+        anchors: For each group of flattened features and group of their channels: the gates of
+            the channels, those of the features, and the place of each feature's channel among
+            the channels. Of the best channel the best feature is never closed.
         least: For each group of *neurons* the smallest number that can be left.
         floor: The same in words.
 
@@ -48,7 +51,8 @@ class GateGroups:
 
     Raises:
         InvalidArgumentError: If an argument is no positive integer, or something is asked of a
-            model built by hand whose gates do not correspond to neurons one to one.
+            model built by hand whose gates do not correspond to neurons one to one, or of one
+            whose flattened features are neurons: a channel without features is gone.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class GateGroups:
             require_count("PrunableModel", name, value, optional=True)
         neuron_groups = gated.channels.groups
         self.counts: list[OpenCounts] = []
+        self.anchors: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.least = [1] * len(neuron_groups)
         self.floor = "one neuron left per group, and none where a residual branch can go"
         if round_to is not None or min_channels is not None:
@@ -82,6 +87,12 @@ class GateGroups:
             self.counts += [OpenCounts(size) for size in sizes]
             return
         self.of_gate = of_gate
+        if gated.channels.features and ((round_to or 1) > 1 or (min_channels or 1) > 1):
+            raise InvalidArgumentError(
+                "With prune_features=True a channel goes when its last feature does, so "
+                "`round_to` and `min_channels` cannot be kept. Received: "
+                f"round_to={round_to!r}, min_channels={min_channels!r}. Leave out one or the other."
+            )
         whole = []
         for number, group in enumerate(neuron_groups):
             may_go = min_channels is None and number in gated.cost.branches.removable
@@ -91,6 +102,7 @@ class GateGroups:
             if may_go:  # with nothing left, or what a group that stays may have
                 counts = OpenCounts(group.size, 0, counts.step if counts else group.size)
             self.counts.append(counts or OpenCounts(group.size, least=group.size))
+        self._anchor_features(gated)
         self.least = [counts.least for counts in self.counts]
         self._keep_two_where_cheaper(gated, measures)
         # Gates on channels that cannot be removed come last: closing them would save nothing.
@@ -102,6 +114,18 @@ class GateGroups:
                 f"channels to be pruned in such steps and stay whole: {', '.join(whole)}.",
                 stacklevel=3,
             )
+
+    def _anchor_features(self, gated: GatedNetwork) -> None:
+        groups, channel_of = gated.channels.groups, gated.channels.features.channel
+        links = gated.channels.features.links(groups)
+        for number, below in links:
+            channels, features = groups[below], np.array(groups[number].neurons)
+            features = features[np.isin(channel_of[features], channels.neurons)]
+            gates = gated.neuron_gates[:, 0]
+            place = channel_of[features] - channels.start
+            self.anchors.append((gates[channels.neurons], gates[features], place))
+            others = sum(group == number for group, _ in links)
+            self.counts[number] = replace(self.counts[number], least=others)
 
     def _keep_two_where_cheaper(self, gated: GatedNetwork, measures: Iterable[str]) -> None:
         # Of all measures only this one may fall where a gate opens.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops
 
@@ -88,10 +89,23 @@ class PruningTask:
             return gated.cost.fraction(measure, gated.openness(ops.cast(gates, "float64")))
 
         return land_on_budget(
-            scores,
+            self._with_anchors(scores),
             self.groups.of_gate,
             self.groups.counts,
             fraction,
             targets,
             fill=fill,
         )
+
+    def _with_anchors(self, scores: Any) -> Any:
+        """Scores in which the best feature of the best channel of a group is above all others."""
+        for channels, features, place in self.groups.anchors:
+            is_of_best = tf.equal(place, tf.argmax(tf.gather(scores, channels)))
+            of_features = tf.gather(scores, features)
+            lowest = tf.reduce_min(of_features) - 1
+            best = tf.argmax(tf.where(is_of_best, of_features, lowest))
+            is_anchor = tf.equal(
+                np.arange(self.gated.num_gates, dtype="int32"), tf.gather(features, best)
+            )
+            scores = tf.where(is_anchor, tf.reduce_max(scores) + 1, scores)
+        return scores

@@ -249,6 +249,7 @@ def inspect(
     model: Any,
     *,
     prune_inputs: bool = False,
+    prune_features: bool = False,
     include: Sequence[Any] | None = None,
     exclude: Sequence[Any] = (),
     latency_table: LatencyTable | None = None,
@@ -259,6 +260,7 @@ def inspect(
         model: a Sequential or Functional model; also a gated model or a `PrunableModel`, whose
             own gates then decide (the other arguments must be left out).
         prune_inputs: whether input features may be pruned too.
+        prune_features: whether flattened features may be pruned one by one.
         include: layers that may lose neurons: names, regular expressions or layers; by default
             all.
         exclude: layers that keep all their neurons, likewise; wins over ``include``.
@@ -285,7 +287,7 @@ def inspect(
     net = getattr(model, "net", model)
     require("inspect", isinstance(net, keras.Model), "model", "a keras.Model", model)
     table = latency_table or getattr(model, "latency_table", None)
-    channels, cost = _analysis(net, prune_inputs, include, exclude, table)
+    channels, cost = _analysis(net, prune_inputs, prune_features, include, exclude, table)
     graph, everything = channels.graph, np.ones(channels.num_neurons)
     return Inspection(
         name=net.name,
@@ -316,18 +318,25 @@ def inspect(
 def _analysis(
     net: Any,
     prune_inputs: bool,
+    prune_features: bool,
     include: Sequence[Any] | None,
     exclude: Sequence[Any],
     table: LatencyTable | None,
 ) -> tuple[ChannelGraph, CostModel]:
     has_gates = any(isinstance(layer, GateSource) for layer in layers_within(net))
     if not has_gates:
-        channels = analyze(net, prune_inputs=prune_inputs, include=include, exclude=exclude)
+        channels = analyze(
+            net,
+            prune_inputs=prune_inputs,
+            prune_features=prune_features,
+            include=include,
+            exclude=exclude,
+        )
         return channels, CostModel(channels, latency_table=table)
-    if prune_inputs or exclude or include is not None:
+    if prune_inputs or prune_features or exclude or include is not None:
         raise UnsupportedModelError(
             f"Model {net.name!r} already has gates, which decide what is pruned: leave out "
-            "prune_inputs, include and exclude, or inspect the model without gates."
+            "prune_inputs, prune_features, include and exclude, or inspect the model without gates."
         )
     gated = GatedNetwork(net, table)
     return gated.channels, gated.cost
@@ -337,8 +346,9 @@ def _summaries(channels: ChannelGraph, cost: CostModel) -> list[GroupSummary]:
     summaries = []
     for number, group in enumerate(channels.groups):
         removable = number in cost.branches.removable
-        openness = np.ones(channels.num_neurons)
-        openness[group.start + (not removable) : group.neurons.stop] = 0.0
+        left = [other.size for other in channels.groups]
+        left[number] = int(not removable)
+        openness = cost.leaving(left)
         saved = {
             measure: 1.0 - cost.count(measure, openness) / max(cost.dense(measure), 1)
             for measure in cost.measures

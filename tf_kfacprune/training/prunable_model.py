@@ -66,6 +66,8 @@ class PrunableModel(KFACModel):
         budget: What the pruned network may cost, or None to train without pruning.
         curvature: Penalty on the spectral radius of the curvature, or None.
         prune_inputs: Whether input features are neurons too.
+        prune_features: Whether flattened features are neurons too: each position of each channel
+            that a Dense layer reads behind `Flatten` or a reshape.
         include: Layers that may lose neurons: names, regular expressions or layers; by default
             all.
         exclude: Layers that keep all their neurons, likewise; wins over `include`.
@@ -116,6 +118,7 @@ class PrunableModel(KFACModel):
         curvature: SpectralRadius | None = None,
         *,
         prune_inputs: bool = False,
+        prune_features: bool = False,
         include: Sequence[Any] | None = None,
         exclude: Sequence[Any] = (),
         round_to: int | None = None,
@@ -143,7 +146,12 @@ class PrunableModel(KFACModel):
         sources = [call.operation for call in graph.calls if isinstance(call.operation, GateSource)]
         has_gates = bool(sources)
         chosen = policy_for(policy, sources if budget is not None else ())
-        of_gates = {"prune_inputs": prune_inputs, "include": include, "exclude": exclude}
+        of_gates = {
+            "prune_inputs": prune_inputs,
+            "prune_features": prune_features,
+            "include": include,
+            "exclude": exclude,
+        }
         of_budget = {"round_to": round_to, "min_channels": min_channels}
         if has_gates:
             _refuse(of_gates, f"Model {model.name!r} has gates already", "the model without gates")
@@ -154,6 +162,7 @@ class PrunableModel(KFACModel):
             model = insert_gates(
                 model,
                 prune_inputs=prune_inputs,
+                prune_features=prune_features,
                 include=include,
                 exclude=exclude,
                 kind=chosen.gate_kind,

@@ -51,13 +51,17 @@ class ContractionRule(ChannelRule):
         return not adapted and getattr(layer, "quantization_mode", None) is None
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
-        layer, value, axis = call.operation, call.inputs[0], self.channel_axis(call)
+        layer, axis = call.operation, self.channel_axis(call)
         if not self.has_plain_weights(layer):
             return self.freeze_all(call, flow, reasons.WEIGHTS_NOT_PLAIN)
         axes = self.other_axes(call, flow, axis)
-        self.relate(call, flow, axis, flow.read(call, value, axis))
+        self.relate(call, flow, axis, self.read(call, flow, axis))
         axes[axis] = flow.created(call, "out", self.out_size(layer))
         return [freeze_by_activation(call, flow, axes)]
+
+    def read(self, call: Call, flow: LabelFlow, axis: int) -> np.ndarray | None:
+        """Labels of the input channels, which are read."""
+        return flow.read(call, call.inputs[0], axis)
 
     def relate(self, call: Call, flow: LabelFlow, axis: int, labels: np.ndarray | None) -> None:
         """Names the labels of the input channels."""
@@ -97,6 +101,9 @@ class DenseRule(ContractionRule):
 
     def out_size(self, layer: Any) -> int:
         return layer.units
+
+    def read(self, call: Call, flow: LabelFlow, axis: int) -> np.ndarray | None:
+        return flow.read_flattened(call, call.inputs[0])
 
     def other_axes(self, call: Call, flow: LabelFlow, axis: int) -> Axes:
         return flow.of(call.inputs[0])
