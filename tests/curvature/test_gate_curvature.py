@@ -171,3 +171,17 @@ def test_gates_of_models_built_by_hand_are_found():
     np.testing.assert_allclose(
         _curvature(gated, x, _squares), _curvature(_gated(twin), x, _squares), rtol=1e-5
     )
+
+
+def test_a_channel_has_the_curvature_of_its_features_that_are_open():
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((6, 2))
+    x = layers.Conv1D(3, 3, activation="tanh", name="conv")(inputs)
+    net = keras.Model(inputs, layers.Dense(2)(layers.Flatten(name="flatten")(x)))
+    gated = GatedNetwork(insert_gates(net, prune_features=True))
+    open_features = np.random.default_rng(0).integers(0, 2, 12)
+    _switched(gated, np.concatenate([np.ones(3), open_features]))
+    found = _curvature(gated, _inputs(6, 2), _squares)
+    of_features = (open_features * found[3:]).reshape(4, 3)  # positions, channels
+    np.testing.assert_allclose(found[:3], of_features.sum(axis=0), rtol=1e-4)
+    assert (found[3:] > 0).all()
