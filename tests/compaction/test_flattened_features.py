@@ -309,6 +309,29 @@ def test_readers_make_up_for_removed_features():
     assert np.mean(np.square(model(x) - small(x))) < 0.5 * before
 
 
+def test_what_has_been_picked_can_be_pruned_again(assert_exact, tmp_path):
+    network, groups = gated_chain()
+    (bank,) = network.sources
+    values = np.ones(bank.size)
+    values[np.array(groups["flatten"].neurons)[1::2]] = 0.0
+    bank.set_values(values)
+    compact(network.net).save(tmp_path / "small.keras")
+    small = keras.models.load_model(tmp_path / "small.keras")
+    found = analyze(small, prune_features=True)
+    sizes = {group.name: group.size for group in found.groups}
+    assert sizes == {"first": 4, "second": 5, "flatten": 38, "fc": 6}
+    assert_exact(small, prune_features=True)
+
+
+def test_channels_that_are_picked_by_fixed_numbers_move_with_the_others(assert_exact):
+    inputs = keras.Input((6,))
+    x = layers.Dense(5, activation="relu", name="first")(inputs)
+    picked = ops.take(x, [4, -5, 2, 2], axis=-1)
+    model = keras.Model(inputs, [layers.Dense(2)(picked), layers.Dense(2)(x)])
+    assert [group.size for group in analyze(model).groups] == [3, 2]
+    assert_exact(model)
+
+
 TAIL = st.lists(
     st.sampled_from(["pool", "pad", "batchnorm", "depthwise", "permute", "activation"]),
     max_size=3,

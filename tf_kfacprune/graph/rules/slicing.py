@@ -136,7 +136,10 @@ def _as_slice(positions: np.ndarray) -> slice | None:
 
 @register_internal_rule("Take")
 class TakeRule(ChannelRule):
-    """`keras.ops.take`: entries are picked by number along one axis, the other axes pass."""
+    """`keras.ops.take`: entries are picked by number along one axis, the other axes pass.
+
+    A list of numbers that is fixed picks a part of the channels, which keeps at least one.
+    """
 
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         axis, data = call.operation.axis, call.args[0]
@@ -148,12 +151,36 @@ class TakeRule(ChannelRule):
         rank = len(call.outputs[0].shape) - len(data.shape) + 1
         axes = flow.of(data)
         axis %= len(axes)
-        flow.freeze(axes[axis], reasons.PICKED, call.path)
+        labels, picked = axes[axis], _picked(indices)
+        if labels is not None and picked is not None:
+            axes[axis] = labels[picked]
+            flow.separate(labels[picked])
+            return [axes]
+        flow.freeze(labels, reasons.PICKED, call.path)
         axes[axis : axis + 1] = [None] * rank
         return [axes]
 
     def is_homogeneous(self, call: Call) -> bool:
         return True
+
+    def replay(self, call: Call, args: Any, kwargs: Any, removal: Removal) -> Any:
+        value, axis = call.args[0], call.operation.axis
+        indices = call.args[1] if len(call.args) > 1 else call.kwargs.get("indices")
+        picked = _picked(indices)
+        if picked is None or axis is None or not isinstance(value, Value):
+            return NotImplemented
+        kept = removal.kept(value, axis % len(value.shape))
+        if kept is None:
+            return NotImplemented
+        picked = picked % (value.shape[axis] or 1)
+        left = np.searchsorted(kept, picked[np.isin(picked, kept)])
+        return ops.take(args[0], left.tolist(), axis=axis)
+
+
+def _picked(indices: Any) -> np.ndarray | None:
+    """Fixed numbers in a list, of several entries, or None if they are something else."""
+    is_list = isinstance(indices, (list, tuple)) and all(isinstance(n, int) for n in indices)
+    return np.array(indices) if is_list and len(indices) > 1 else None
 
 
 @register_internal_rule("TakeAlongAxis")
