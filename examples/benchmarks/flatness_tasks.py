@@ -1,9 +1,9 @@
 """One default penalty for all: small networks of many kinds, with and without it.
 
-    python examples/benchmarks/flatness_tasks.py --data_dir=DIR [--tasks=text] [--strengths=0,1e-4]
+    python examples/benchmarks/flatness_tasks.py --data_dir=DIR [--tasks=text] [--penalties=0,1e-4]
 
 Every task is trained with the same optimizer and settings without the penalty and with its default
-strength (a tenth of it and ten times it: `--strengths=1e-5,1e-3`). Some are pruned at the same
+strength (a tenth of it and ten times it: `--penalties=1e-5,1e-3`). Some are pruned at the same
 time, as in `frontier.py`. Nothing is chosen by the test set: rate and decay of `KFAC` are those of
 `PrunableModel`, the epochs were set before any run. Each finished run appends one line to
 `results/flatness_tasks.jsonl`; what is in there is not run again.
@@ -24,7 +24,7 @@ from text_task import manual_text, text_network
 import tf_kfacprune as kp
 
 TASK_NAMES = flags.DEFINE_list("tasks", None, "Names of tasks; default: all of them.")
-STRENGTHS = flags.DEFINE_list("strengths", ["0", "1e-4"], "Strengths of the penalty; 0 for none.")
+PENALTIES = flags.DEFINE_list("penalties", ["0", "1e-4"], "Strengths of the penalty; 0 for none.")
 
 LEARNING_RATE, WEIGHT_DECAY = 3e-2, 0.03
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -208,7 +208,7 @@ def main(argv):
     records = Records("flatness_tasks.jsonl", frontier.OUTPUT.value)
     for seed in map(int, frontier.SEEDS.value or SEEDS):
         for name in TASK_NAMES.value or TASKS:
-            for strength in map(float, STRENGTHS.value):
+            for strength in map(float, PENALTIES.value):
                 task = TASKS[name]
                 key = {"task": name, "strength": strength, "seed": seed, "epochs": task.epochs}
                 if key in records:

@@ -267,9 +267,10 @@ def test_compact_equals_gated(plans, times, is_tied, is_sized, seed):
     data = rng.integers(0, 9, (3, LENGTH)).astype("int32")
     graph = trace_opened(model)
     assert opaque_layers(graph) == []
-    assert parity_error(model(data), graph.run(data)) == 0
+    # An activation in one operation or in several: the last bit depends on the processor.
+    assert parity_error(model(data), graph.run(data)) < 1e-6
     gated = insert_gates(model)
-    assert parity_error(model(data), gated(data)) == 0
+    assert parity_error(model(data), gated(data)) < 1e-6
     (bank,) = GatedNetwork(gated).sources
     soft = rng.uniform(0.3, 1.0, bank.size) * (rng.uniform(size=bank.size) < 0.7)
     for values in (np.ceil(soft), soft):

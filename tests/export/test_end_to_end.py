@@ -65,7 +65,7 @@ def inverted(shape):
 @pytest.mark.parametrize(
     ("build", "name", "budget"),
     [
-        (lambda shape: kp.zoo.lenet5(shape, seed=0), "mnist", 0.05),
+        pytest.param(lambda shape: kp.zoo.lenet5(shape, seed=0), "mnist", 0.05, marks=SLOW),
         pytest.param(residual, "cifar10", 0.5, marks=SLOW),
         pytest.param(inverted, "cifar10", 0.5, marks=SLOW),
     ],

@@ -89,6 +89,7 @@ def pruned_at_random(model, table, share, seed):
     return pm.gated.cost.exact("latency", pm.gated.kept_neurons()), kp.compact(pm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["float32", "int8"])
 def test_pruned_networks_take_as_long_as_predicted(of, timed, tmp_path):
     model = images()
