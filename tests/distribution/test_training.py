@@ -44,7 +44,8 @@ SAMPLED = {"curvature": {"macs": 0.5, "epochs": 4, "policy": "kfac", "every": 3}
 # What the quick job finds; each other case takes ten seconds of tracing more.
 QUICK = ("poisoned", "pruned", "flattened", "refused", "seeds", "chosen")
 TIMEOUT = 400
-pytestmark = pytest.mark.timeout(900)  # the first test waits for both jobs
+# The first test waits for both jobs, minutes on a slow machine.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 
 def _start(job, **environment):

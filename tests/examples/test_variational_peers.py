@@ -209,6 +209,7 @@ def test_a_network_without_its_drowned_neurons_computes_the_means(peers, run):
     np.testing.assert_allclose(small(run.x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vibnet", "bc_gnj", "bc_ghs"])
 def test_a_high_price_drowns_neurons(peers, run, method, monkeypatch):
     # In twelve steps: less far to go.
