@@ -155,8 +155,7 @@ class LabelFlow:
     def fresh(self, size: int, name: str, layer: Any, part: str = "") -> Labels:
         """New channels, created by (a part of) a layer, or by a model input: `layer=None`."""
         labels = self._allocate(np.arange(self.size, self.size + size), NO_SLOT)
-        name_of_part = f"{name}:{part}" if part else name
-        self.producers.append(Producer(name_of_part, layer, labels))
+        self.producers.append(Producer(f"{name}:{part}" if part else name, layer, labels))
         reason = self._why_left_out(name, layer)
         if reason is not None:
             self.freeze(labels, reason, name)

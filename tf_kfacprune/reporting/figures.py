@@ -93,7 +93,8 @@ def measures(model: keras.Model, x: Any, y: Any) -> dict[str, Any]:
     """How good a model is: its accuracy, or the loss and the metrics that it was compiled with.
 
     Args:
-        model: a classifier with one output and no other metrics, or any compiled model.
+        model: a classifier of one class number per example, whatever it was compiled with, or any
+            compiled model.
         x: inputs, as the model takes them.
         y: labels or targets, as its loss takes them.
 
