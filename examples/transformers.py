@@ -9,6 +9,7 @@ which holds out a fifth of the training data in place of the test data. Needs th
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -40,9 +41,16 @@ LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def trained(model: keras.Model, x, y, budget: kp.Budget | None) -> kp.PrunableModel:
-    """Trains from random weights; with a budget it prunes in the same run."""
+    """Trains from random weights; with a budget it prunes in the same run.
+
+    The learning rate falls along a cosine: by itself while a pruned network settles.
+    """
     pm = kp.PrunableModel(model, budget=budget, seed=FLAGS.seed)
-    optimizer = kp.KFAC(FLAGS.learning_rate, weight_decay=FLAGS.weight_decay)
+    rate = FLAGS.learning_rate
+    if budget is None:
+        steps = FLAGS.epochs * math.ceil(len(x) / FLAGS.batch_size)
+        rate = keras.optimizers.schedules.CosineDecay(rate, steps)
+    optimizer = kp.KFAC(rate, weight_decay=FLAGS.weight_decay)
     pm.compile(optimizer=optimizer, loss=LOSS, metrics=["accuracy"])
     pm.fit(x, y, batch_size=FLAGS.batch_size, epochs=FLAGS.epochs, verbose=2)
     return pm

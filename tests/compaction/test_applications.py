@@ -24,7 +24,7 @@ RANGES = {
     [
         ("MobileNet", {"alpha": 0.25}, 0),
         ("MobileNetV2", {"alpha": 0.35}, 10),
-        ("MobileNetV3Small", {}, 6),
+        pytest.param("MobileNetV3Small", {}, 6, marks=pytest.mark.slow),
     ],
 )
 def test_compact_equals_gated(name, options, branches):

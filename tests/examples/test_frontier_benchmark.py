@@ -10,6 +10,8 @@ import pytest
 
 import tf_kfacprune as kp
 
+SLOW = ("taylor_compensated", "slimming")
+
 
 @pytest.fixture(name="frontier", scope="module")
 def benchmark(load_benchmark):
@@ -44,7 +46,9 @@ def test_every_method_has_runs_in_every_case(frontier):
         assert [budget.targets for budget in of_ours] == list(case.targets.values())
 
 
-@pytest.mark.parametrize("method", ["magnitude", "taylor_compensated", "slimming"])
+@pytest.mark.parametrize(
+    "method", ["magnitude", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_peers_with_a_budget_obey_it(frontier, task, method):
     small = frontier.METHODS[method](task)
     assert small.count_params() <= 0.4 * task.model.count_params()
@@ -67,6 +71,7 @@ def test_ranks_are_shares_of_the_group_that_are_smaller(frontier):
     np.testing.assert_array_equal(ranks, [0.5, 0.5, 0.0, 0.0])
 
 
+@pytest.mark.slow
 def test_runs_that_begin_alike_are_begun_once_and_end_alike(frontier, task, monkeypatch):
     epochs = []
     fit = frontier.Run.fit

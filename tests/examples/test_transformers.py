@@ -13,7 +13,7 @@ def benchmark(load_benchmark):
     return load_benchmark("transformer_runs")
 
 
-@pytest.mark.parametrize("task", ["packages", "characters"])
+@pytest.mark.parametrize("task", ["packages", pytest.param("characters", marks=pytest.mark.slow)])
 def test_texts_are_the_same_in_every_call_and_test_data_are_others(runs, task):
     first, second = (runs.data(task, 40, False) for _ in range(2))
     for a, b in zip(first, second, strict=True):

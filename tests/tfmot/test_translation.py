@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*NumPy.*"),
 ]
 L = keras.layers
+SLOW = ("MobileNetV3Small", "DenseNet121")
 
 
 def randomized(model):
@@ -97,7 +98,9 @@ def test_merges_operations_sharing_and_nesting_are_equal():
     assert {"shared", "inner_inside", "a", "b"} <= names
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "MobileNetV3Small", "DenseNet121"])
+@pytest.mark.parametrize(
+    "name", ["MobileNetV2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_applications_are_translated_and_annotated(name):
     model = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3), classes=5)
     report = kp.tfmot.quantization_report(model)

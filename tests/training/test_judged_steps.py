@@ -106,6 +106,7 @@ def test_a_step_is_not_to_blame_for_a_bad_batch():
         np.testing.assert_array_equal(new, old)
 
 
+@pytest.mark.slow
 def test_a_deep_network_recovers_from_damping_far_too_small():
     keras.utils.set_random_seed(0)
     inputs = x = keras.Input((24,))

@@ -307,7 +307,7 @@ def test_half_precision_takes_the_steps_of_single_precision(policy, digits):
     ("settings", "arguments"),
     [
         (AUTO, {"jit_compile": False, "steps_per_execution": 2}),
-        ({**FIXED, "inverse": "ekfac"}, {"jit_compile": True}),
+        pytest.param({**FIXED, "inverse": "ekfac"}, {"jit_compile": True}, marks=pytest.mark.slow),
         pytest.param(AUTO, {"jit_compile": True}, marks=pytest.mark.slow),
     ],
     ids=["auto", "ekfac by XLA", "auto by XLA"],

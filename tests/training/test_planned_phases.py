@@ -80,6 +80,7 @@ def test_planned_steps_of_train_on_batch_are_those_of_fit(whole):
     _assert_equal(model, whole)
 
 
+@pytest.mark.slow
 def test_planned_steps_of_a_loop_of_ones_own_are_those_of_fit(whole):
     model = _model(eager=False)
     model.plan_phases(STEPS)
@@ -128,7 +129,7 @@ def test_a_run_saved_while_a_compact_copy_is_trained_goes_on_bit_equal(monkeypat
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"steps_per_execution": 3}],
+    [pytest.param({}, marks=pytest.mark.slow), {"steps_per_execution": 3}],
     ids=str,
 )
 def test_compiled_steps_give_the_same_network(arguments, whole):
