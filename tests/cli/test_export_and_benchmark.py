@@ -77,6 +77,7 @@ def test_head_and_c_header(files, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tflite", "net.h"]
 
 
+@pytest.mark.slow
 def test_benchmark_prints_and_writes_its_figures(files, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     status = run(

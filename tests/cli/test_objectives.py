@@ -107,6 +107,7 @@ def test_classes_of_a_file_and_of_the_data_must_be_the_same():
         evaluate._check_labels("a.tflite", ["1", "0"], dataset)
 
 
+@pytest.mark.slow
 def test_training_on_values_measures_and_records_them(small, tmp_path, capsys):
     """With the dense network, too, on a single output without an activation."""
     out = tmp_path / "out"

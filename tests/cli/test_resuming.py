@@ -52,6 +52,7 @@ def parsed(*arguments):
     return command.flags
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # five calls of the program, three of which trace a step
 @pytest.mark.parametrize(
     "more",

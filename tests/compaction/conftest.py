@@ -26,15 +26,16 @@ def assert_exact(model, *, data=None, prune_inputs=False, prune_features=False, 
     randomize(model, rng)
     gated = insert_gates(model, prune_inputs=prune_inputs, prune_features=prune_features)
     x = random_inputs(model) if data is None else data
-    assert parity_error(model(x, training=False), gated(x, training=False)) == 0
-    (bank,) = GatedNetwork(gated).sources
+    dense, network = model(x, training=False), GatedNetwork(gated)
+    assert parity_error(dense, gated(x, training=False)) == 0
+    (bank,) = network.sources
     soft = rng.uniform(0.2, 1.0, bank.size) * (rng.uniform(size=bank.size) < 0.6)
     for values in (np.ceil(soft), soft, np.zeros(bank.size)):
         bank.set_values(values)
         small = compact(gated, verify=False)
-        assert parity_error(model(x, training=False), gated(x, training=False)) > 1e-3
-        assert parity_error(gated(x, training=False), small(x, training=False)) <= tolerance
-        network = GatedNetwork(gated)
+        pruned = gated(x, training=False)
+        assert parity_error(dense, pruned) > 1e-3
+        assert parity_error(pruned, small(x, training=False)) <= tolerance
         kept = network.kept_neurons()
         assert small.count_params() == network.cost.count("params", kept) < model.count_params()
         assert CostModel(analyze(small)).macs_dense == network.cost.count("macs", kept)

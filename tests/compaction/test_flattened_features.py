@@ -364,7 +364,7 @@ def random_network(shape, filters, tail, behind, num_readers, is_residual):
 
 
 @settings(
-    max_examples=15,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

@@ -177,7 +177,7 @@ def randomize(model, rng):
 # Masks end at layers that do not support them.
 @pytest.mark.filterwarnings("ignore:.*was passed an input with a mask:UserWarning")
 @settings(
-    max_examples=15,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

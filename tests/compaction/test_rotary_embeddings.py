@@ -98,11 +98,12 @@ def rotary_model(rotate, product, length):
 
 
 CASES = [
-    *((rotate, product, None) for rotate in (halves, interleaved) for product in PRODUCTS),
+    *((halves, product, None) for product in PRODUCTS),
     (stacked, "einsum", None),
-    (halves, "broadcast", LENGTH),
     (interleaved, "broadcast", LENGTH),
     (tables, "broadcast", LENGTH),
+    *(pytest.param(interleaved, product, None, marks=pytest.mark.slow) for product in PRODUCTS),
+    pytest.param(halves, "broadcast", LENGTH, marks=pytest.mark.slow),
 ]
 
 

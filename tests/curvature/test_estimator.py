@@ -302,6 +302,22 @@ def test_a_part_of_a_batch_is_the_same_part_of_inputs_labels_and_weights():
     assert whole.head(1.0) is whole
 
 
+def test_a_look_leaves_the_states_of_recurrent_layers_as_they_were():
+    inputs = keras.Input(batch_shape=(5, 3, 4))
+    lstm = keras.layers.LSTM(3, stateful=True)
+    model = keras.Model(inputs, keras.layers.Dense(2)(lstm(inputs)))
+    model.compile("sgd", "mse")
+    x = np.ones((5, 3, 4), "float32")
+    model(x)
+    before = [np.array(state) for state in lstm.states]
+    assert all(state.any() for state in before)
+    estimator = CurvatureEstimator(model, CompiledObjective(model))
+    batch = Batch(x, np.zeros((5, 2), "float32"))
+    estimator.look(batch, find_blocks(model).blocks, "sampled", training=True)
+    for old, state in zip(before, lstm.states, strict=True):
+        np.testing.assert_array_equal(state, old)
+
+
 def test_a_look_leaves_statistics_and_seeds_as_they_were():
     inputs = keras.Input((4,))
     x = keras.layers.BatchNormalization()(keras.layers.Dense(3)(inputs))

@@ -60,7 +60,7 @@ def dense_gradient(model, x, y, loss, flat) -> np.ndarray:
     original = [v.numpy() for v in model.trainable_variables]
     assign(model, flat)
     with tf.GradientTape() as tape:
-        value = SingleObjective(loss).sum(Batch(x, y), model(x, training=False)) / N
+        value, _ = SingleObjective(loss).mean(Batch(x, y), model(x, training=False))
     gradients = tape.gradient(value, [v.value for v in model.trainable_variables])
     for variable, value in zip(model.trainable_variables, original, strict=True):
         variable.assign(value)
@@ -108,7 +108,7 @@ def softmax_hessian(z):
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-@pytest.mark.parametrize("build", [dense_net, conv_net])
+@pytest.mark.parametrize("build", [dense_net, pytest.param(conv_net, marks=pytest.mark.slow)])
 def test_hessian_equals_the_dense_one(build):
     model = build()
     x, y = data_for(model)
@@ -330,6 +330,164 @@ def test_examples_that_change_between_passes_are_refused(curvature):
     for scale in (1.0, 1.0, 2.0):  # another order, and other weights, are no other data
         model.trainable_variables[0].assign(scale * model.trainable_variables[0])
         operator.matvec(v)
+
+
+def _tokens(mask_zero=True):
+    tokens = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(7, 4, mask_zero=mask_zero, dtype="float64")(tokens)
+    net = keras.Model(tokens, layers.Dense(3, dtype="float64")(x))
+    return with_random_weights(net)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("left_out", ["mask", "class"])
+def test_the_batch_size_does_not_matter_where_entries_do_not_count(left_out, curvature):
+    """The matrix is that of Keras' own loss over all the data at once."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(1, 7, (N, 5)), rng.integers(0, 3, (N, 5))
+    missing = np.arange(5) >= rng.integers(1, 6, (N, 1))
+    if left_out == "mask":
+        x[missing] = 0
+    else:
+        y[missing] = -1
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    model = _tokens(mask_zero=left_out == "mask")
+    operators = [
+        CurvatureOperator(model, (x, y), loss, curvature=curvature, batch_size=size)
+        for size in (1, 2, N)
+    ]
+    whole = as_matrix(operators[-1])
+    for operator in operators[:-1]:
+        np.testing.assert_allclose(as_matrix(operator), whole, rtol=0, atol=1e-12)
+    value = loss(tf.constant(y), model(x, training=False))  # to which the mask belongs
+    assert operators[0].loss() == pytest.approx(float(value), rel=1e-6)
+    if curvature == "hessian":
+        np.testing.assert_allclose(whole, dense_hessian(model, x, y, loss), rtol=0, atol=1e-8)
+
+
+def test_an_attribute_named_net_is_a_part_of_the_users_model():
+    class Outer(keras.Model):
+        def __init__(self):
+            super().__init__(dtype="float64")
+            self.net, self.head = dense_net(), layers.Dense(3, dtype="float64")
+
+        def call(self, x):
+            return self.head(self.net(x))
+
+    model, x = Outer(), np.zeros((N, 4))
+    model(x)
+    operator = CurvatureOperator(model, (x, np.zeros(N, int)), CROSS_ENTROPY)
+    assert operator.dimension == model.count_params() == dense_net().count_params() + 12
+
+
+def test_what_a_recurrent_layer_keeps_is_put_back():
+    inputs = keras.Input(batch_shape=(2, 3, 2), dtype="float64")
+    lstm = layers.LSTM(3, stateful=True, dtype="float64")
+    model = with_random_weights(keras.Model(inputs, layers.Dense(2, dtype="float64")(lstm(inputs))))
+    before = [0.1 * np.random.default_rng(0).normal(size=s.shape) for s in lstm.states]
+    for state, value in zip(lstm.states, before, strict=True):
+        state.assign(value)
+    x = np.random.default_rng(1).normal(size=(6, 3, 2))
+    found = hessian_spectrum(model, (x, np.zeros(6, int)), CROSS_ENTROPY, batch_size=2)
+    assert found.converged
+    for state, value in zip(lstm.states, before, strict=True):
+        np.testing.assert_array_equal(state, value)
+
+
+class OwnCall(layers.Layer):
+    """A layer of the user's own, of which nobody knows what it computes."""
+
+    def __init__(self, function, **kwargs):
+        super().__init__(dtype="float64", **kwargs)
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+OWN_CALLS = {
+    "resize": (lambda x: keras.ops.image.resize(x, (5, 5)), "ResizeBilinear"),
+    "moments": (lambda x: x - keras.ops.moments(x, [1, 2], keepdims=True)[1], "StopGradient"),
+    "transform": (
+        lambda x: keras.ops.image.affine_transform(
+            x, np.array([1.1, 0.1, 0, 0, 0.9, 0, 0, 0], "float32")
+        ),
+        "ImageProjectiveTransform",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OWN_CALLS)
+def test_operations_inside_of_own_layers_are_refused_by_their_place(case):
+    function, operation = OWN_CALLS[case]
+    inputs = keras.Input((4, 4, 2), dtype="float64")
+    x = layers.Conv2D(2, 2, dtype="float64")(inputs)
+    x = layers.Flatten(dtype="float64")(OwnCall(function, name="mine")(x))
+    model = with_random_weights(keras.Model(inputs, layers.Dense(2, dtype="float64")(x)))
+    data = (np.random.default_rng(0).normal(size=(3, 4, 4, 2)), np.zeros(3, int))
+    with pytest.raises(UnsupportedModelError, match=f"/mine.*{operation}"):
+        hessian_spectrum(model, data, CROSS_ENTROPY)
+    if case == "moments":  # wrong at second order only
+        assert hessian_spectrum(model, data, CROSS_ENTROPY, curvature="ggn").converged
+
+
+def test_an_image_that_center_crop_enlarges_is_right():
+    inputs = keras.Input((3, 3, 1), dtype="float64")
+    x = layers.Conv2D(2, 2, activation="tanh", dtype="float64")(inputs)
+    x = layers.Flatten(dtype="float64")(layers.CenterCrop(3, 3, dtype="float64")(x))
+    model = with_random_weights(keras.Model(inputs, layers.Dense(2, dtype="float64")(x)))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(N, 3, 3, 1)), rng.integers(0, 2, N)
+    found = as_matrix(CurvatureOperator(model, (x, y), CROSS_ENTROPY))
+    # Images are resized in float32.
+    np.testing.assert_allclose(found, dense_hessian(model, x, y, CROSS_ENTROPY), atol=2e-2)
+
+
+def test_a_small_largest_eigenvalue_beside_a_large_negative_one_is_found():
+    """Outputs enter the loss concavely by far, and the bias convexly by little."""
+    inputs = keras.Input((12,), dtype="float64")
+    model = with_random_weights(keras.Model(inputs, layers.Dense(4, dtype="float64")(inputs)))
+
+    def loss(y, z):
+        return keras.ops.sum(y[:, None] * z**2, axis=-1)
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 12))
+    y = np.where(np.arange(40) < 30, -100.0, 0.1 * rng.uniform(size=40))
+    x[:30, 6:] = 0
+    found = hessian_spectrum(model, (x, y), loss, tolerance=1e-4)
+    exact = np.linalg.eigvalsh(as_matrix(CurvatureOperator(model, (x, y), loss)))
+    assert exact[0] < -100 * exact[-1]
+    assert found.converged
+    assert found.top == pytest.approx(exact[-1], rel=1e-3)
+
+
+def test_data_without_an_end_and_batches_that_do_not_fit_are_refused():
+    model = dense_net()
+    x, y = data_for(model)
+    endless = tf.data.Dataset.from_tensor_slices((x, y)).repeat().batch(2)
+    with pytest.raises(DataError, match=r"no end.*repeat"):
+        hessian_spectrum(model, endless, CROSS_ENTROPY)
+    unequal = tf.data.Dataset.from_tensors((x, y[:1]))
+    with pytest.raises(DataError, match=r"\[1, 7\]"):
+        hessian_spectrum(model, unequal, CROSS_ENTROPY)
+    lists = CurvatureOperator(model, (x.tolist(), y.tolist()), CROSS_ENTROPY)
+    assert lists.loss() == CurvatureOperator(model, (x, y), CROSS_ENTROPY).loss()
+
+
+def test_several_outputs_frozen_models_and_mixed_types_are_told_apart():
+    inputs = keras.Input((4,), dtype="float64")
+    hidden = layers.Dense(3, dtype="float64")(inputs)
+    data = (np.zeros((2, 4)), np.zeros(2, int))
+    with pytest.raises(UnsupportedModelError, match=r"one tensor.*dict"):
+        hessian_spectrum(keras.Model(inputs, {"a": hidden}), data, CROSS_ENTROPY)
+    mixed = keras.Model(inputs, layers.Dense(2, dtype="float32")(hidden))
+    with pytest.raises(UnsupportedModelError, match="'float32', 'float64'"):
+        hessian_spectrum(mixed, data, CROSS_ENTROPY)
+    frozen = dense_net()
+    frozen.trainable = False
+    with pytest.raises(UnsupportedModelError, match="frozen"):
+        hessian_spectrum(frozen, data, CROSS_ENTROPY)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def trained(digits):
     return model
 
 
+@pytest.mark.slow
 def test_every_format_keeps_the_accuracy(trained, digits):
     _, expected = trained.evaluate(digits.x_test, digits.y_test, verbose=0)
     assert expected > 0.9

@@ -100,6 +100,7 @@ def test_streams_of_nested_blocks_lead_outwards(capfd):
     assert capfd.readouterr() == ("third\n", "")
 
 
+@pytest.mark.slow
 def test_tensorflows_logger_works_after_an_export(tmp_path):
     """In a process of its own: absl sets up the root logger once, when a SavedModel is written."""
     program = """

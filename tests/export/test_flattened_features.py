@@ -50,6 +50,7 @@ def test_a_model_with_gates_of_features_comes_back_from_its_file(pruned, small, 
     np.testing.assert_array_equal(kp.compact(back)(images()), small(images()))
 
 
+@pytest.mark.slow
 def test_the_saved_model_picks_features(small, tmp_path):
     folder = saved_model(small, tmp_path / "net")
     found = run_saved_model(folder, {"image": images()})["output"]

@@ -27,6 +27,7 @@ def model():
     return keras.Model(image, keras.layers.Dense(10)(x))
 
 
+@pytest.mark.slow
 @needs_extra
 def test_fewer_bits_make_smaller_files_that_agree(model, tmp_path, capfd):
     x = np.random.default_rng(0).normal(size=(50, 8, 8, 2)).astype("float32")

@@ -99,6 +99,7 @@ def test_signature_has_stable_names(files):
     assert signatures == {"serving_default": {"inputs": ["image"], "outputs": ["output"]}}
 
 
+@pytest.mark.slow
 def test_any_batch_size_runs_and_a_fixed_one_needs_no_shape_arithmetic(model, files, tmp_path):
     fixed = tflite(model, tmp_path / "net.tflite", batch_size=1)
     reference = keras.ops.convert_to_numpy(model(X[:3]))

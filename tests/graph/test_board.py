@@ -126,7 +126,7 @@ def test_a_stack_is_a_sum_and_the_largest_of_others():
 @pytest.mark.parametrize(
     ("build", "options", "bounds"),
     [
-        (residual, {}, {"flash": 0.75, "ram": 0.6}),
+        pytest.param(residual, {}, {"flash": 0.75, "ram": 0.6}, marks=pytest.mark.slow),
         (residual, {}, {"ram": 9_000}),
         (flattened, {"prune_features": True, "policy": "random", "seed": 0}, {"flash": 0.5}),
     ],

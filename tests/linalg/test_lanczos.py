@@ -95,7 +95,7 @@ def test_a_product_that_is_not_finite_is_an_error():
         lanczos_top(lambda v: v * np.nan, 3)
 
 
-@pytest.mark.parametrize("arguments", [{"k": 0}, {"k": 4}, {"k": 3, "max_steps": 2}])
+@pytest.mark.parametrize("arguments", [{"k": 0}, {"k": 4}, {"k": 1.5}, {"k": 3, "max_steps": 2}])
 def test_numbers_that_do_not_fit_are_named(arguments):
-    with pytest.raises(InvalidArgumentError, match="must be at least"):
+    with pytest.raises(InvalidArgumentError, match="must be an integer, at least"):
         lanczos_top(lambda v: v, 3, **arguments)

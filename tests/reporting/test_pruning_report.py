@@ -9,11 +9,11 @@ import pytest
 import tf_kfacprune as kp
 from tf_kfacprune.compaction import compact
 from tf_kfacprune.curvature.diagnostics import hessian_spectrum
-from tf_kfacprune.errors import DataError, ExportError, InvalidArgumentError
+from tf_kfacprune.errors import DataError, ExportError, InvalidArgumentError, NonFiniteError
 from tf_kfacprune.gates import GateSource
 from tf_kfacprune.gates.insertion import insert_gates
 from tf_kfacprune.reporting import accuracy, report
-from tf_kfacprune.reporting.figures import flatness_of, tflite_size
+from tf_kfacprune.reporting.figures import flatness_of, measures, tflite_size
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 6)).astype("float32")
@@ -102,13 +102,15 @@ def test_what_is_no_classifier_is_measured_by_what_it_was_compiled_with():
     targets = {"is_large": (X[:, :1] > 0).astype("float32"), "value": X[:, 1:3]}
     losses = {"is_large": "binary_crossentropy", "value": "mse"}
     pm = kp.PrunableModel(keras.Model(inputs, outputs), kp.Budget(macs=0.5), seed=0)
-    pm.compile(loss=losses)
+    pm.compile(loss=losses, metrics={"value": ["mae"]})
     pm.fit(X, targets, batch_size=8, epochs=4, verbose=0)
     small = compact(pm)
+    bare = keras.models.clone_model(small)
     with pytest.raises(InvalidArgumentError, match="Compile it with the loss"):
-        report(pm, small, data=(X, targets), files=False)
-    small.compile(loss=losses, metrics={"value": ["mae"]})
+        measures(bare, X, targets, bare)
+    # By what the pruned model was compiled with, as the compact one is not.
     comparison = report(pm, small, data=(X, targets), files=False)
+    assert not small.compiled
     found = small.predict(X, verbose=0)
     p, is_large = found["is_large"], targets["is_large"]
     entropy = -np.mean(is_large * np.log(p) + (1 - is_large) * np.log(1 - p))
@@ -118,6 +120,67 @@ def test_what_is_no_classifier_is_measured_by_what_it_was_compiled_with():
     assert measured["value_mae"] == pytest.approx(np.mean(np.abs(errors)), rel=1e-4)
     assert comparison.compact.accuracy is None
     assert "value_mae" in str(comparison)
+
+
+def _two_outputs(loss, **metrics):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)])
+    model.compile(loss=loss, **metrics)
+    return model
+
+
+def _gaussian(y, outputs):
+    """Negative log-likelihood of a mean and a logarithm of a variance, without constants."""
+    mean, log_variance = outputs[:, 0], outputs[:, 1]
+    return 0.5 * (log_variance + (y[:, 0] - mean) ** 2 / keras.ops.exp(log_variance))
+
+
+def test_two_outputs_that_are_no_classes_are_measured_by_their_loss():
+    model, y = _two_outputs(_gaussian), X[:, :1]
+    found = measures(model, X, y, model)
+    mean, log_variance = model.predict(X, verbose=0).T
+    expected = np.mean(0.5 * (log_variance + (y[:, 0] - mean) ** 2 / np.exp(log_variance)))
+    assert found["measures"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "sparse_categorical_crossentropy",
+        keras.losses.sparse_categorical_crossentropy,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    ],
+    ids=["name", "function", "object"],
+)
+def test_losses_of_class_numbers_are_measured_by_accuracy(loss):
+    model = _two_outputs(loss)
+    expected = np.mean(model.predict(X, verbose=0).argmax(1) == (Y > 0))
+    assert measures(model, X, (Y > 0).astype(int), model) == {"accuracy": expected}
+
+
+def test_classes_that_the_loss_ignores_are_measured_as_it_does():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    model, y = _two_outputs(loss), np.where(Y == 2, -1, Y)
+    found = measures(model, X, y, model)["measures"]["loss"]
+    logits = model.predict(X, verbose=0)[y >= 0]
+    terms = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), y[y >= 0]]
+    assert found == pytest.approx(terms.mean(), rel=1e-5)
+
+
+def test_what_is_no_class_number_or_no_number_is_refused(models):
+    dense, _, small = models
+    with pytest.raises(DataError, match="class numbers"):
+        accuracy(dense, X, X[:, 0])
+    with pytest.raises(DataError, match="class numbers"):
+        accuracy(dense, X, np.array(["a", "b"] * 20))
+    with pytest.raises(DataError, match=r"\[39, 40\]"):
+        measures(dense, X, Y[:39], small)
+    with pytest.raises(DataError, match="at least one"):
+        measures(dense, X[:0], Y[:0], small)
+    broken = X.copy()
+    broken[3] = np.nan
+    with pytest.raises(NonFiniteError, match="NaN for 1 of 40"):
+        accuracy(_two_outputs("mse"), broken, Y)
 
 
 def test_tflite_size_holds_the_weights_once(models):

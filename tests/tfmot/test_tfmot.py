@@ -117,6 +117,7 @@ def test_quantization_aware_training_ends_in_an_integer_file(trained, digits, tm
     assert right.mean() > 0.9
 
 
+@pytest.mark.slow
 def test_clusters_survive_quantization_aware_training(trained, digits, tmp_path):
     clustered = fit(kp.tfmot.cluster(trained, 8), digits)
     model = kp.tfmot.copy_back(clustered, copy_of(trained))

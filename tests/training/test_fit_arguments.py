@@ -26,7 +26,7 @@ def fitted(**arguments):
     return history, net.get_weights()
 
 
-@pytest.mark.parametrize("batch_size", [None, 16])
+@pytest.mark.parametrize("batch_size", [None, pytest.param(16, marks=pytest.mark.slow)])
 def test_in_the_same_order_training_is_that_of_keras(batch_size):
     options = {"batch_size": batch_size, "shuffle": False, "validation_data": (X[:20], Y[:20])}
     ours = fitted(**options)

@@ -88,7 +88,7 @@ def test_training_lands_within_the_budget_and_compacts_to_the_same_function(case
         kp.export.tflite(small, tmp_path / "small.tflite", batch_size=1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["text", pytest.param("vision", marks=pytest.mark.slow)])
 def test_held_open_gates_do_not_change_training(case):
     build, data = CASES[case]
     losses = []

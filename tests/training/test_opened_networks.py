@@ -57,6 +57,7 @@ def trained(request, tmp_path_factory):
 CUSTOM = {"Block": custom.Block, "FeedForward": custom.FeedForward, "Scale": custom.Scale}
 
 
+@pytest.mark.slow
 def test_a_reloaded_model_goes_on_as_if_nothing_had_happened(trained):
     _, pm, folder = trained
     resumed = keras.saving.load_model(folder / "2.keras")

@@ -110,7 +110,7 @@ def test_a_loss_for_one_batch_size_is_told_of_the_remedy_which_works():
     assert history["macs"][-1] <= 0.5
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("loss", ["sparse", "two outputs", "none known"])
 @pytest.mark.filterwarnings("ignore:.*fall back on the empirical Fisher")
 def test_tiny_batches_prune_to_the_budget(size, loss):

@@ -103,7 +103,7 @@ def test_a_planned_run_may_be_made_of_several_fits(whole, recwarn):
     assert not [w for w in recwarn if "settled" in str(w.message) or "hardly" in str(w.message)]
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 3])
+@pytest.mark.parametrize("epoch", [1, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 3))])
 def test_a_run_saved_in_any_phase_goes_on_bit_equal(epoch, whole, saved):
     resumed = keras.models.load_model(saved / f"{epoch}.keras")
     resumed.fit(_data(), epochs=4, initial_epoch=epoch, shuffle=False, verbose=0)

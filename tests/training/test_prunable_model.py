@@ -181,6 +181,7 @@ def _drawn_anew(model, start, seed):
         kernel.assign(keras.initializers.GlorotUniform(seed=10 * seed + k)(kernel.shape))
 
 
+@pytest.mark.slow
 def test_the_penalty_leads_to_a_smaller_exact_eigenvalue():
     """Measured by Lanczos on the Gauss-Newton matrix of all data, not by the penalty itself.
 
@@ -376,6 +377,10 @@ def test_the_penalty_refuses_layers_with_wrong_second_derivatives_by_name():
         wrapped(renormalized)
     wrapped(renormalized, strength=0.0)
     wrapped(keras.layers.UpSampling2D(interpolation="bilinear"))  # run by a right expression
+    own = keras.layers.Lambda(lambda x: keras.ops.image.resize(x, (5, 5)), (5, 5, 1), name="own")
+    with pytest.raises(UnsupportedModelError, match=r"/own.*ResizeBilinear"):
+        wrapped(own)
+    wrapped(keras.layers.Lambda(lambda x: 2 * x, name="own"))
 
 
 def test_a_loss_without_a_likelihood_falls_back_with_a_warning():

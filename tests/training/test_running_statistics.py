@@ -49,6 +49,18 @@ def test_moving_statistics_are_those_of_the_pruned_network(shrink, monkeypatch):
     np.testing.assert_allclose(layer.moving_variance, before.var(axis=0), rtol=0.3)
 
 
+def test_networks_in_float64_have_statistics_in_float64():
+    keras.config.set_dtype_policy("float64")
+    try:
+        net = network(momentum=0.9)
+        pm, _ = pruned(net, shrink=False)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    statistics = pm.net.get_layer("bn").moving_mean
+    assert statistics.dtype == "float64"
+    assert np.any(np.array(statistics) != 0)
+
+
 def test_frozen_statistics_stay():
     net = network(momentum=0.9, trainable=False)
     pm, _ = pruned(net, shrink=False)

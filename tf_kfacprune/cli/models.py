@@ -14,6 +14,7 @@ from tf_kfacprune.cli.command import FileError, UsageError, naming
 from tf_kfacprune.data import Dataset
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.export import load_keras
+from tf_kfacprune.graph import network_of
 
 __all__ = [
     "example_shape",
@@ -104,7 +105,7 @@ def example_shape(model: Any) -> tuple[int | None, ...]:
     Raises:
         UsageError: If the model does not say, or has several inputs.
     """
-    shape = getattr(getattr(model, "net", model), "input_shape", None)
+    shape = getattr(network_of(model), "input_shape", None)
     if not isinstance(shape, tuple):
         found = "none that is known" if shape is None else f"{len(shape)}"
         raise UsageError(
@@ -120,7 +121,7 @@ def number_of_outputs(model: Any) -> int:
     Raises:
         UsageError: If it has several outputs, or one of more axes.
     """
-    outputs = getattr(getattr(model, "net", model), "outputs", None) or []
+    outputs = getattr(network_of(model), "outputs", None) or []
     shapes = [tuple(output.shape) for output in outputs]
     if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] is None:
         found = ", ".join(map(str, shapes)) or "none that is known"
@@ -145,7 +146,7 @@ def fitted_inputs(model: Any, x: np.ndarray) -> np.ndarray:
         UsageError: If the shapes do not fit, or the model takes integers and these are none.
     """
     shape = example_shape(model)
-    dtype = keras.backend.standardize_dtype(getattr(model, "net", model).inputs[0].dtype)
+    dtype = keras.backend.standardize_dtype(network_of(model).inputs[0].dtype)
     if "int" in dtype and not np.array_equal(x, np.round(x)):
         raise UsageError(
             f"--data: the model takes examples of dtype {dtype}, and the data have fractions, "

@@ -13,6 +13,7 @@ from tf_kfacprune.cli.command import UsageError
 from tf_kfacprune.cli.models import number_of_outputs
 from tf_kfacprune.data import Dataset
 from tf_kfacprune.errors import NonFiniteError
+from tf_kfacprune.graph import network_of
 
 __all__ = ["Objective", "add_objective_flags", "kind_asked_for", "objective_for"]
 
@@ -202,7 +203,7 @@ def fitted_labels(dataset: Dataset, outputs: int, model: str) -> Dataset:
 
 def last_activation(model: Any) -> str | None:
     """``"softmax"`` or ``"sigmoid"`` if the model ends in one; None if it returns logits."""
-    last = getattr(model, "net", model).layers[-1]
+    last = network_of(model).layers[-1]
     if isinstance(last, keras.layers.Softmax):
         return "softmax"
     activation = getattr(last, "activation", None)

@@ -14,7 +14,7 @@ from tf_kfacprune.compaction.rebuilding import rebuild_compact
 from tf_kfacprune.compaction.verification import verify_parity
 from tf_kfacprune.errors import InvalidArgumentError
 from tf_kfacprune.gates import GatedNetwork
-from tf_kfacprune.graph import CostModel
+from tf_kfacprune.graph import CostModel, network_of
 
 __all__ = ["compact", "compaction_report", "missed_budget"]
 
@@ -142,7 +142,7 @@ def compaction_report(model: Any, compact_model: keras.Model) -> dict[str, Any]:
 
 
 def _net_of(model: Any) -> keras.Model:
-    net = getattr(model, "net", model)
+    net = network_of(model)
     if not isinstance(net, keras.Model):
         raise InvalidArgumentError(
             "compact takes a PrunableModel or a Keras model with gates. "

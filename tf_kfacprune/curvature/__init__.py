@@ -21,7 +21,11 @@ from tf_kfacprune.curvature.spectral_radius import (
     energy_of_gradients,
     energy_of_inputs,
 )
-from tf_kfacprune.curvature.twice_differentiable import mends, twice_differentiable
+from tf_kfacprune.curvature.twice_differentiable import (
+    check_trained_twice_differentiably,
+    mends,
+    twice_differentiable,
+)
 
 __all__ = [
     "LABELS",
@@ -42,6 +46,7 @@ __all__ = [
     "blocks_of",
     "capture",
     "check_second_derivatives",
+    "check_trained_twice_differentiably",
     "energy_of_gradients",
     "energy_of_inputs",
     "expects_probabilities",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_kfacprune.errors import DataError
@@ -24,18 +25,14 @@ def batches_of(data: Any, batch_size: int) -> Callable[[], Iterator[tuple[Any, A
         A function that starts a new pass and yields batches ``(x, y)`` in the order of the data.
 
     Raises:
-        DataError: If the data are empty, of unequal lengths, or no pair.
+        DataError: If the data are empty, of unequal lengths, endless, or no pair.
     """
     if isinstance(data, tf.data.Dataset):
-        return lambda: (_pair(element) for element in data)
-    x, y = _pair(data)
-    lengths = {len(part) for part in keras.tree.flatten((x, y))}
-    if len(lengths) != 1 or 0 in lengths:
-        raise DataError(
-            "data: x and y must have the same number of examples, at least one. Received: "
-            f"{sorted(lengths)}"
-        )
-    total = lengths.pop()
+        if data.cardinality() == tf.data.INFINITE_CARDINALITY:
+            raise DataError("data: the tf.data.Dataset has no end. Leave out its `.repeat()`.")
+        return lambda: (_checked(*_pair(element)) for element in data)
+    x, y = _checked(*(_arrays(part) for part in _pair(data)))
+    total = length_of(y)
 
     def batches() -> Iterator[tuple[Any, Any]]:
         for start in range(0, total, batch_size):
@@ -43,6 +40,29 @@ def batches_of(data: Any, batch_size: int) -> Callable[[], Iterator[tuple[Any, A
             yield keras.tree.map_structure(lambda a, s=part: tf.convert_to_tensor(a[s]), (x, y))
 
     return batches
+
+
+def _arrays(part: Any) -> Any:
+    """A list of numbers or of rows is one array; a list of arrays is a structure of several."""
+    is_plain = isinstance(part, list | tuple) and not any(hasattr(p, "shape") for p in part)
+    return np.asarray(part) if is_plain else part
+
+
+def _length(part: Any) -> int:
+    shape = getattr(part, "shape", None)
+    if shape is None:
+        return len(part)
+    return int(shape[0]) if len(shape) else 0
+
+
+def _checked(x: Any, y: Any) -> tuple[Any, Any]:
+    lengths = sorted({_length(part) for part in keras.tree.flatten((x, y))})
+    if len(lengths) != 1 or lengths[0] == 0:
+        raise DataError(
+            "data: x and y must have the same number of examples, at least one, along their first "
+            f"axis. Received: {lengths}"
+        )
+    return x, y
 
 
 def _pair(element: Any) -> tuple[Any, Any]:
@@ -59,4 +79,4 @@ def _pair(element: Any) -> tuple[Any, Any]:
 
 def length_of(y: Any) -> int:
     """Number of examples in the labels of a batch."""
-    return int(keras.tree.flatten(y)[0].shape[0])
+    return _length(keras.tree.flatten(y)[0])

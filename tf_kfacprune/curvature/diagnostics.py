@@ -27,8 +27,9 @@ class HessianSpectrum:
     """Largest eigenvalues of the curvature of a model's mean loss.
 
     Attributes:
-        eigenvalues: The k largest, in descending order, shape (k,).
-        residuals: ``|H v - theta v|`` for each, shape (k,): a true eigenvalue lies this close.
+        eigenvalues: The k largest, in descending order, shape (k,); fewer if some are repeated, for
+            each counts once.
+        residuals: ``|H v - theta v|`` for each: a true eigenvalue lies this close.
         converged: Whether all residuals are within the tolerance.
         steps: Number of passes over the data.
         curvature: ``"hessian"`` or ``"ggn"``.
@@ -98,9 +99,9 @@ def hessian_spectrum(
             entropies).
         scaling: None, or ``"norm"``: eigenvalues that do not change when one layer is scaled up
             and the next one down (scale-invariant sharpness).
-        tolerance: Residual, relative to the largest eigenvalue, at which to stop.
-        max_steps: Largest number of passes over the data. Memory: this times the number of
-            parameters times 8 bytes.
+        tolerance: Residual, relative to the largest of the k eigenvalues, at which to stop.
+        max_steps: Largest number of passes over the data, at least k. Memory: this times the number
+            of parameters times 8 bytes.
         batch_size: Number of examples per product when ``data`` holds arrays.
         seed: Seed of the start vector.
 
@@ -132,7 +133,7 @@ def hessian_spectrum(
         operator.matvec,
         operator.dimension,
         k,
-        max_steps=max(k, max_steps),
+        max_steps=max_steps,
         tolerance=tolerance,
         seed=seed,
     )

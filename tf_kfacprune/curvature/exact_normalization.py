@@ -19,8 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
+from tf_kfacprune.curvature.linear_map import MENDED_SCOPE
 from tf_kfacprune.errors import UnsupportedModelError
 
 __all__ = [
@@ -161,7 +163,8 @@ def moments_operation(operation: Any, call: Call) -> Call:
         return call
 
     def twice_differentiable_call(x: Any) -> Any:
-        mean, _ = call(x)
+        with tf.name_scope(MENDED_SCOPE):
+            mean, _ = call(x)
         _, variance = _moments(_widened(x), operation.axes)
         return mean, ops.saturate_cast(ops.reshape(variance, ops.shape(mean)), mean.dtype)
 

@@ -1,17 +1,20 @@
-"""What a forward pass in training mode changes, so that it can be undone or repeated."""
+"""What a forward pass changes, so that it can be undone or repeated."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 __all__ = ["ForwardState"]
 
 
 class ForwardState:
-    """Remembers the state of a network when it is created: normalization statistics, seeds.
+    """Remembers the state of a network when it is created.
+
+    That is normalization statistics, seeds, and the states of stateful recurrent layers.
 
     Restoring it before another pass on the same batch repeats the same dropout masks and gate
     noise: the loss before and after a step are then values of one and the same function.
@@ -23,7 +26,8 @@ class ForwardState:
 
     def __init__(self, network: Any, ignore: Iterable[Any] = ()) -> None:
         ignored = {id(variable) for variable in ignore}
-        self._variables = [v for v in network.non_trainable_variables if id(v) not in ignored]
+        variables = [*network.non_trainable_variables, *_recurrent_states(network)]
+        self._variables = [v for v in variables if id(v) not in ignored]
         self._values = [tf.convert_to_tensor(variable) for variable in self._variables]
 
     def restore(self) -> None:
@@ -36,3 +40,11 @@ class ForwardState:
         for variable, value in zip(self._variables, self._values, strict=True):
             if value.dtype.is_floating:
                 variable.assign(value)
+
+
+def _recurrent_states(network: Any) -> list[Any]:
+    """What stateful recurrent layers keep from batch to batch; Keras has them in no list."""
+    states = [
+        layer.states for layer in network._flatten_layers() if getattr(layer, "stateful", False)
+    ]
+    return [state for state in keras.tree.flatten(states) if isinstance(state, keras.Variable)]

@@ -4,7 +4,7 @@ r"""Exact products with the Hessian and the Gauss-Newton matrix of a model over 
 symbol     meaning                                                           shape
 =========  ================================================================  ===========
 ``w``      trainable parameters (gate parameters apart), flattened           (n,)
-``L``      (1/N) sum of the examples' losses, inference mode                 scalar
+``L``      mean of the entries' losses, inference mode                       scalar
 ``H``      Hessian of L with respect to w                                    (n, n)
 ``G``      generalized Gauss-Newton matrix (see `gauss_newton`)              (n, n)
 ``D``      diagonal: each parameter's tensor norm ``|w_t|``, or 1            (n,)
@@ -28,15 +28,18 @@ from numpy.typing import NDArray
 
 from tf_kfacprune.curvature.batch import Batch
 from tf_kfacprune.curvature.data_passes import batches_of, length_of
+from tf_kfacprune.curvature.forward_state import ForwardState
 from tf_kfacprune.curvature.gauss_newton import gauss_newton_product
 from tf_kfacprune.curvature.objective import SingleObjective
 from tf_kfacprune.curvature.second_derivatives import (
+    check_executed_operations,
     check_second_derivatives,
     reachable_operations,
 )
 from tf_kfacprune.curvature.twice_differentiable import mends, twice_differentiable
 from tf_kfacprune.errors import DataError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import GateSource
+from tf_kfacprune.graph import network_of
 from tf_kfacprune.validation import is_count
 
 __all__ = ["CurvatureOperator", "checked_network"]
@@ -52,7 +55,8 @@ class CurvatureOperator:
     """The Hessian or Gauss-Newton matrix of a model's mean loss over a data set, as a product.
 
     The model runs in inference mode and is left as it was. Regularization losses are not part of
-    the objective. Gates are held at their inference values and are no parameters.
+    the objective, and entries that masks or the loss leave out do not count. Gates are held at
+    their inference values and are no parameters.
 
     Args:
         model: A built `keras.Model` with one output, or an object that holds one as ``.net``.
@@ -95,12 +99,14 @@ class CurvatureOperator:
         self._net = checked_network(model)
         check_second_derivatives(self._net, jacobian_only=curvature == "ggn", mended=mends)
         self._objective = SingleObjective(loss)
+        self._is_ggn = curvature == "ggn"
         self._batches = batches_of(data, batch_size)
         self._variables = _parameters(self._net)
         # The shapes of batches differ at most in the last one: two traces.
-        product = self._hessian_product if curvature == "hessian" else self._ggn_product
+        product = self._ggn_product if self._is_ggn else self._hessian_product
         self._product = tf.function(product, reduce_retracing=True, jit_compile=False)
         self._value = tf.function(self._batch_loss, reduce_retracing=True, jit_compile=False)
+        self._may_be_trusted = False
         self._num_examples: int | None = None
         self._first_loss: tuple[int, float] | None = None  # with a hash of the weights
         self._scale = self._scaling_vector() if scaling == "norm" else None
@@ -125,12 +131,15 @@ class CurvatureOperator:
 
     def loss(self) -> float:
         """The mean loss L over the data."""
-        total = 0.0
+        total = entries = 0.0
         count = 0
         for x, y in self._batches():
-            total += float(self._value(x, y))
+            value, of_batch = self._value(x, y)
+            total += float(value)
+            entries += float(of_batch)
             count += length_of(y)
-        return total / self._checked_count(count)
+        self._checked_count(count)
+        return total / _counted(entries)
 
     def matvec(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
         """Multiplies the matrix with a vector: one pass over the data.
@@ -149,38 +158,56 @@ class CurvatureOperator:
         scaled = vector if self._scale is None else self._scale * vector
         parts = self._split(scaled)
         total = np.zeros(self.dimension)
-        loss = 0.0
+        loss = entries = 0.0
         count = 0
+        state = ForwardState(self._net)  # of recurrent layers that keep theirs, and of seeds
         with twice_differentiable(self._net):
             for x, y in self._batches():
-                value, product = self._differentiated(self._product, x, y, parts)
+                self._check_operations(x)
+                value, of_batch, product = self._differentiated(self._product, x, y, parts)
                 total += _flattened(product)
                 loss += float(value)
+                entries += float(of_batch)
                 count += length_of(y)
-        total /= self._checked_count(count)
-        self._check_loss(loss / count)
+        state.restore()
+        self._checked_count(count)
+        total /= _counted(entries)
+        self._check_loss(loss / entries)
         return total if self._scale is None else self._scale * total
 
-    def _batch_loss(self, x: Any, y: Any) -> Any:
-        return self._objective.sum(Batch(x, y), self._net(x, training=False))
+    def _check_operations(self, x: Any) -> None:
+        if not self._may_be_trusted:
+            returned = check_executed_operations(self._net, x, jacobian_only=self._is_ggn)
+            if keras.tree.is_nested(returned):
+                raise UnsupportedModelError(
+                    f"Model {self._net.name!r} must return one tensor. Received: a "
+                    f"{type(returned).__name__}. Measure one of its outputs, as a model of its own."
+                )
+            self._may_be_trusted = True
 
-    def _hessian_product(self, x: Any, y: Any, vector: Sequence[Any]) -> tuple[Any, list[Any]]:
+    def _batch_loss(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Sum of the losses of the entries that count, and how many these are."""
+        mean, count = self._objective.mean(Batch(x, y), self._net(x, training=False))
+        return count * mean, count
+
+    def _hessian_product(self, x: Any, y: Any, vector: Sequence[Any]) -> tuple[Any, Any, list[Any]]:
         variables = self._variables
         with tf.GradientTape(watch_accessed_variables=False) as outer:
             outer.watch(variables)
             with tf.GradientTape(watch_accessed_variables=False) as inner:
                 inner.watch(variables)
-                value = self._batch_loss(x, y)
+                value, count = self._batch_loss(x, y)
             gradients = inner.gradient(value, variables, unconnected_gradients=_ZERO)
             along = _inner_product(gradients, vector)
-        return value, outer.gradient(along, variables, unconnected_gradients=_ZERO)
+        return value, count, outer.gradient(along, variables, unconnected_gradients=_ZERO)
 
-    def _ggn_product(self, x: Any, y: Any, vector: Sequence[Any]) -> tuple[Any, list[Any]]:
-        batch = Batch(x, y)
-        found = gauss_newton_product(self._net, batch, self._objective, self._variables, vector)
-        size = tf.cast(batch.size, found[0].dtype)  # sums over examples add up, means do not
-        parts = [size * tf.convert_to_tensor(part) for part in found]
-        return self._batch_loss(x, y), parts
+    def _ggn_product(self, x: Any, y: Any, vector: Sequence[Any]) -> tuple[Any, Any, list[Any]]:
+        value, count = self._batch_loss(x, y)
+        found = gauss_newton_product(
+            self._net, Batch(x, y), self._objective, self._variables, vector
+        )
+        # Sums over entries add up, means do not.
+        return value, count, [tf.cast(count, part.dtype) * part for part in found]
 
     def _differentiated(self, function: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -253,15 +280,19 @@ def checked_network(model: Any) -> keras.Model:
     Raises:
         UnsupportedModelError: If it is unbuilt, has several outputs or reduced precision.
     """
-    net = getattr(model, "net", model)
+    net = network_of(model)
     if not isinstance(net, keras.Model):
         raise UnsupportedModelError(
             f"model must be a keras.Model or hold one as `.net`. Received: {type(model).__name__}"
         )
-    if not net.built or not net.trainable_variables:
+    if not net.built:
         raise UnsupportedModelError(
-            f"Model {net.name!r} must be built and have trainable parameters. Call it once on "
-            "data, or give it an Input."
+            f"Model {net.name!r} must be built. Call it once on data, or give it an Input."
+        )
+    if not net.trainable_variables:
+        raise UnsupportedModelError(
+            f"Model {net.name!r} must have trainable parameters: all of its layers are frozen, or "
+            "have none. Set `trainable` of those to be measured."
         )
     outputs = getattr(net, "outputs", None) or [None]  # a subclassed model has no list of them
     if len(outputs) != 1:
@@ -276,7 +307,19 @@ def checked_network(model: Any) -> keras.Model:
                 f"{layer.compute_dtype}; exact curvature needs float32 or float64. Rebuild the "
                 "model with dtype='float32' and copy the weights."
             )
+    types = sorted({v.dtype.name for v in _parameters(net)})
+    if len(types) > 1:
+        raise UnsupportedModelError(
+            f"Model {net.name!r} must have parameters of one type. Received: {types}. Rebuild it "
+            "with one dtype and copy the weights."
+        )
     return net
+
+
+def _counted(entries: float) -> float:
+    if not entries:
+        raise DataError("data: no entry counts in the loss, all are masked or ignored.")
+    return entries
 
 
 def _parameters(net: keras.Model) -> list[tf.Variable]:

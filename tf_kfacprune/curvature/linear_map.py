@@ -11,9 +11,11 @@ from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["linear_map"]
+__all__ = ["MENDED_SCOPE", "linear_map"]
 
 Map = Callable[[Any], Any]
+# By which an operation in a graph is known whose derivatives are not those of TensorFlow.
+MENDED_SCOPE = "mended"
 
 
 def linear_map(function: Map, x: Any, *, affine: bool = False) -> Any:
@@ -47,6 +49,7 @@ def linear_map(function: Map, x: Any, *, affine: bool = False) -> Any:
 
     @tf.custom_gradient
     def mapped(v: Any) -> tuple[Any, Map]:
-        return function(v), adjoint
+        with tf.name_scope(MENDED_SCOPE):
+            return function(v), adjoint
 
     return mapped(x)

@@ -148,10 +148,21 @@ class SingleObjective:
             Entries(self.loss, self.likelihood, labels, prediction, values, coefficients, are_equal)
         ]
 
-    def sum(self, batch: Batch, outputs: Any) -> Any:
-        """Sum of the examples' losses: batches of any size can be added up."""
+    def mean(self, batch: Batch, outputs: Any) -> tuple[Any, Any]:
+        """The mean loss of a batch, and of how many entries it is one.
+
+        Entries that masks or the loss itself leave out do not count, so that batches are averaged
+        in proportion to this number. A loss that averages over the batch by itself has no entries:
+        its examples are counted.
+
+        Returns:
+            Two scalars of the loss's type.
+        """
         (entries,) = self.entries(batch, outputs)
-        return entries.sum() * ops.cast(batch.size, entries.values.dtype)
+        dtype = entries.values.dtype
+        if not len(entries.values.shape):
+            return entries.sum(), ops.cast(batch.size, dtype)
+        return entries.sum(), ops.sum(ops.cast(entries.coefficients != 0, dtype))
 
 
 class CompiledObjective:

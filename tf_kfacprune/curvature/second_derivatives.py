@@ -17,12 +17,15 @@ import keras
 import tensorflow as tf
 
 from tf_kfacprune.curvature.exact_normalization import renormalizes
+from tf_kfacprune.curvature.linear_map import MENDED_SCOPE
 from tf_kfacprune.errors import UnsupportedModelError
 
 __all__ = [
     "SecondDerivativeFault",
+    "check_executed_operations",
     "check_second_derivatives",
     "reachable_operations",
+    "runs_code_of_others",
     "second_derivative_faults",
     "softsign_attributes",
 ]
@@ -31,6 +34,7 @@ MOMENTS_STOP_GRADIENT = (
     "tf.nn.moments stops a gradient that matters at second order; the result is off by percents"
 )
 RESIZE_HAS_NO_SECOND_DERIVATIVE = "image resizing has no second derivative (bilinear gives zeros)"
+TRANSFORM_IS_WRONG = "TensorFlow's gradient of an image transform is not that of the transform"
 MAP_COORDINATES_IS_WRONG = "the second derivative of map_coordinates is wrong"
 SOFTSIGN_HAS_NO_SECOND_DERIVATIVE = "softsign has no second derivative in TensorFlow"
 RENORM_HAS_NO_OBJECTIVE = (
@@ -62,6 +66,19 @@ _OPERATION_FAULTS = {
     "Resize": (RESIZE_HAS_NO_SECOND_DERIVATIVE, True),
     "MapCoordinates": (MAP_COORDINATES_IS_WRONG, True),
     "ElasticTransform": (MAP_COORDINATES_IS_WRONG, True),
+    "AffineTransform": (TRANSFORM_IS_WRONG, True),
+    "PerspectiveTransform": (TRANSFORM_IS_WRONG, True),
+    "Softsign": (SOFTSIGN_HAS_NO_SECOND_DERIVATIVE, True),
+}
+
+
+# The same, by what TensorFlow executes: for layers that compute in a `call` of their own.
+_NODE_FAULTS = {
+    "ImageProjectiveTransformV2": (TRANSFORM_IS_WRONG, True),
+    "ImageProjectiveTransformV3": (TRANSFORM_IS_WRONG, True),
+    "ResizeBicubic": (RESIZE_HAS_NO_SECOND_DERIVATIVE, True),
+    "ResizeBilinear": (RESIZE_HAS_NO_SECOND_DERIVATIVE, True),
+    "ScaleAndTranslate": (RESIZE_HAS_NO_SECOND_DERIVATIVE, True),
     "Softsign": (SOFTSIGN_HAS_NO_SECOND_DERIVATIVE, True),
 }
 
@@ -117,7 +134,64 @@ def check_second_derivatives(
     Raises:
         UnsupportedModelError: Naming every such layer or operation, and why.
     """
-    faults = second_derivative_faults(model, training=training, mended=mended)
+    _refuse(model, second_derivative_faults(model, training=training, mended=mended), jacobian_only)
+
+
+def check_executed_operations(
+    model: keras.Model, x: Any, *, jacobian_only: bool = False, training: bool = False
+) -> Any:
+    """Refuses a model that executes an operation whose second derivative cannot be trusted.
+
+    What layers of the user's own compute in `call` is seen by nothing else. Called within
+    `twice_differentiable`, which leaves only what it does not mend.
+
+    Args:
+        model: Any Keras model.
+        x: What it is called on: tensors, or their specifications.
+        jacobian_only: Whether only faults that affect Jacobian products count.
+        training: Whether the model runs in training mode.
+
+    Returns:
+        What the model returns, as specifications.
+
+    Raises:
+        UnsupportedModelError: Naming every such operation, by its place in the graph, and why.
+    """
+
+    def call(inputs: Any) -> Any:
+        return model(inputs, training=training)
+
+    traced = tf.function(call).get_concrete_function(x)
+    graph = traced.graph.as_graph_def()
+    nodes = [*graph.node, *(node for part in graph.library.function for node in part.node_def)]
+    faults = [
+        SecondDerivativeFault(node.name, node.op, *fault)
+        for node in nodes
+        if (fault := _fault_of_node(node)) is not None
+    ]
+    _refuse(model, faults, jacobian_only)
+    return traced.structured_outputs
+
+
+def runs_code_of_others(model: keras.Model) -> bool:
+    """Whether a model has layers or functions that are neither Keras' nor this package's."""
+    return any(
+        isinstance(operation, keras.layers.Lambda)
+        or type(operation).__module__.partition(".")[0] not in ("keras", "tf_kfacprune")
+        for operation in reachable_operations(model)
+    )
+
+
+def _fault_of_node(node: Any) -> tuple[str, bool] | None:
+    scopes = node.name.split("/")
+    if MENDED_SCOPE in scopes:
+        return None
+    if node.op == "StopGradient" and any(scope.startswith("moments") for scope in scopes):
+        return MOMENTS_STOP_GRADIENT, False
+    return _NODE_FAULTS.get(node.op)
+
+
+def _refuse(model: keras.Model, faults: list[SecondDerivativeFault], jacobian_only: bool) -> None:
     faults = [fault for fault in faults if fault.in_jacobian or not jacobian_only]
     if faults:
         listing = "; ".join(f"{f.name!r} ({f.kind}): {f.reason}" for f in faults)

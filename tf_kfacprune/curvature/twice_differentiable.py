@@ -17,10 +17,16 @@ import tensorflow as tf
 
 from tf_kfacprune.curvature import exact_normalization as exact
 from tf_kfacprune.curvature.linear_map import linear_map
-from tf_kfacprune.curvature.second_derivatives import reachable_operations, softsign_attributes
+from tf_kfacprune.curvature.second_derivatives import (
+    check_executed_operations,
+    check_second_derivatives,
+    reachable_operations,
+    runs_code_of_others,
+    softsign_attributes,
+)
 from tf_kfacprune.graph.rules.substitution import substituted
 
-__all__ = ["mends", "twice_differentiable"]
+__all__ = ["check_trained_twice_differentiably", "mends", "twice_differentiable"]
 
 Call = Callable[..., Any]
 
@@ -49,6 +55,7 @@ def _softsign(x: Any) -> Any:
 
 _OF_LAYERS: dict[type[keras.Layer], Callable[[Any, Call], Call]] = {
     keras.layers.BatchNormalization: exact.batch_normalization,
+    keras.layers.CenterCrop: _resize,  # of images that are too small
     keras.layers.GroupNormalization: exact.group_normalization,
     keras.layers.LayerNormalization: exact.layer_normalization,
     keras.layers.Resizing: _resize,
@@ -72,7 +79,8 @@ def twice_differentiable(network: keras.Operation) -> Iterator[None]:
 
     - BatchNormalization in training mode, with statistics of the batch, in at least float32;
     - LayerNormalization, GroupNormalization, `keras.ops.moments`;
-    - `UpSampling2D`, `Resizing` and `keras.ops.image.resize` with any interpolation, to the bit;
+    - `UpSampling2D`, `Resizing`, `CenterCrop` and `keras.ops.image.resize` with any interpolation,
+      to the bit;
     - softsign.
 
     The pass leaves no trace: BatchNormalization does not move its statistics, and
@@ -101,6 +109,20 @@ def twice_differentiable(network: keras.Operation) -> Iterator[None]:
             if replaced:
                 stack.enter_context(substituted(operation, **replaced))
         yield
+
+
+def check_trained_twice_differentiably(model: keras.Model) -> None:
+    """Refuses a Functional model whose second derivatives cannot be trusted in training mode.
+
+    Raises:
+        UnsupportedModelError: Naming every layer or operation, and why.
+    """
+    check_second_derivatives(model, training=True, mended=mends)
+    if runs_code_of_others(model):
+        specifications = [tf.TensorSpec(x.shape, x.dtype) for x in model.inputs]
+        x = specifications[0] if len(specifications) == 1 else specifications
+        with twice_differentiable(model):
+            check_executed_operations(model, x, training=True)
 
 
 def mends(operation: keras.Operation) -> bool:

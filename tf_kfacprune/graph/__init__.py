@@ -7,6 +7,7 @@ from tf_kfacprune.graph.cost import CostModel
 from tf_kfacprune.graph.keras_internals import fresh_operation, maker_of
 from tf_kfacprune.graph.labels import LabelFlow
 from tf_kfacprune.graph.latency import LatencyTable, layer_signature
+from tf_kfacprune.graph.network import HoldsNetwork, network_of
 from tf_kfacprune.graph.opening import keep_opaque, opaque_layers, trace_opened
 from tf_kfacprune.graph.reachability import check_countable, what_stays
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, register_channel_rule, rule_for
@@ -24,6 +25,7 @@ __all__ = [
     "Edge",
     "Frozen",
     "Graph",
+    "HoldsNetwork",
     "LabelFlow",
     "LatencyTable",
     "NeuronGroup",
@@ -35,6 +37,7 @@ __all__ = [
     "keep_opaque",
     "layer_signature",
     "maker_of",
+    "network_of",
     "opaque_layers",
     "register_channel_rule",
     "rule_for",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,10 +147,10 @@ def lanczos_top(
 ) -> RitzPairs:
     """Finds the k largest (most positive) eigenvalues of a symmetric matrix.
 
-    Stops as soon as every residual is at most ``tolerance * max |theta|``, or after
-    ``max_steps`` products. The random start almost surely meets every eigenspace, but one start
-    yields one eigenvector of each: a repeated eigenvalue counts once. Memory: ``max_steps * n``
-    numbers of 8 bytes.
+    Stops as soon as every residual is at most ``tolerance`` times the largest of the k Ritz values
+    in absolute terms, or after ``max_steps`` products. The random start almost surely meets every
+    eigenspace, but one start yields one eigenvector of each: a repeated eigenvalue counts once.
+    Memory: ``max_steps * n`` numbers of 8 bytes.
 
     Args:
         matvec: The product ``v -> M v`` on float64 vectors of shape (n,).
@@ -180,7 +181,7 @@ def lanczos_top(
         theta, vectors = krylov.ritz()
         residuals = krylov.off_diagonal[-1] * np.abs(vectors[-1, -k:])
         converged = krylov.complete or (
-            krylov.size >= k and residuals.max() <= tolerance * np.abs(theta).max()
+            krylov.size >= k and residuals.max() <= tolerance * np.abs(theta[-k:]).max()
         )
     order = np.arange(theta.size)[::-1][:k]
     return RitzPairs(
@@ -236,6 +237,8 @@ def spectral_density(
 
 
 def _check(name: str, value: int, least: int, most: int | None) -> None:
-    if value < least or (most is not None and value > most):
+    if not isinstance(value, Integral) or value < least or (most is not None and value > most):
         limits = f"at least {least}" + ("" if most is None else f" and at most {most}")
-        raise InvalidArgumentError(f"{name} must be {limits}. Received: {name}={value}")
+        raise InvalidArgumentError(
+            f"{name} must be an integer, {limits}. Received: {name}={value!r}"
+        )

@@ -89,31 +89,59 @@ def tflite_size(model: keras.Model) -> FileSize:
     return FileSize.of(convert(model, Signature.of(model)))
 
 
-def measures(model: keras.Model, x: Any, y: Any) -> dict[str, Any]:
+def measures(model: keras.Model, x: Any, y: Any, trained: keras.Model) -> dict[str, Any]:
     """How good a model is: its accuracy, or the loss and the metrics that it was compiled with.
 
     Args:
-        model: a classifier of one class number per example, whatever it was compiled with, or any
-            compiled model.
+        model: a classifier of one class number per example, or any model.
         x: inputs, as the model takes them.
         y: labels or targets, as its loss takes them.
+        trained: what tells the loss and the metrics if the model itself is not compiled.
 
     Returns:
         The fields ``accuracy`` or ``measures`` of `ModelFigures`.
 
     Raises:
-        InvalidArgumentError: if the model is no classifier and was not compiled.
-        DataError: if labels and predictions differ in number.
+        InvalidArgumentError: if the model is no classifier and neither of the two is compiled.
+        DataError: if inputs and labels differ in number, or labels are no class numbers.
     """
-    if _returns_classes(model) and _is_one_number_each(y):
+    _check_lengths(x, y)
+    compiled = model if model.compiled else trained
+    if _returns_classes(model) and _is_one_number_each(y) and _is_of_class_numbers(compiled):
         return {"accuracy": accuracy(model, x, y)}
-    if not model.compiled:
+    if not compiled.compiled:
         raise InvalidArgumentError(
             f"Model {model.name!r} is no classifier of one class number per example, so that what "
             "`data` measures is not known. Compile it with the loss and the metrics to be shown "
             "(model.compile(loss=..., metrics=[...])), or leave `data` out."
         )
+    if not model.compiled:
+        model = _compiled_like(model, trained)
     return {"measures": model.evaluate(x, y, batch_size=_BATCH, verbose=0, return_dict=True)}
+
+
+def _check_lengths(x: Any, y: Any) -> None:
+    shapes = [np.shape(part) for part in keras.tree.flatten((x, y)) if hasattr(part, "shape")]
+    lengths = sorted({shape[0] if shape else 0 for shape in shapes})
+    if lengths and (len(lengths) > 1 or lengths[0] == 0):
+        raise DataError(
+            "data: x and y must have the same number of examples, at least one. Received: "
+            f"{lengths}"
+        )
+
+
+def _compiled_like(model: keras.Model, trained: keras.Model) -> keras.Model:
+    """The same network, compiled as another one of the same outputs; the model stays as it is."""
+    twin = keras.Model(model.inputs, model.outputs, name=model.name)
+    config = trained.get_compile_config() or {}
+    metrics = getattr(trained, "_compile_metrics", None)
+    twin.compile(
+        loss=trained.loss,
+        loss_weights=config.get("loss_weights"),
+        metrics=getattr(metrics, "_user_metrics", None),
+        weighted_metrics=getattr(metrics, "_user_weighted_metrics", None),
+    )
+    return twin
 
 
 def _returns_classes(model: keras.Model) -> bool:
@@ -123,6 +151,20 @@ def _returns_classes(model: keras.Model) -> bool:
 
 def _is_one_number_each(y: Any) -> bool:
     return not isinstance(y, dict) and np.ndim(y) > 0 and np.shape(y)[1:] in ((), (1,))
+
+
+def _is_of_class_numbers(model: keras.Model) -> bool:
+    """Whether a model's labels are class numbers, as far as its loss tells."""
+    if not model.compiled:
+        return True
+    loss = model.loss
+    if isinstance(loss, str) or not isinstance(loss, keras.losses.Loss):
+        name = loss if isinstance(loss, str) else getattr(loss, "__name__", "")
+        return name.lower().replace("_", "") == "sparsecategoricalcrossentropy"
+    return (
+        isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
+        and getattr(loss, "ignore_class", None) is None
+    )
 
 
 def accuracy(model: keras.Model, x: Any, y: Any) -> float:
@@ -138,7 +180,8 @@ def accuracy(model: keras.Model, x: Any, y: Any) -> float:
 
     Raises:
         InvalidArgumentError: if the model does not have one output of at least two classes.
-        DataError: if labels and predictions differ in number.
+        DataError: if labels and predictions differ in number, or labels are no class numbers.
+        NonFiniteError: if there are predictions that are NaN.
     """
     outputs = model.predict(x, batch_size=_BATCH, verbose=0)
     if not isinstance(outputs, np.ndarray) or outputs.ndim != 2 or outputs.shape[1] < 2:
@@ -152,6 +195,18 @@ def accuracy(model: keras.Model, x: Any, y: Any) -> float:
         raise DataError(
             f"Found {len(labels)} labels for {len(outputs)} inputs. Expected one class number for "
             "each input, shape (n,) or (n, 1)."
+        )
+    if labels.dtype.kind not in "biuf" or (labels != np.round(labels)).any():
+        raise DataError(
+            "Labels must be class numbers to be compared with the largest of several outputs. "
+            f"Received: {labels[:3].tolist()}... of type {labels.dtype}. Of other labels, what the "
+            "model was compiled with is shown: compile it with its loss."
+        )
+    unknown = int(np.isnan(outputs).any(axis=1).sum())
+    if unknown:
+        raise NonFiniteError(
+            f"Model {model.name!r} predicts NaN for {unknown} of {len(outputs)} examples, so that "
+            "there is no accuracy. Look for NaN in its weights and in the data."
         )
     return float(np.mean(outputs.argmax(axis=1) == labels))
 
@@ -168,6 +223,7 @@ def flatness_of(model: keras.Model, x: Any, y: Any, loss: Any) -> Flatness:
     Returns:
         The eigenvalues, or the reason why the model has none that can be trusted.
     """
+    x, y = (np.asarray(part) if isinstance(part, list) else part for part in (x, y))
     x, y = keras.tree.map_structure(lambda part: np.asarray(part)[:_FLATNESS_EXAMPLES], (x, y))
     count = len(keras.tree.flatten(x)[0])
     tops = []

@@ -18,6 +18,7 @@ from tf_kfacprune.graph import (
     CostModel,
     LatencyTable,
     analyze,
+    network_of,
     opaque_layers,
     reasons,
     unread_weights,
@@ -284,7 +285,7 @@ def inspect(
         >>> kp.inspect(net).groups[0].size
         16
     """
-    net = getattr(model, "net", model)
+    net = network_of(model)
     require("inspect", isinstance(net, keras.Model), "model", "a keras.Model", model)
     table = latency_table or getattr(model, "latency_table", None)
     channels, cost = _analysis(net, prune_inputs, prune_features, include, exclude, table)

@@ -47,7 +47,7 @@ def report(
             file size and latency. Without it these show the compact model only.
         data: ``(x, y)`` to measure accuracy on; none is measured without it. Of a model that is no
             classifier of class numbers (regression, binary decisions, several outputs, pixels) the
-            loss and the metrics are shown that it was compiled with.
+            loss and the metrics are shown that it was compiled with, or else ``model``.
         files: convert both to float32 ``.tflite`` and compare the bytes. A model for which that is
             impossible is warned of, and has none in the table.
         time: compare the latencies, if ``dense`` is given.
@@ -74,7 +74,11 @@ def report(
         >>> kp.report(pm, kp.compact(pm), html="report.html")  # doctest: +SKIP
     """
     if data is not None and (not isinstance(data, tuple | list) or len(data) != 2):
-        raise InvalidArgumentError(f"data must be a pair (x, y). Received: {type(data).__name__}.")
+        size = f" of {len(data)}" if isinstance(data, tuple | list) else ""
+        raise InvalidArgumentError(
+            "data must be a pair (x, y) of arrays; weights of examples are not taken. Received: "
+            f"{type(data).__name__}{size}."
+        )
     if flatness is not None and data is None:
         raise InvalidArgumentError("flatness needs data=(x, y) to be measured on.")
     run = run_of(model, history)
@@ -119,7 +123,11 @@ def _compared(
             params=removed["params"][side],
             macs=removed["macs"][side],
             tflite=_tflite_size(net) if files and net is not None else None,
-            **(measures(net, *data) if data is not None and net is not None else {}),
+            **(
+                measures(net, data[0], data[1], model)
+                if data is not None and net is not None
+                else {}
+            ),
             flatness=(
                 flatness_of(net, data[0], data[1], loss)
                 if loss is not None and data is not None and net is not None

@@ -19,6 +19,7 @@ from tf_kfacprune.curvature import (
 )
 from tf_kfacprune.distribution import ReplicaSeedGenerator, num_replicas
 from tf_kfacprune.errors import UnsupportedModelError
+from tf_kfacprune.graph import HoldsNetwork
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.training.compile_checks import (
     check_losses,
@@ -48,7 +49,7 @@ TRACING = "The first step is traced before it runs, which takes from seconds to 
 
 
 @keras.saving.register_keras_serializable(package="tf_kfacprune")
-class KFACModel(keras.Model):
+class KFACModel(HoldsNetwork, keras.Model):
     """Hands the Kronecker factors of an ordinary Keras model to the `KFAC` optimizer.
 
     The wrapper adds nothing to the model: it trains the layers of `model`, in place, and

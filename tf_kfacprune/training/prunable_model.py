@@ -12,9 +12,8 @@ import numpy as np
 from tf_kfacprune.curvature import (
     CurvatureEstimator,
     SpectralRadius,
-    check_second_derivatives,
+    check_trained_twice_differentiably,
     find_blocks,
-    mends,
 )
 from tf_kfacprune.errors import BudgetError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import GatedNetwork, GatePhase, GateSource, insert_gates
@@ -175,7 +174,7 @@ class PrunableModel(KFACModel):
             groups = GateGroups(gated, round_to, min_channels, budget.targets)
             _check_reachable(budget, fractions, gated, groups)
         if curvature is not None and curvature.strength > 0:
-            check_second_derivatives(model, training=True, mended=mends)
+            check_trained_twice_differentiably(model)
         kwargs.setdefault("name", f"prunable_{model.name}")
         super().__init__(model, max_skipped_steps=max_skipped_steps, seed=seed, **kwargs)
         self.budget = budget

@@ -52,7 +52,8 @@ def forgetting_momentum(model: keras.Model, steps: Any) -> Iterator[None]:
     for layer in layers:
         own = _OPEN.setdefault(layer, _Own(layer.momentum))
         own.blocks += 1
-        layer.momentum = tf.minimum(own.momentum, cap)
+        dtype = "float64" if layer.compute_dtype == "float64" else "float32"  # of its statistics
+        layer.momentum = tf.cast(tf.minimum(own.momentum, cap), dtype)
     try:
         yield
     finally:
