@@ -122,6 +122,23 @@ def test_what_is_no_classifier_is_measured_by_what_it_was_compiled_with():
     assert "value_mae" in str(comparison)
 
 
+@pytest.mark.parametrize("count", [600, 547])
+def test_losses_of_single_outputs_are_means_over_examples(count):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((2,))
+    heads = {name: keras.layers.Dense(1, name=name)(inputs) for name in ("a", "b")}
+    model = keras.Model(inputs, heads)
+    model.compile(loss={"a": "mse", "b": "mse"})
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(count, 2)).astype("float32")
+    y = {"a": rng.normal(size=(count, 1)), "b": np.linspace(0, 9, count)[:, None] ** 2}
+    found = measures(model, x, y, model)["measures"]
+    outputs = model.predict(x, verbose=0)
+    for name in ("a", "b"):
+        expected = np.mean((outputs[name] - y[name]) ** 2)
+        assert found[f"{name}_loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def _two_outputs(loss, **metrics):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)])

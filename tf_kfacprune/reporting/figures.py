@@ -23,6 +23,7 @@ from tf_kfacprune.export.serving import Signature, check_exportable
 __all__ = ["Flatness", "ModelFigures", "accuracy", "flatness_of", "measures", "tflite_size"]
 
 _BATCH = 512
+_LEAST_BATCH = 32  # below this, one batch of everything is the quicker way to an even size
 # A report needs two digits of an eigenvalue, from as many examples as fit in one product.
 _FLATNESS_EXAMPLES = 500
 _FLATNESS_TOLERANCE = 1e-2
@@ -117,7 +118,17 @@ def measures(model: keras.Model, x: Any, y: Any, trained: keras.Model) -> dict[s
         )
     if not model.compiled:
         model = _compiled_like(model, trained)
-    return {"measures": model.evaluate(x, y, batch_size=_BATCH, verbose=0, return_dict=True)}
+    batch = _BATCH if len(model.outputs) == 1 else _even_batch(len(keras.tree.flatten(x)[0]))
+    return {"measures": model.evaluate(x, y, batch_size=batch, verbose=0, return_dict=True)}
+
+
+def _even_batch(count: int) -> int:
+    """A batch size without a smaller last batch.
+
+    The losses of single outputs are to Keras means over batches, whatever these hold.
+    """
+    even = next(size for size in range(min(_BATCH, count), 0, -1) if count % size == 0)
+    return even if even >= _LEAST_BATCH else count
 
 
 def _check_lengths(x: Any, y: Any) -> None:
