@@ -471,7 +471,7 @@ def test_data_without_an_end_and_batches_that_do_not_fit_are_refused():
     unequal = tf.data.Dataset.from_tensors((x, y[:1]))
     with pytest.raises(DataError, match=r"\[1, 7\]"):
         hessian_spectrum(model, unequal, CROSS_ENTROPY)
-    lists = CurvatureOperator(model, (x.tolist(), y.tolist()), CROSS_ENTROPY)
+    lists = CurvatureOperator(model, (x.tolist(), list(y)), CROSS_ENTROPY)
     assert lists.loss() == CurvatureOperator(model, (x, y), CROSS_ENTROPY).loss()
 
 

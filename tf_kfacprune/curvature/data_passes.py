@@ -44,7 +44,7 @@ def batches_of(data: Any, batch_size: int) -> Callable[[], Iterator[tuple[Any, A
 
 def _arrays(part: Any) -> Any:
     """A list of numbers or of rows is one array; a list of arrays is a structure of several."""
-    is_plain = isinstance(part, list | tuple) and not any(hasattr(p, "shape") for p in part)
+    is_plain = isinstance(part, list | tuple) and not any(getattr(p, "shape", ()) for p in part)
     return np.asarray(part) if is_plain else part
 
 

@@ -143,7 +143,7 @@ def _check_lengths(x: Any, y: Any) -> None:
 
 def _compiled_like(model: keras.Model, trained: keras.Model) -> keras.Model:
     """The same network, compiled as another one of the same outputs; the model stays as it is."""
-    twin = keras.Model(model.inputs, model.outputs, name=model.name)
+    twin = keras.Model(model.input, model.output, name=model.name)
     config = trained.get_compile_config() or {}
     metrics = getattr(trained, "_compile_metrics", None)
     twin.compile(
