@@ -72,8 +72,8 @@ def spectral_radius(
         loss: As given to `compile`.
         labels: ``"exact"`` for the Fisher itself (one backward pass per output), ``"sampled"``
             from the model, or ``"data"`` (empirical Fisher).
-        batch_size: Number of examples at a time when ``data`` holds arrays. Factors are averaged over
-            batches by their examples: where masks leave out entries, it matters a little.
+        batch_size: Number of examples at a time when ``data`` holds arrays. Factors are averaged
+            over batches by their examples: where masks leave out entries, it matters a little.
         seed: Seed of sampled labels.
 
     Returns:
