@@ -431,6 +431,17 @@ def test_operations_inside_of_own_layers_are_refused_by_their_place(case):
         assert hessian_spectrum(model, data, CROSS_ENTROPY, curvature="ggn").converged
 
 
+@pytest.mark.parametrize("case", OWN_CALLS)
+def test_what_own_layers_do_to_inputs_alone_is_no_matter(case):
+    inputs = keras.Input((4, 4, 2), dtype="float64")
+    x = layers.Flatten(dtype="float64")(OwnCall(OWN_CALLS[case][0])(inputs))
+    model = with_random_weights(keras.Model(inputs, layers.Dense(2, dtype="float64")(x)))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(N, 4, 4, 2)), rng.integers(0, 2, N)
+    found = as_matrix(CurvatureOperator(model, (x, y), CROSS_ENTROPY))
+    np.testing.assert_allclose(found, dense_hessian(model, x, y, CROSS_ENTROPY), atol=1e-6)
+
+
 def test_an_image_that_center_crop_enlarges_is_right():
     inputs = keras.Input((3, 3, 1), dtype="float64")
     x = layers.Conv2D(2, 2, activation="tanh", dtype="float64")(inputs)

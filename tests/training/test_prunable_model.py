@@ -369,7 +369,8 @@ def test_phases_of_data_of_unknown_length_are_those_of_as_many_steps():
 def test_the_penalty_refuses_layers_with_wrong_second_derivatives_by_name():
     def wrapped(layer, strength=1e-3):
         inputs = keras.Input((4, 4, 1))
-        net = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(layer(inputs))))
+        x = layer(keras.layers.Conv2D(1, 1)(inputs))
+        net = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
         return kp.PrunableModel(net, curvature=kp.SpectralRadius(strength))
 
     renormalized = keras.layers.BatchNormalization(renorm=True, name="norm")

@@ -142,8 +142,9 @@ def check_executed_operations(
 ) -> Any:
     """Refuses a model that executes an operation whose second derivative cannot be trusted.
 
-    What layers of the user's own compute in `call` is seen by nothing else. Called within
-    `twice_differentiable`, which leaves only what it does not mend.
+    What layers of the user's own compute in `call` is seen by nothing else. What is done to inputs
+    before any parameter enters is no matter. Called within `twice_differentiable`, which leaves
+    only what it does not mend.
 
     Args:
         model: Any Keras model.
@@ -162,8 +163,11 @@ def check_executed_operations(
         return model(inputs, training=training)
 
     traced = tf.function(call).get_concrete_function(x)
-    graph = traced.graph.as_graph_def()
-    nodes = [*graph.node, *(node for part in graph.library.function for node in part.node_def)]
+    inner = traced.graph.as_graph_def().library.function  # bodies of loops and branches
+    nodes = [
+        *_behind_parameters(traced.graph, model),
+        *(n for part in inner for n in part.node_def),
+    ]
     faults = [
         SecondDerivativeFault(node.name, node.op, *fault)
         for node in nodes
@@ -180,6 +184,18 @@ def runs_code_of_others(model: keras.Model) -> bool:
         or type(operation).__module__.partition(".")[0] not in ("keras", "tf_kfacprune")
         for operation in reachable_operations(model)
     )
+
+
+def _behind_parameters(graph: Any, model: keras.Model) -> list[Any]:
+    """Definitions of the operations of a graph that depend on a trainable variable."""
+    handles = {id(variable.value.handle) for variable in model.trainable_variables}
+    depending = {inner.op.name for outer, inner in graph.captures if id(outer) in handles}
+    found = []
+    for operation in graph.get_operations():  # in the order of their making
+        if any(tensor.op.name in depending for tensor in operation.inputs):
+            depending.add(operation.name)
+            found.append(operation.node_def)
+    return found
 
 
 def _fault_of_node(node: Any) -> tuple[str, bool] | None:
