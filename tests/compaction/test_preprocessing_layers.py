@@ -131,3 +131,12 @@ def test_what_layers_make_is_frozen_where_it_is_read_as_categories():
     x = layers.CategoryEncoding(4)(keras.ops.cast(x, "int32"))
     channels = analyze(keras.Model(inputs, layers.Dense(2)(x)))
     assert {f.reason for f in channels.frozen if f.layer == "made"} == {reasons.CATEGORIES}
+
+
+def test_data_to_verify_on_may_mix_arrays_and_tensors():
+    number, other = keras.Input((3,), name="number"), keras.Input((2,), name="other")
+    x = keras.layers.Concatenate()([keras.layers.Dense(4)(number), other])
+    gated = insert_gates(keras.Model({"number": number, "other": other}, keras.layers.Dense(2)(x)))
+    data = {"number": np.ones((5, 3), "float32"), "other": keras.ops.ones((5, 2))}
+    small = compact(gated, verify_data=data)
+    assert small.output_shape == (None, 2)

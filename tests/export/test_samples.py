@@ -121,7 +121,28 @@ def test_labels_come_with_pairs(data):
     assert examples.labels.tolist() == [3, 2, 1, 0]
 
 
-@pytest.mark.parametrize("targets", [np.zeros(4), np.zeros((4, 2), int), np.zeros((4, 1))])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([3.0, 2.0, 1.0, 0.0], "float32"),
+        np.eye(4)[[3, 2, 1, 0]],
+        0.9 * np.eye(4, dtype="float32")[[3, 2, 1, 0]] + 0.025,
+    ],
+    ids=["floats", "one-hot", "smoothed"],
+)
+def test_classes_may_be_written_as_losses_want_them(labels):
+    assert labelled_examples((X, labels), ONE, "verify_data").labels.tolist() == [3, 2, 1, 0]
+    decisions = labelled_examples((X, labels[:, None] if labels.ndim == 1 else labels), ONE, "y")
+    assert decisions.labels.tolist() == [3, 2, 1, 0]
+
+
+def test_decisions_may_be_of_any_type():
+    for kind in (bool, int, "float32"):
+        labels = np.array([1, 0, 0, 1]).astype(kind)
+        assert labelled_examples((X, labels), ONE, "verify_data").labels.tolist() == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("targets", [np.full(4, 0.5), np.zeros((4, 2), int), np.full((4, 1), 0.5)])
 def test_targets_that_are_no_classes_are_left_out(targets):
     assert labelled_examples((X, targets), ONE, "verify_data").labels is None
 

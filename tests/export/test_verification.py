@@ -138,6 +138,22 @@ def test_accuracy_may_drop_by_what_is_allowed_or_by_one_example():
     assert verify(reference, found, labels, drop=0.0).accuracy == 0.995
 
 
+@pytest.mark.parametrize("is_logit", [False, True], ids=["probability", "logit"])
+@pytest.mark.parametrize("shape", [(200,), (200, 1)])
+def test_a_single_output_decides_between_two_classes(shape, is_logit):
+    labels = np.arange(200) % 2
+    right = np.where(labels, 0.55, 0.45) - 0.5 * is_logit
+    reference = right.reshape(shape).astype("float32")
+    found = reference.copy()
+    found[:4] = 1.0 - 2.0 * 0.5 * is_logit - reference[:4]  # on the other side
+    figures = verify(reference, found, labels, drop=0.02, tolerance=1.0)
+    assert (figures.accuracy, figures.model_accuracy) == (0.98, 1.0)
+    with pytest.raises(ExportError, match=r"98\.00 % against 100\.00 %"):
+        verify(reference, found, labels, tolerance=1.0)
+    values = verify(reference, found, labels + 1, tolerance=1.0)  # counts, to be predicted
+    assert (values.accuracy, values.model_accuracy) == (None, None)
+
+
 def test_class_numbers_are_compared_as_they_are():
     classes = np.arange(100, dtype="int32") % 7
     found = classes.copy()
@@ -152,7 +168,6 @@ def test_class_numbers_are_compared_as_they_are():
     ("reference", "labels", "said"),
     [
         (logits([1.0, 1.0]), [0, 2], "from 0 to 1. Found 0 to 2"),
-        (np.ones((2, 1), "float32"), [0, 0], "one output of shape"),
         (np.ones((2, 4, 4), "float32"), [0, 0], "one output of shape"),
     ],
 )

@@ -80,6 +80,7 @@ def test_absolute_bytes_are_asked_and_reported_in_bytes():
 def test_more_bytes_than_the_dense_file_leave_everything_open():
     pm = PrunableModel(chain(), Budget(bytes=10**6))
     assert pm.controller.has_settled
+    assert pm.budget_outcomes()["bytes"].reason == "the dense network is within the budget"
 
 
 def test_a_budget_of_latency_needs_a_table():

@@ -384,6 +384,27 @@ def test_the_penalty_refuses_layers_with_wrong_second_derivatives_by_name():
     wrapped(keras.layers.Lambda(lambda x: 2 * x, name="own"))
 
 
+def test_a_budget_of_what_costs_nothing_is_refused():
+    user, item = keras.Input((), dtype="int32"), keras.Input((), dtype="int32")
+    factors = [keras.layers.Embedding(9, 4)(x) for x in (user, item)]
+    network = keras.Model([user, item], keras.layers.Dot(1)(factors))
+    with pytest.raises(BudgetError, match=r"macs=0.4 bounds nothing.*params"):
+        kp.PrunableModel(network, kp.Budget(macs=0.4, params=0.5))
+
+
+def test_flash_and_ram_of_layers_that_no_runtime_has_confirmed_are_warned_of(recwarn):
+    inputs = keras.Input((8, 8, 1))
+    x = keras.layers.Conv2D(4, 3, name="plain")(inputs)
+    known = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
+    kp.PrunableModel(known, kp.Budget(flash=0.99))
+    x = keras.layers.Conv2DTranspose(4, 3, name="up")(x)
+    unknown = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
+    kp.PrunableModel(unknown, kp.Budget(macs=0.8))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"'up' \(Conv2DTranspose\).*budget of flash.*check_micro"):
+        kp.PrunableModel(unknown, kp.Budget(flash=0.99))
+
+
 def test_a_loss_without_a_likelihood_falls_back_with_a_warning():
     model = kp.PrunableModel(_network())
     with pytest.warns(UserWarning, match="KFAC.*empirical Fisher.*hinge"):

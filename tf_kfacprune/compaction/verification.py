@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops, tree
 
 from tf_kfacprune.errors import InvalidArgumentError, ParityError
@@ -94,7 +95,7 @@ def verify_parity(
         ParityError: If the error is larger than the tolerance.
     """
     tolerance = default_tolerance(gated) if tolerance is None else tolerance
-    inputs = random_inputs(compact) if data is None else data
+    inputs = random_inputs(compact) if data is None else tree.map_structure(_tensor, data)
     error = parity_error(gated(inputs, training=False), compact(inputs, training=False))
     if not error <= tolerance:
         sensitivity = _rounding_sensitivity(gated, inputs)
@@ -108,6 +109,10 @@ def verify_parity(
             "the architecture."
         )
     return error
+
+
+def _tensor(leaf: Any) -> Any:
+    return tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def _rounding_sensitivity(model: keras.Model, inputs: Any) -> float:

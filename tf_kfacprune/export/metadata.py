@@ -119,7 +119,7 @@ class Metadata:
             "compact": {name: len(indices) for name, indices in kept.items()},
         }
         costs = {measure: removed[measure] for measure in ("params", "macs")}
-        achieved = {name: cost["compact"] / cost["dense"] for name, cost in costs.items()}
+        achieved = {n: cost["compact"] / max(cost["dense"], 1) for n, cost in costs.items()}
         budget = getattr(model, "budget", None)
         record = {
             "budget": {"asked": budget.targets if budget else {}, "achieved": achieved},

@@ -100,9 +100,9 @@ def named_examples(data: Any, signature: Signature, argument: str) -> Named:
 def labelled_examples(data: Any, signature: Signature, argument: str) -> Examples:
     """The first examples of ``data``, with their labels if it is one or more ``(x, y)`` pairs.
 
-    Integer labels of shape ``(n,)`` or ``(n, 1)`` are classes; others, such as the targets of a
-    regression, are left out. Of unlabelled data `MAX_EXAMPLES` are taken, of labelled ones
-    `MAX_LABELLED_EXAMPLES`.
+    Whole numbers of shape ``(n,)`` or ``(n, 1)`` are classes, and so are rows that sum to one, by
+    their largest entry; others, such as the targets of a regression, are left out. Of unlabelled
+    data `MAX_EXAMPLES` are taken, of labelled ones `MAX_LABELLED_EXAMPLES`.
 
     Raises:
         DataError: as for `named_examples`, and if labels and inputs differ in number.
@@ -164,13 +164,15 @@ def _class_labels(labels: Any, count: int, argument: str) -> np.ndarray | None:
     if labels is None or not hasattr(labels, "__len__"):
         return None
     array = np.asarray(labels)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "biuf" or array.ndim not in (1, 2) or not array.size:
         return None
     if len(array) != count:
         raise DataError(f"{argument} has {len(array)} labels for {count} inputs.")
-    return array
+    if array.ndim == 2 and array.shape[1] > 1:  # one-hot, perhaps smoothed
+        is_share = (array >= 0).all() and np.allclose(array.sum(axis=1), 1.0, atol=1e-3)
+        return array.argmax(axis=1) if is_share else None
+    array = array.reshape(-1)
+    return array.astype(np.int64) if (array == np.round(array)).all() else None
 
 
 def _named(batch: Any, signature: Signature, argument: str) -> tuple[Named, Any]:

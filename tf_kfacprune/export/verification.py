@@ -14,7 +14,7 @@ that differ.
 Integer files of a classifier must also choose the same classes. Examples count where the Keras
 model is decided: its best output is ahead of the second by more than the error that is tolerated.
 With labels, the accuracy of the file must not be lower than that of the model by more than is
-allowed, or than one example makes.
+allowed, or than one example makes. A single output decides between 0 and 1.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Verification:
         error: largest relative error over the outputs, in the measure of the format.
         agreement: fraction of the examples on which the model is decided where the file chooses
             the same class; None if the model is no classifier with one output.
-        accuracy: fraction of right predictions of the file; None without labels.
+        accuracy: fraction of right predictions of the file; None without labels, and where they are
+            values to be predicted.
         model_accuracy: the same of the Keras model.
     """
 
@@ -149,10 +150,15 @@ def verify_outputs(
                 "more varied representative_data."
             )
         if examples.labels is not None:
-            model_accuracy = _accuracy((trained or reference)[name], examples.labels)
-            accuracy = _accuracy(found[name], examples.labels)
+            outputs = (trained or reference)[name]
+            model_accuracy = _accuracy(outputs, examples.labels, outputs)
+            accuracy = _accuracy(found[name], examples.labels, outputs)
             allowed = max(max_accuracy_drop, 1 / len(examples.labels))
-            if accuracy < model_accuracy - allowed - 1e-9:
+            if (
+                accuracy is not None
+                and model_accuracy is not None
+                and accuracy < model_accuracy - allowed - 1e-9
+            ):
                 raise ExportError(
                     f"{what} loses too much accuracy: {100 * accuracy:.2f} % against "
                     f"{100 * model_accuracy:.2f} % of the Keras model on {len(examples.labels)} "
@@ -236,7 +242,20 @@ def _agreement(expected: np.ndarray, found: np.ndarray, tolerance: float) -> flo
     return float(np.mean(same[decided]))
 
 
-def _accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
+def _accuracy(outputs: np.ndarray, labels: np.ndarray, trained: np.ndarray) -> float | None:
+    """Fraction of right predictions; None where labels are values to be predicted.
+
+    Args:
+        outputs: what the file or the model returns.
+        labels: class numbers, shape ``(n,)``.
+        trained: what the model returns, which tells probabilities from logits.
+    """
+    if _is_one_number(outputs):
+        if not np.isin(labels, (0, 1)).all():
+            return None
+        is_probability = trained.min() >= 0.0 and trained.max() <= 1.0
+        chosen = outputs.reshape(-1) > (0.5 if is_probability else 0.0)
+        return float(np.mean(chosen == labels))
     if outputs.ndim == 2 and outputs.shape[1] > 1 and not holds_text(outputs):
         classes, chosen = outputs.shape[1], outputs.argmax(axis=1)
     elif outputs.ndim == 1 and np.issubdtype(outputs.dtype, np.integer):
@@ -252,3 +271,9 @@ def _accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
             f"{labels.max()}."
         )
     return float(np.mean(chosen == labels))
+
+
+def _is_one_number(outputs: np.ndarray) -> bool:
+    """Whether there is one real number for each example: a decision, or a value."""
+    is_real = not holds_text(outputs) and outputs.dtype.kind == "f"
+    return is_real and (outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1))

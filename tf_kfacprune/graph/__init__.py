@@ -9,7 +9,7 @@ from tf_kfacprune.graph.labels import LabelFlow
 from tf_kfacprune.graph.latency import LatencyTable, layer_signature
 from tf_kfacprune.graph.network import HoldsNetwork, network_of
 from tf_kfacprune.graph.opening import keep_opaque, opaque_layers, trace_opened
-from tf_kfacprune.graph.reachability import check_countable, what_stays
+from tf_kfacprune.graph.reachability import check_countable, warn_of_unmeasured, what_stays
 from tf_kfacprune.graph.rules import ChannelRule, ContractionRule, register_channel_rule, rule_for
 from tf_kfacprune.graph.tracer import Graph, trace
 from tf_kfacprune.graph.unread import unread_weights
@@ -44,5 +44,6 @@ __all__ = [
     "trace",
     "trace_opened",
     "unread_weights",
+    "warn_of_unmeasured",
     "what_stays",
 ]

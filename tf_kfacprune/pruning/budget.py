@@ -30,8 +30,8 @@ _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "kib": 1024, "mib": 1024**2}
 class Budget:
     """Upper bounds on the cost of the pruned network; several hold all at once.
 
-    A number in (0, 1] is a fraction of the dense model. A number above 1 is absolute, for bytes and
-    latency only.
+    A number in (0, 1] is a fraction of the dense model. A number above 1 is absolute: bytes, or
+    microseconds. Sizes with units, such as ``"24kB"``, are taken by `for_board`.
 
     Args:
         macs: Multiply-accumulates of all contractions for one example, in (0, 1].

@@ -88,6 +88,8 @@ def _reason(
     cheapest: _Reopening | None,
     settled: bool,
 ) -> str:
+    if budget.relative_to(gated.cost).is_open:
+        return "the dense network is within the budget"
     if not settled:
         return "the gates have not settled yet"
     if cheapest is None:

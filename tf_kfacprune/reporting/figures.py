@@ -12,6 +12,7 @@ import numpy as np
 from tf_kfacprune.curvature.diagnostics import hessian_spectrum
 from tf_kfacprune.errors import (
     DataError,
+    ExportError,
     InvalidArgumentError,
     NonFiniteError,
     UnsupportedModelError,
@@ -87,7 +88,10 @@ def tflite_size(model: keras.Model) -> FileSize:
         ExportError: if the converter fails.
     """
     check_exportable(model)
-    return FileSize.of(convert(model, Signature.of(model)))
+    try:
+        return FileSize.of(convert(model, Signature.of(model)))
+    except ExportError:  # recurrent layers convert for a fixed batch only
+        return FileSize.of(convert(model, Signature.of(model, 1)))
 
 
 def measures(model: keras.Model, x: Any, y: Any, trained: keras.Model) -> dict[str, Any]:

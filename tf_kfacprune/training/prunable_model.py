@@ -17,7 +17,13 @@ from tf_kfacprune.curvature import (
 )
 from tf_kfacprune.errors import BudgetError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.gates import GatedNetwork, GatePhase, GateSource, insert_gates
-from tf_kfacprune.graph import LatencyTable, check_countable, trace, what_stays
+from tf_kfacprune.graph import (
+    LatencyTable,
+    check_countable,
+    trace,
+    warn_of_unmeasured,
+    what_stays,
+)
 from tf_kfacprune.optimizers import KFAC
 from tf_kfacprune.pruning import (
     Budget,
@@ -588,7 +594,13 @@ def _check_reachable(
     budget: Budget, fractions: Budget, gated: GatedNetwork, groups: GateGroups
 ) -> None:
     check_countable(gated.channels, budget.targets, gated.net.name)
+    warn_of_unmeasured(gated.channels, budget.targets, gated.net.name)
     for measure, target in budget.targets.items():
+        if not gated.cost.dense(measure):
+            raise BudgetError(
+                f"Budget {measure}={target} bounds nothing on model {gated.net.name!r}: none of "
+                f"its layers costs {measure}. Bound something else, such as params or bytes."
+            )
         least = float(gated.cost.least(measure, groups.least))
         if fractions.targets[measure] < least:
             least *= budget.unit(measure, gated.cost)
