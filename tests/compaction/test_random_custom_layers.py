@@ -134,7 +134,7 @@ def to_numpy(x):
 # Masks end at layers that do not support them.
 @pytest.mark.filterwarnings("ignore:.*was passed an input with a mask:UserWarning")
 @settings(
-    max_examples=4,
+    max_examples=2,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -46,6 +46,7 @@ def test_compact_equals_gated_without_masks(layer, assert_exact):
     assert_exact(text_classifier(LAYERS[layer](), mask_zero=False), data=sentences())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["simple", "lstm", "gru, reset before", "bidirectional"])
 @pytest.mark.parametrize(
     "options",

@@ -69,7 +69,8 @@ def outputs(model, x):
     return np.asarray(model(x, training=False))
 
 
-@pytest.mark.parametrize("case", ["vision", pytest.param("text", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["vision", "text"])
 def test_training_lands_within_the_budget_and_compacts_to_the_same_function(case, tmp_path):
     build, data = CASES[case]
     model = kp.PrunableModel(build(), budget=kp.Budget(macs=0.5), seed=0)

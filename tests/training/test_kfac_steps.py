@@ -483,7 +483,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["fixed", "auto"])
+@pytest.mark.parametrize("kind", ["fixed", pytest.param("auto", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features_of_the_base_class_equal_their_definition_and_survive_saving(
     feature, kind, tmp_path

@@ -80,6 +80,7 @@ def test_a_trained_and_reloaded_model_is_compacted(trained, tmp_path):
     np.testing.assert_array_equal(reloaded(x), small(x))
 
 
+@pytest.mark.slow
 def test_the_users_own_model_has_the_trained_weights_and_is_saved_as_ever(trained, tmp_path):
     model, pm, _ = trained
     kept = {id(weight) for weight in pm.net.weights}

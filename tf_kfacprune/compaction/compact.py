@@ -42,7 +42,7 @@ def compact(
         tolerance: Largest relative error allowed, `max |gated - compact| / max |gated|`; by
             default what rounding explains (1e-5 in float32).
         verify_data: Inputs for the comparison, in the structure of the model's inputs; random
-            ones by default.
+            ones by default. Inputs that are text have none.
         compensate: Whether the layers that read removed channels absorb what the kept ones predict
             of them, W_K += W_R A_RK (A_KK + eps I)^-1. That changes the function on purpose, from
             that of the gated network (with which the result is compared before) toward that of the
