@@ -390,6 +390,7 @@ def test_what_a_recurrent_layer_keeps_is_put_back():
     x = np.random.default_rng(1).normal(size=(6, 3, 2))
     found = hessian_spectrum(model, (x, np.zeros(6, int)), CROSS_ENTROPY, batch_size=2)
     assert found.converged
+    CurvatureOperator(model, (x, np.zeros(6, int)), CROSS_ENTROPY, batch_size=2).loss()
     for state, value in zip(lstm.states, before, strict=True):
         np.testing.assert_array_equal(state, value)
 

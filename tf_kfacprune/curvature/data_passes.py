@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tf_kfacprune.errors import DataError
 
-__all__ = ["batches_of", "length_of"]
+__all__ = ["arrays_of", "batches_of", "length_of"]
 
 
 def batches_of(data: Any, batch_size: int) -> Callable[[], Iterator[tuple[Any, Any]]]:
@@ -31,7 +31,7 @@ def batches_of(data: Any, batch_size: int) -> Callable[[], Iterator[tuple[Any, A
         if data.cardinality() == tf.data.INFINITE_CARDINALITY:
             raise DataError("data: the tf.data.Dataset has no end. Leave out its `.repeat()`.")
         return lambda: (_checked(*_pair(element)) for element in data)
-    x, y = _checked(*(_arrays(part) for part in _pair(data)))
+    x, y = arrays_of(*_pair(data))
     total = length_of(y)
 
     def batches() -> Iterator[tuple[Any, Any]]:
@@ -42,10 +42,20 @@ def batches_of(data: Any, batch_size: int) -> Callable[[], Iterator[tuple[Any, A
     return batches
 
 
-def _arrays(part: Any) -> Any:
-    """A list of numbers or of rows is one array; a list of arrays is a structure of several."""
-    is_plain = isinstance(part, list | tuple) and not any(getattr(p, "shape", ()) for p in part)
-    return np.asarray(part) if is_plain else part
+def arrays_of(x: Any, y: Any) -> tuple[Any, Any]:
+    """Inputs and labels as arrays, or structures of them, of one length.
+
+    A list of numbers or of rows is one array; a list of arrays is a structure of several.
+
+    Raises:
+        DataError: If they are empty or of unequal lengths.
+    """
+
+    def array(part: Any) -> Any:
+        is_plain = isinstance(part, list | tuple) and not any(getattr(p, "shape", ()) for p in part)
+        return np.asarray(part) if is_plain else part
+
+    return _checked(array(x), array(y))
 
 
 def _length(part: Any) -> int:
@@ -77,6 +87,6 @@ def _pair(element: Any) -> tuple[Any, Any]:
     return element[0], element[1]
 
 
-def length_of(y: Any) -> int:
-    """Number of examples in the labels of a batch."""
-    return _length(keras.tree.flatten(y)[0])
+def length_of(part: Any) -> int:
+    """Number of examples in the inputs or the labels of a batch."""
+    return _length(keras.tree.flatten(part)[0])

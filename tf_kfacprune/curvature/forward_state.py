@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-__all__ = ["ForwardState"]
+__all__ = ["ForwardState", "kept_state"]
 
 
 class ForwardState:
@@ -40,6 +41,16 @@ class ForwardState:
         for variable, value in zip(self._variables, self._values, strict=True):
             if value.dtype.is_floating:
                 variable.assign(value)
+
+
+@contextmanager
+def kept_state(network: Any) -> Iterator[None]:
+    """Within this context passes may change the state of a network; then it is as before."""
+    state = ForwardState(network)
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 def _recurrent_states(network: Any) -> list[Any]:

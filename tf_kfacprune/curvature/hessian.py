@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from tf_kfacprune.curvature.batch import Batch
 from tf_kfacprune.curvature.data_passes import batches_of, length_of
-from tf_kfacprune.curvature.forward_state import ForwardState
+from tf_kfacprune.curvature.forward_state import kept_state
 from tf_kfacprune.curvature.gauss_newton import gauss_newton_product
 from tf_kfacprune.curvature.objective import SingleObjective
 from tf_kfacprune.curvature.second_derivatives import (
@@ -133,11 +133,12 @@ class CurvatureOperator:
         """The mean loss L over the data."""
         total = entries = 0.0
         count = 0
-        for x, y in self._batches():
-            value, of_batch = self._value(x, y)
-            total += float(value)
-            entries += float(of_batch)
-            count += length_of(y)
+        with kept_state(self._net):
+            for x, y in self._batches():
+                value, of_batch = self._value(x, y)
+                total += float(value)
+                entries += float(of_batch)
+                count += length_of(y)
         self._checked_count(count)
         return total / _counted(entries)
 
@@ -160,8 +161,7 @@ class CurvatureOperator:
         total = np.zeros(self.dimension)
         loss = entries = 0.0
         count = 0
-        state = ForwardState(self._net)  # of recurrent layers that keep theirs, and of seeds
-        with twice_differentiable(self._net):
+        with kept_state(self._net), twice_differentiable(self._net):
             for x, y in self._batches():
                 self._check_operations(x)
                 value, of_batch, product = self._differentiated(self._product, x, y, parts)
@@ -169,7 +169,6 @@ class CurvatureOperator:
                 loss += float(value)
                 entries += float(of_batch)
                 count += length_of(y)
-        state.restore()
         self._checked_count(count)
         total /= _counted(entries)
         self._check_loss(loss / entries)

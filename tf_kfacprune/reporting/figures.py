@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from tf_kfacprune.curvature.data_passes import arrays_of, length_of
 from tf_kfacprune.curvature.diagnostics import hessian_spectrum
 from tf_kfacprune.errors import (
     DataError,
@@ -110,7 +111,7 @@ def measures(model: keras.Model, x: Any, y: Any, trained: keras.Model) -> dict[s
         InvalidArgumentError: if the model is no classifier and neither of the two is compiled.
         DataError: if inputs and labels differ in number, or labels are no class numbers.
     """
-    _check_lengths(x, y)
+    x, y = arrays_of(x, y)
     compiled = model if model.compiled else trained
     if _returns_classes(model) and _is_one_number_each(y) and _is_of_class_numbers(compiled):
         return {"accuracy": accuracy(model, x, y)}
@@ -122,7 +123,7 @@ def measures(model: keras.Model, x: Any, y: Any, trained: keras.Model) -> dict[s
         )
     if not model.compiled:
         model = _compiled_like(model, trained)
-    batch = _BATCH if len(model.outputs) == 1 else _even_batch(len(keras.tree.flatten(x)[0]))
+    batch = _BATCH if len(model.outputs) == 1 else _even_batch(length_of(x))
     return {"measures": model.evaluate(x, y, batch_size=batch, verbose=0, return_dict=True)}
 
 
@@ -133,16 +134,6 @@ def _even_batch(count: int) -> int:
     """
     even = next(size for size in range(min(_BATCH, count), 0, -1) if count % size == 0)
     return even if even >= _LEAST_BATCH else count
-
-
-def _check_lengths(x: Any, y: Any) -> None:
-    shapes = [np.shape(part) for part in keras.tree.flatten((x, y)) if hasattr(part, "shape")]
-    lengths = sorted({shape[0] if shape else 0 for shape in shapes})
-    if lengths and (len(lengths) > 1 or lengths[0] == 0):
-        raise DataError(
-            "data: x and y must have the same number of examples, at least one. Received: "
-            f"{lengths}"
-        )
 
 
 def _compiled_like(model: keras.Model, trained: keras.Model) -> keras.Model:
@@ -238,9 +229,10 @@ def flatness_of(model: keras.Model, x: Any, y: Any, loss: Any) -> Flatness:
     Returns:
         The eigenvalues, or the reason why the model has none that can be trusted.
     """
-    x, y = (np.asarray(part) if isinstance(part, list) else part for part in (x, y))
-    x, y = keras.tree.map_structure(lambda part: np.asarray(part)[:_FLATNESS_EXAMPLES], (x, y))
-    count = len(keras.tree.flatten(x)[0])
+    x, y = keras.tree.map_structure(
+        lambda part: np.asarray(part)[:_FLATNESS_EXAMPLES], arrays_of(x, y)
+    )
+    count = length_of(x)
     tops = []
     for scaling in (None, "norm"):
         try:

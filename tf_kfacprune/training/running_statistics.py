@@ -52,7 +52,7 @@ def forgetting_momentum(model: keras.Model, steps: Any) -> Iterator[None]:
     for layer in layers:
         own = _OPEN.setdefault(layer, _Own(layer.momentum))
         own.blocks += 1
-        dtype = "float64" if layer.compute_dtype == "float64" else "float32"  # of its statistics
+        dtype = keras.backend.result_type(layer.compute_dtype, "float32")  # of its statistics
         layer.momentum = tf.cast(tf.minimum(own.momentum, cap), dtype)
     try:
         yield
