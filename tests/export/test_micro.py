@@ -113,7 +113,7 @@ def test_the_estimate_holds_for_every_network_of_the_zoo(tmp_path, name, quantiz
     options = {"representative_data": x} if quantization else {}
     path = tmp_path / "net.tflite"
     tflite(model, path, quantization=quantization, batch_size=1, verify=False, **options)
-    found = check_micro(path, model, x, max_examples=2)
+    found = check_micro(path)  # outputs of an untrained network, quantized, are nearly constant
     assert 0.99 <= estimated_arena(path.read_bytes()).bytes / found.arena_bytes <= 1.01
 
 

@@ -13,7 +13,8 @@ from keras import layers
 import tf_kfacprune as kp
 from tests.graph.file_layout import needs_fitted_layout
 from tf_kfacprune.errors import BudgetError
-from tf_kfacprune.export import check_micro, tflite
+from tf_kfacprune.export import arena_bytes, check_micro, tflite
+from tf_kfacprune.export.arena import estimated_arena
 from tf_kfacprune.graph import CostModel, analyze
 from tf_kfacprune.graph.sizes import Stack
 
@@ -57,6 +58,43 @@ def flattened():
     x = layers.Conv2D(32, 3, activation="relu", name="conv2")(x)
     x = layers.Dense(64, activation="relu", name="fc")(layers.Flatten(name="flatten")(x))
     return keras.Model(inputs, layers.Dense(5, name="logits")(x), name="flattened")
+
+
+def stacked(*stack, shape):
+    return keras.Sequential([keras.Input(shape), *stack], name="net")
+
+
+def rows(*stack):
+    """Layers over a sequence, then a classifier."""
+    head = [layers.GlobalAveragePooling1D(name="mean"), layers.Dense(4, name="logits")]
+    return stacked(*stack, *head, shape=(40, 12))
+
+
+def images(*stack):
+    """Layers over an image, then a classifier."""
+    head = [layers.GlobalMaxPooling2D(name="max"), layers.Dense(4, name="logits")]
+    return stacked(*stack, *head, shape=(16, 16, 8))
+
+
+def residual_rows():
+    x = inputs = keras.Input((40, 12))
+    x = layers.Conv1D(16, 3, padding="same", activation="relu", name="stem")(x)
+    y = layers.Conv1D(16, 3, padding="same", use_bias=False, name="conv1")(x)
+    y = layers.ReLU(name="relu1")(layers.BatchNormalization(name="bn")(y))
+    y = layers.Conv1D(16, 3, padding="same", name="conv2")(y)
+    x = layers.ReLU(name="relu2")(layers.Add(name="add")([x, y]))
+    x = layers.Flatten(name="flatten")(layers.MaxPooling1D(2, name="pool")(x))
+    return keras.Model(inputs, layers.Dense(4, name="logits")(x), name="net")
+
+
+def branched_rows():
+    inputs = keras.Input((40, 12))
+    a = layers.Conv1D(16, 3, padding="same", activation="relu", name="a")(inputs)
+    b = layers.Conv1D(8, 5, padding="same", activation="relu", name="b")(inputs)
+    x = layers.Concatenate(name="both")([a, b])
+    x = layers.Conv1D(8, 3, activation="sigmoid", name="c")(x)
+    x = layers.Flatten(name="flatten")(x)
+    return keras.Model(inputs, layers.Dense(4, name="logits")(x), name="net")
 
 
 def landed(network, budget, **options):
@@ -128,6 +166,7 @@ def test_a_stack_is_a_sum_and_the_largest_of_others():
     [
         pytest.param(residual, {}, {"flash": 0.75, "ram": 0.6}, marks=pytest.mark.slow),
         (residual, {}, {"ram": 9_000}),
+        (residual_rows, {}, {"flash": 0.75, "ram": 0.8}),
         (flattened, {"prune_features": True, "policy": "random", "seed": 0}, {"flash": 0.5}),
     ],
 )
@@ -140,9 +179,10 @@ def test_a_landed_network_fits_as_predicted(build, options, bounds, tmp_path):
     used = max(predicted[m] / (b if b > 1 else b * cost.dense(m)) for m, b in bounds.items())
     assert used > 0.9
     path = file_of(small, tmp_path / "small.tflite")
-    assert path.stat().st_size == pytest.approx(predicted["flash"], rel=0.03)
+    assert 0.95 * predicted["flash"] <= path.stat().st_size <= 1.001 * predicted["flash"]
     if HAS_MICRO:
-        assert check_micro(path).arena_bytes == pytest.approx(predicted["ram"], rel=0.03)
+        used = check_micro(path).arena_bytes
+        assert 0.95 * predicted["ram"] <= used <= 1.001 * predicted["ram"]
 
 
 def test_board_sizes_are_read_with_their_units():
@@ -172,6 +212,133 @@ def test_inspect_tells_flash_ram_and_the_peak():
     assert (found.flash, found.ram) == (round(cost.dense("flash")), round(cost.dense("ram")))
     assert found.ram_peak == "wide"
     assert f"{found.ram:,} bytes of RAM, most of them at wide" in " ".join(str(found).split())
+
+
+# Networks of few operations each, so that what each layer takes is seen.
+LAYERS = {
+    "causal": lambda: rows(
+        layers.Conv1D(16, 5, padding="causal", activation="relu", name="conv1"),
+        layers.Conv1D(24, 3, padding="causal", dilation_rate=4, activation="relu", name="conv2"),
+    ),
+    "residual_rows": residual_rows,
+    "branched_rows": branched_rows,
+    "pooled_rows": lambda: rows(
+        layers.Conv1D(16, 3, activation="tanh", name="conv"),
+        layers.MaxPooling1D(2, name="max"),
+        layers.AveragePooling1D(2, name="average"),
+        layers.ZeroPadding1D(1, name="pad"),
+    ),
+    "depthwise_rows": lambda: rows(
+        layers.DepthwiseConv1D(3, padding="same", activation="relu", name="depthwise"),
+        layers.Conv1D(24, 1, activation="relu", name="pointwise"),
+        layers.Cropping1D(1, name="crop"),
+    ),
+    "separable_rows": lambda: rows(
+        layers.SeparableConv1D(16, 3, padding="same", activation="relu", name="conv1"),
+        layers.SeparableConv1D(24, 3, padding="same", activation="relu", name="conv2"),
+    ),
+    "transposed_rows": lambda: stacked(
+        layers.Conv1D(16, 3, strides=2, padding="same", activation="relu", name="down"),
+        layers.Conv1DTranspose(24, 3, strides=2, padding="same", activation="relu", name="up"),
+        layers.Conv1D(3, 1, name="out"),
+        shape=(40, 12),
+    ),
+    "permuted_rows": lambda: rows(
+        layers.Permute((2, 1), name="turn"), layers.Conv1D(16, 3, activation="relu", name="conv")
+    ),
+    "separable": lambda: images(
+        layers.SeparableConv2D(16, 3, padding="same", use_bias=False, name="conv1"),
+        layers.BatchNormalization(name="bn"),
+        layers.ReLU(name="relu"),
+        layers.SeparableConv2D(
+            24, 3, strides=2, padding="same", depth_multiplier=2, activation="relu", name="conv2"
+        ),
+    ),
+    "dilated": lambda: images(
+        layers.Conv2D(16, 3, dilation_rate=2, padding="same", activation="relu", name="conv1"),
+        layers.DepthwiseConv2D(3, dilation_rate=2, padding="same", name="conv2"),
+    ),
+    "transposed": lambda: stacked(
+        layers.Conv2DTranspose(24, 3, strides=2, use_bias=False, name="up"),
+        layers.BatchNormalization(name="bn"),
+        layers.ReLU(name="relu"),
+        layers.Conv2D(3, 1, name="out"),
+        shape=(16, 16, 8),
+    ),
+    "bilinear": lambda: images(
+        layers.Conv2D(16, 3, strides=2, activation="relu", name="down"),
+        layers.UpSampling2D(2, interpolation="bilinear", name="up"),
+    ),
+    "leaky": lambda: images(
+        layers.Conv2D(16, 3, name="conv1"),
+        layers.PReLU(shared_axes=[1, 2], name="prelu"),
+        layers.Conv2D(8, 3, name="conv2"),
+        layers.LeakyReLU(name="leaky"),
+    ),
+    "activations": lambda: images(
+        layers.Conv2D(16, 3, activation="elu", name="conv1"),
+        layers.Conv2D(8, 3, activation="silu", name="conv2"),
+    ),
+    "normalized_input": lambda: images(
+        layers.BatchNormalization(name="bn"), layers.Conv2D(16, 3, name="conv")
+    ),
+    "layer_norm": lambda: stacked(
+        layers.Dense(32, name="fc1"),
+        layers.LayerNormalization(name="norm"),
+        layers.Dense(16, activation="relu", name="fc2"),
+        layers.Flatten(name="flatten"),
+        layers.Dense(4, name="logits"),
+        shape=(40, 12),
+    ),
+    "rms_norm": lambda: images(
+        layers.Conv2D(16, 3, name="conv1"),
+        layers.RMSNormalization(name="norm"),
+        layers.Conv2D(8, 3, name="conv2"),
+    ),
+    "group_norm": lambda: images(
+        layers.Conv2D(16, 3, name="conv"),
+        layers.GroupNormalization(4, name="norm"),
+        layers.ReLU(name="relu"),
+    ),
+}
+QUICK = {"causal", "residual_rows", "separable_rows", "transposed", "layer_norm", "activations"}
+
+
+@needs_fitted_layout
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS],
+)
+def test_predictions_hold_for_every_kind_of_layer(name, tmp_path):
+    model = LAYERS[name]()
+    found = kp.inspect(model)
+    assert not found.lacking
+    assert not found.unconfirmed
+    path = file_of(model, tmp_path / "net.tflite")
+    assert 0.9 * found.flash <= path.stat().st_size <= 1.001 * found.flash
+    if HAS_MICRO:
+        assert 0.95 * found.ram <= check_micro(path).arena_bytes <= 1.001 * found.ram
+        estimated = estimated_arena(path.read_bytes()).bytes
+        assert estimated == pytest.approx(arena_bytes(path), rel=0.03)
+
+
+def test_layers_that_no_microcontroller_runs_are_named():
+    model = stacked(
+        layers.Conv2D(8, 3, activation="gelu", name="conv"),
+        layers.UpSampling2D(2, name="up"),
+        layers.Conv2D(4, 3, activation="softplus", name="out"),
+        shape=(8, 8, 2),
+    )
+    found = kp.inspect(model)
+    assert [layer.split()[0] for layer in found.lacking] == ["'conv'", "'up'"]
+    assert found.unconfirmed == (("out", "activation softplus"),)
+    text = " ".join(str(found).split())
+    assert "no kernel for what becomes of 'conv' (GELU; activation='silu' needs none)" in text
+    with (
+        pytest.warns(UserWarning, match="will not run model 'net'"),
+        pytest.warns(UserWarning, match=r"'out' \(activation softplus\)"),
+    ):
+        kp.PrunableModel(model, kp.Budget(flash=0.95))
 
 
 @pytest.mark.slow

@@ -14,30 +14,37 @@ _CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV")
 def record_bytes(graph: FileGraph) -> int:
     """Bytes of the records that stay, of a file's main graph."""
     kernels = sum(_kernel(operation) for operation in graph.operations)
-    channels = sum(_channels(graph, operation) for operation in graph.operations)
+    channels = sum(_channel_bytes(graph, operation) for operation in graph.operations)
     return (
         sizes.FIXED
         + sizes.QUANTIZED * any(bool(tensor.scales) for tensor in graph.tensors)
         + sizes.TENSOR * len(graph.tensors)
         + sizes.OPERATION * len(graph.operations)
         + kernels
-        + sizes.CHANNEL * channels
+        + channels
     )
 
 
 def working_bytes(graph: FileGraph) -> int:
     """The most bytes that records and working memory take while a file is prepared."""
     records = record_bytes(graph)
-    activations = len(lifetimes(graph).sizes)
-    most = records + sizes.PLANNED + sizes.PLANNED_TENSOR * len(graph.tensors)
-    most += sizes.PLANNED_ACTIVATION * activations
+    living = lifetimes(graph).sizes
+    tensors = len(graph.tensors) + sum(number < 0 for number in living)  # with working memory
+    most = records + sizes.PLANNED + sizes.PLANNED_TENSOR * tensors
+    most += sizes.PLANNED_ACTIVATION * len(living)
     later = 0  # records of the channels of operations that are prepared later
     for operation in reversed(graph.operations):
-        scales = max((len(graph.tensors[i].scales) for i in operation.inputs if i >= 0), default=0)
-        own = sizes.PREPARED if scales <= 1 else sizes.PREPARED_PER_CHANNEL + sizes.CHANNEL * scales
+        scales = [len(graph.tensors[i].scales) for i in operation.inputs if i >= 0]
+        many = sum(count for count in scales if count > 1)  # of the kernel, and of its bias
+        own = sizes.PREPARED_PER_CHANNEL + sizes.ZERO_POINT * many if many else sizes.PREPARED
         most = max(most, records - later + own)
-        later += sizes.CHANNEL * _channels(graph, operation)
+        later += _channel_bytes(graph, operation)
     return most
+
+
+def _channel_bytes(graph: FileGraph, operation: FileOperation) -> int:
+    """Two lists, each rounded up to 16 bytes."""
+    return 2 * (-(-sizes.CHANNEL // 2 * _channels(graph, operation) // 16) * 16)
 
 
 def _channels(graph: FileGraph, operation: FileOperation) -> int:

@@ -18,11 +18,12 @@ References:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tf_kfacprune.export.model_file import add_entry, read_entries
-from tf_kfacprune.export.model_graph import FileGraph, read_graph
+from tf_kfacprune.export.model_graph import FileGraph, FileOperation, read_graph
+from tf_kfacprune.graph.runtime_records import LISTS, SUM, WITH_SUMS
 
 __all__ = ["Lifetimes", "lifetimes", "planned_bytes", "with_memory_plan"]
 
@@ -34,6 +35,8 @@ _ALIGNMENT = 16
 @dataclass(frozen=True)
 class Lifetimes:
     """What has to be placed.
+
+    Working memory of operations has negative numbers: no file can say where it is to lie.
 
     Attributes:
         sizes: bytes by number of tensor, rounded up to 16.
@@ -55,10 +58,17 @@ class Lifetimes:
         """The tensors that live during an operation."""
         return [i for i in self.sizes if self.first[i] <= step <= self.last[i]]
 
-    def placed(self, order: Iterable[int]) -> dict[int, int]:
-        """Offsets of the tensors, each at the lowest free place, in this order."""
-        taken: list[tuple[int, int, int]] = []
-        offsets: dict[int, int] = {}
+    def placed(
+        self, order: Iterable[int], offsets: Mapping[int, int] | None = None
+    ) -> dict[int, int]:
+        """Offsets of the tensors, each at the lowest free place, in this order.
+
+        Args:
+            order: numbers of the tensors.
+            offsets: those of others, which lie already.
+        """
+        offsets = dict(offsets or {})
+        taken = [(offset, offset + self.sizes[i], i) for i, offset in offsets.items()]
         for tensor in order:
             offset = 0
             for begin, end, other in sorted(taken):
@@ -89,11 +99,24 @@ def lifetimes(graph: FileGraph) -> Lifetimes:
                 last[tensor] = step
     for tensor in graph.outputs:
         last[tensor] = len(graph.operations)
-    sizes = {
-        tensor: -(-graph.tensors[tensor].bytes // _ALIGNMENT) * _ALIGNMENT
-        for tensor in sorted(first)
-    }
+    sizes = {tensor: _aligned(graph.tensors[tensor].bytes) for tensor in sorted(first)}
+    for step, operation in enumerate(graph.operations, start=1):
+        for size in _working_memory(graph, operation):
+            number = -1 - len(sizes)
+            sizes[number], first[number], last[number] = _aligned(size), step, step
     return Lifetimes(sizes, first, last)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _working_memory(graph: FileGraph, operation: FileOperation) -> Iterator[int]:
+    """Bytes that an operation asks for while it runs."""
+    yield from LISTS.get(operation.operator, ())
+    result = graph.tensors[operation.outputs[0]]
+    if operation.operator in WITH_SUMS and result.dtype == "int8":
+        yield SUM * result.bytes
 
 
 def planned_bytes(content: bytes) -> int:
@@ -110,7 +133,9 @@ def planned_bytes(content: bytes) -> int:
     if plan is None:
         return living.height(living.placed(_order_of_runtime(living)))
     offsets = struct.unpack(f"<{len(plan) // 4}i", plan)[3:]
-    return living.height({i: offset for i, offset in enumerate(offsets) if offset >= 0})
+    told = {i: offset for i, offset in enumerate(offsets) if offset >= 0}
+    rest = [i for i in _order_of_runtime(living) if i not in told]
+    return living.height(living.placed(rest, told))
 
 
 def with_memory_plan(content: bytes) -> bytes:
@@ -156,4 +181,5 @@ def _orders(living: Lifetimes) -> Iterable[list[int]]:
         lambda i: (-last[i], -sizes[i]),
     )
     for key in keys:
-        yield sorted(sizes, key=key)
+        by_key = sorted(sizes, key=key)
+        yield sorted(by_key, key=lambda i: i < 0)  # working memory is placed by the runtime, last

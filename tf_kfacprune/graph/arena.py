@@ -63,6 +63,8 @@ class ArenaBytes:
             yield Part((sizes.OPERATION + kernel + tensors,), step.call)
             if step.channels is not None:
                 yield Part((sizes.CHANNEL, step.channels), step.call)
+                if not _is_whole(step.channels):
+                    yield Part((sizes.CHANNEL_ROUNDING,), step.call)
 
     def alternatives(self) -> Iterator[tuple[str, list[Part]]]:
         """What lies beside the records at one time or another, with what happens then."""
@@ -80,7 +82,7 @@ class ArenaBytes:
         last = dict(first)
         buffers = {id(buffer): buffer for buffer in self._operations.inputs}
         for number, step in enumerate(self._steps):
-            for buffer in (step.writes, *step.reads):
+            for buffer in (step.writes, *step.reads, *step.scratch):
                 buffers[id(buffer)] = buffer
                 first.setdefault(id(buffer), number)
                 last[id(buffer)] = number
@@ -94,8 +96,9 @@ class ArenaBytes:
         each = sizes.PLANNED_TENSOR + sizes.PLANNED_ACTIVATION
         planned = [Part((sizes.PLANNED + each * len(self._operations.inputs),), None)]
         for step in self._steps:
-            count = sizes.PLANNED_TENSOR * (1 + step.constants) + sizes.PLANNED_ACTIVATION
-            planned.append(Part((count,), step.call))
+            activations = 1 + len(step.scratch)
+            count = sizes.PLANNED_TENSOR * (activations + step.constants)
+            planned.append(Part((count + sizes.PLANNED_ACTIVATION * activations,), step.call))
         yield "planning", planned
         weighted = [step for step in self._steps if step.channels is not None]
         for number, step in enumerate(weighted):
@@ -109,6 +112,11 @@ class ArenaBytes:
                     for later in weighted[number + 1 :]
                 ]
             yield f"preparing {step.call.path}", parts
+
+
+def _is_whole(channels: Extent) -> bool:
+    """Whether lists of 4 bytes per channel fill 16 bytes, however many neurons are left."""
+    return isinstance(channels, int) and channels % 4 == 0
 
 
 def _channels(step: Step) -> Extent:

@@ -31,6 +31,7 @@ _TENSOR, _OPERATOR = 105, 45
 _CONSTANT = 44  # what the constant of a removed branch needs beside its values
 # Names are made of parts such as "model/layer/operation": of so many characters beside the layer's.
 _NAME_PART = 22
+_CEILING = 6  # of the ReLU that operators know
 
 _BIASED = (ConvRule, ConvTransposeRule, DepthwiseConvRule)
 
@@ -127,13 +128,21 @@ class FileBytes:
 
     def is_fused(self, call: Call) -> bool:
         """Whether an activation disappears into the operator before it."""
-        rule = rule_for(call.operation)
-        is_relu = isinstance(rule, HomogeneousRule | ReLURule) or (
-            getattr(getattr(call.operation, "activation", None), "__name__", "")
-            in ("relu", "relu6")
-            and isinstance(call.operation, layers.Activation)
+        return (
+            _is_fusable(call.operation) and bool(call.inputs) and call.inputs[0] in self._read_once
         )
-        return is_relu and bool(call.inputs) and call.inputs[0] in self._read_once
+
+
+def _is_fusable(operation: Any) -> bool:
+    """Whether an operation is a ReLU that operators know, or hands on what it reads."""
+    rule = rule_for(operation)
+    if isinstance(rule, ReLURule):
+        plain = not operation.negative_slope and not operation.threshold
+        return plain and operation.max_value in (None, _CEILING)
+    if isinstance(rule, HomogeneousRule):
+        return type(operation).__name__ not in ("LeakyReLU", "LeakyRelu")
+    name = getattr(getattr(operation, "activation", None), "__name__", "")
+    return isinstance(operation, layers.Activation) and name in ("relu", "relu6")
 
 
 def _is_linear(layer: Any) -> bool:

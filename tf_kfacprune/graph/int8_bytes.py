@@ -22,7 +22,7 @@ from tf_kfacprune.graph.rules import Extent
 
 __all__ = ["Int8Bytes"]
 
-_FILE = 520  # header, signature, and about three kinds of operations
+_FILE = 540  # header, signature, and about three kinds of operations
 _PLAN, _PLANNED = 200, 8  # the entry, and for each tensor its place and one more for its buffer
 _STEP, _CONSTANT = 168, 107  # an operation with its result, and a tensor that the file holds
 _CHANNEL = 12  # scale and zero point of a channel
@@ -58,6 +58,8 @@ class Int8Bytes:
         yield [_STEP + step.constants * _CONSTANT + tensors * _PLANNED + step.name_parts * part]
         if step.channels is not None:
             yield [2 * _CHANNEL, step.channels]
+        if step.zeros is not None:
+            yield [_BIAS, step.zeros]
 
     def of_weights(self, call: Call, weights: Sequence[list[Extent]]) -> Iterator[list[Extent]]:
         """Stored values of a layer, given one product of extents for each of its weights.

@@ -2,7 +2,10 @@
 
 The converter folds BatchNormalization into the weighted layer before it, fuses ReLUs, and drops
 dropout and gates. What is left of each call are operations, each with one result; an activation
-that cannot be fused is an operation of its own, and so is the choice of flattened features.
+that cannot be fused is an operation of its own, and so is the choice of flattened features. Layers
+that slide along one axis do so over images of one row: a RESHAPE raises a sequence to an image
+where the first of them reads it, and another one lowers what the last of them writes.
+Normalizations are taken apart (`int8_normalizations`).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,37 +22,72 @@ from keras import layers
 from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.channel_graph import ChannelGraph
 from tf_kfacprune.graph.file_bytes import FileBytes
+from tf_kfacprune.graph.int8_normalizations import EACH, NORMALIZATIONS, PARAMETERS
 from tf_kfacprune.graph.rules import ContractionRule, Extent, rule_for
+from tf_kfacprune.graph.rules.activations import ElementwiseRule
 from tf_kfacprune.graph.rules.base import extents
-from tf_kfacprune.graph.rules.contractions import ConvRule, ConvTransposeRule, DepthwiseConvRule
+from tf_kfacprune.graph.rules.channelwise import BatchNormalizationRule
+from tf_kfacprune.graph.rules.contractions import (
+    ConvRule,
+    ConvTransposeRule,
+    DepthwiseConvRule,
+    SeparableConvRule,
+)
+from tf_kfacprune.graph.rules.merging import MergeRule
+from tf_kfacprune.graph.rules.reshaping import IndexRule
+from tf_kfacprune.graph.runtime_records import LISTS, SUM, WITH_SUMS
 
 __all__ = ["Buffer", "Int8Steps", "Step"]
 
 _FUSED = ("linear", "relu", "relu6")
-_ACTIVATIONS = {
-    "softmax": "SOFTMAX",
-    "sigmoid": "LOGISTIC",
-    "tanh": "TANH",
-    "hard_silu": "HARD_SWISH",
-}
-_WINDOWS = (
+# Operations that stand for an activation function, each with the bytes of its entries.
+_ACTIVATIONS = MappingProxyType(
+    {
+        "softmax": (("SOFTMAX", 1),),
+        "sigmoid": (("LOGISTIC", 1),),
+        "tanh": (("TANH", 1),),
+        "hard_silu": (("HARD_SWISH", 1),),
+        "silu": (("LOGISTIC", 1), ("MUL", 1)),
+        "leaky_relu": (("LEAKY_RELU", 1),),
+        "gelu": (("GELU", 1),),
+        "elu": (("DEQUANTIZE", 4), ("ELU", 4), ("QUANTIZE", 1)),
+    }
+)
+_KERNELS = (
     ("GlobalAveragePooling", "MEAN"),
-    ("GlobalMaxPooling", ""),
+    ("GlobalMaxPooling", "REDUCE_MAX"),
     ("AveragePooling", "AVERAGE_POOL_2D"),
     ("MaxPooling", "MAX_POOL_2D"),
     ("ZeroPadding", "PAD"),
+    ("Cropping", "STRIDED_SLICE"),
+    ("Permute", "TRANSPOSE"),
+    ("UpSampling", "RESIZE_BILINEAR"),
+    ("PReLU", "PRELU"),
     ("Add", "ADD"),
     ("Concatenate", "CONCATENATION"),
     ("Multiply", "MUL"),
     ("Flatten", "RESHAPE"),
     ("Reshape", "RESHAPE"),
 )
+# Tensors that the file holds for an operation: axes, shapes, margins.
+_CONSTANTS = MappingProxyType(
+    {"": 1, "MEAN": 1, "REDUCE_MAX": 1, "RESHAPE": 1, "PAD": 1, "TRANSPOSE": 1}
+    | {"RESIZE_BILINEAR": 1, "PRELU": 1, "STRIDED_SLICE": 3}
+)
+# Where names have more parts than there are tensors: they are those of several layers.
+_NAMED_BY_PARTS = MappingProxyType({"PRELU": 7})
+_ADDED_ROWS = 8
+# Layers that slide along the one axis of a sequence, which run on an image of one row.
+_ON_ROWS = (
+    *(layers.Conv1D, layers.DepthwiseConv1D, layers.SeparableConv1D, layers.Conv1DTranspose),
+    *(layers.MaxPooling1D, layers.AveragePooling1D),
+)
 _ALIGNMENT = 16
 
 
 @dataclass(eq=False, frozen=True)
 class Buffer:
-    """A tensor of activations.
+    """A tensor of activations, or working memory of an operation.
 
     Attributes:
         size: Bytes, as a product of extents.
@@ -65,7 +104,7 @@ class Buffer:
         return 0.0 if fixed % _ALIGNMENT == 0 else _ALIGNMENT - 1.0
 
 
-@dataclass(eq=False, frozen=True)
+@dataclass(eq=False, frozen=True, kw_only=True)
 class Step:
     """One operation.
 
@@ -77,6 +116,8 @@ class Step:
         constants: Number of tensors that the file holds for it.
         channels: Number of channels whose weights have a scale each, or None.
         name_parts: Number of parts that the names of its tensors are made of.
+        scratch: Working memory that it asks for while it runs.
+        zeros: Number of zeros that the file holds as a bias where the layer has none, or None.
     """
 
     call: Call
@@ -84,8 +125,10 @@ class Step:
     reads: tuple[Buffer, ...]
     writes: Buffer
     constants: int
-    channels: Extent | None
     name_parts: int
+    channels: Extent | None = None
+    scratch: tuple[Buffer, ...] = ()
+    zeros: Extent | None = None
 
 
 class Int8Steps:
@@ -110,7 +153,9 @@ class Int8Steps:
         self.selections: list[tuple[Buffer, Buffer]] = []
         self.steps: list[Step] = []
         self._buffers: dict[Value, Buffer] = {}
+        self._images: dict[Value, Buffer] = {}  # sequences, as images of one row
         self._picked: dict[tuple[Value, int], Buffer] = {}
+        self._makers = {value: call for call in channels.graph.calls for value in call.outputs}
         self._normalized = {
             call.inputs[0]
             for call in channels.graph.calls
@@ -121,10 +166,12 @@ class Int8Steps:
             if isinstance(call.operation, layers.InputLayer):
                 self._give(call.outputs, None)
             elif is_dropped(call) or self._leaves_nothing(call):
-                self._buffers[call.outputs[0]] = self._read(call, call.inputs[0])
+                self._hand_on(call)
             else:
                 self._run(call)
         self.outputs = [self._buffer(value) for value in channels.graph.outputs]
+
+    # ---- what operations read
 
     def _leaves_nothing(self, call: Call) -> bool:
         operation = call.operation
@@ -135,11 +182,34 @@ class Int8Steps:
             return bool(positions) and all(size == 1 for size in positions)
         return rule_for(operation).is_absent or self._content.is_fused(call)
 
+    def _hand_on(self, call: Call) -> None:
+        """A call that leaves nothing: its result is what it reads."""
+        value, result = call.inputs[0], call.outputs[0]
+        if value in self._images and value not in self._buffers:
+            self._images[result] = self._images[value]
+        else:
+            self._buffers[result] = self._read(call, value)
+
     def _buffer(self, value: Value) -> Buffer:
         """The activation of a value; one that nothing made is given."""
         if value not in self._buffers:
-            self._give((value,), None)
+            if value in self._images:
+                call, image = self._makers[value], self._images[value]
+                self._buffers[value] = self._reshaped(call, image, name_parts=5)
+            else:
+                self._give((value,), None)
         return self._buffers[value]
+
+    def _image(self, call: Call, value: Value) -> Buffer:
+        """The activation of a sequence as an image of one row."""
+        if value not in self._images:
+            self._images[value] = self._reshaped(call, self._read(call, value), name_parts=3)
+        return self._images[value]
+
+    def _reshaped(self, call: Call, buffer: Buffer, name_parts: int) -> Buffer:
+        result = Buffer(buffer.size, call)
+        self._append(call, "RESHAPE", (buffer,), result, constants=1, name_parts=name_parts)
+        return result
 
     def _read(self, call: Call, value: Value) -> Buffer:
         """What a call reads of a value: all of it, or the flattened features that it picks."""
@@ -149,55 +219,203 @@ class Int8Steps:
         if (value, axis) not in self._picked:
             picked = Buffer((1, labels), call)
             self._picked[value, axis] = picked
-            self._append(call, "", (self._buffer(value),), picked, 1, None, 2)
+            self._append(call, "", (self._buffer(value),), picked, constants=1, name_parts=2)
         return self._picked[value, axis]
 
     def _give(self, values: tuple[Value, ...], maker: Call | None) -> None:
         for value in values:
-            size = extents(value, self._flow, range(1, len(value.shape)))
-            each = 1 if "float" in value.dtype or "int8" in value.dtype else 4
-            self._buffers[value] = Buffer((each, *size), maker)
+            self._buffers[value] = self._activation(value, maker)
             if maker is None:
+                size = self._buffers[value].size
                 self.inputs.append(self._buffers[value])
-                if any(self._is_prunable(extent) for extent in size):
+                if any(self._is_prunable(extent) for extent in size[1:]):
                     everything = math.prod(n or 1 for n in self._flow.sizes(value)[1:])
-                    given = Buffer((each, everything), None)
+                    given = Buffer((size[0], everything), None)
                     self.selections.append((given, self._buffers[value]))
 
-    def _is_prunable(self, extent: Extent) -> bool:
+    def _activation(self, value: Value, maker: Call | None) -> Buffer:
+        size = extents(value, self._flow, range(1, len(value.shape)))
+        each = 1 if "float" in value.dtype or "int8" in value.dtype else 4
+        return Buffer((each, *size), maker)
+
+    def _is_prunable(self, extent: Extent | float) -> bool:
         if not isinstance(extent, np.ndarray):
             return False
         return bool((self._channels.neurons(extent) < self._channels.num_neurons).any())
 
+    # ---- what stands for a call
+
     def _run(self, call: Call) -> None:
         operation, rule = call.operation, rule_for(call.operation)
-        reads = tuple(self._read(call, value) for value in call.inputs)
-        self._give(call.outputs, call)
-        written = self._buffers[call.outputs[0]]
+        name = type(operation).__name__
+        if isinstance(rule, ContractionRule | DepthwiseConvRule):
+            self._run_weighted(call)
+        elif name in NORMALIZATIONS:
+            self._run_parts(call)
+        else:
+            is_image = isinstance(operation, _ON_ROWS) or self._stays_image(call)
+            reads = tuple(
+                self._image(call, value)
+                if is_image or (isinstance(rule, IndexRule) and value in self._images)
+                else self._read(call, value)
+                for value in call.inputs
+            )
+            self._write(call, self._run_plain(call, reads), is_image)
+
+    def _stays_image(self, call: Call) -> bool:
+        """Whether a call works entry by entry on images of one row."""
+        works_so = isinstance(
+            rule_for(call.operation), ElementwiseRule | MergeRule | BatchNormalizationRule
+        ) or isinstance(call.operation, layers.Activation)
+        images = (v in self._images and v not in self._buffers for v in call.inputs)
+        return works_so and bool(call.inputs) and all(images)
+
+    def _write(self, call: Call, buffer: Buffer, is_image: bool) -> None:
+        (self._images if is_image else self._buffers)[call.outputs[0]] = buffer
+        self._give(call.outputs[1:], call)
+
+    def _append(
+        self, call: Call, kernel: str, reads: tuple[Buffer, ...], writes: Buffer, **details: Any
+    ) -> None:
+        step = Step(call=call, kernel=kernel, reads=reads, writes=writes, **details)
+        self.steps.append(step)
+
+    def _run_plain(self, call: Call, reads: tuple[Buffer, ...]) -> Buffer:
+        """An operation without weights, or the operations of an activation function."""
+        operation, value = call.operation, call.outputs[0]
+        activation = getattr(getattr(operation, "activation", None), "__name__", "")
+        if isinstance(operation, layers.Softmax):
+            activation = "softmax"
+        elif isinstance(operation, layers.LeakyReLU | layers.ELU):
+            activation = "elu" if isinstance(operation, layers.ELU) else "leaky_relu"
+        if activation in _ACTIVATIONS:
+            return self._activated(call, activation, reads[0])
+        if isinstance(operation, layers.BatchNormalization):
+            reads = (self._entrywise(call, "MUL", reads),)
+            return self._entrywise(call, "ADD", reads)
+        name = type(operation).__name__
+        kernel = next((kernel for start, kernel in _KERNELS if name.startswith(start)), "")
+        constants = _CONSTANTS.get(kernel, 0)
+        written = self._activation(value, call)
+        scratch = self._scratch(call, kernel, written)
+        parts = _NAMED_BY_PARTS.get(kernel, 1 + constants)
+        if kernel == "ADD" and call.inputs[0] in self._images:
+            parts = _ADDED_ROWS
+        self._append(
+            call,
+            kernel,
+            reads,
+            written,
+            constants=constants,
+            name_parts=parts,
+            scratch=scratch,
+        )
+        return written
+
+    def _entrywise(self, call: Call, kernel: str, reads: tuple[Buffer, ...]) -> Buffer:
+        """A product or a sum with one number per channel."""
+        written = Buffer(reads[0].size, call)
+        self._append(call, kernel, reads, written, constants=1, name_parts=4)
+        return written
+
+    def _activated(self, call: Call, activation: str, buffer: Buffer) -> Buffer:
+        """The operations of an activation function."""
+        read, parts = buffer, 4 if isinstance(call.operation, _ON_ROWS) else 1
+        for kernel, width in _ACTIVATIONS.get(activation, (("", 1),)):
+            written = Buffer((width, *buffer.size[1:]), call)
+            reads = (buffer, read) if kernel == "MUL" else (read,)
+            self._append(call, kernel, reads, written, constants=0, name_parts=parts)
+            read = written
+        return read
+
+    def _scratch(self, call: Call, kernel: str, written: Buffer) -> tuple[Buffer, ...]:
+        """Working memory that an operation asks for."""
+        sums = [Buffer((SUM, *written.size), call)] if kernel in WITH_SUMS else []
+        return (*sums, *(Buffer((size,), call) for size in LISTS.get(kernel, ())))
+
+    def _run_parts(self, call: Call) -> None:
+        """A normalization, which is taken apart."""
+        value = call.outputs[0]
+        whole = self._activation(value, call).size[1:]
+        sizes = {PARAMETERS: whole[-1:], EACH: self._means(call)}
+        found = {"x": self._read(call, call.inputs[0])}
+        for part in NORMALIZATIONS[type(call.operation).__name__]:
+            written = Buffer((part.width, *sizes.get(part.shape, whole)), call)
+            self._append(
+                call,
+                part.kernel,
+                tuple(found[name] for name in part.reads),
+                written,
+                constants=part.constants,
+                name_parts=1 + part.constants,
+                scratch=self._scratch(call, part.kernel, written),
+            )
+            found[part.writes] = written
+        self._buffers[value] = written
+
+    def _means(self, call: Call) -> tuple[Extent, ...]:
+        """Number of means that a normalization takes, as a product."""
+        layer, value = call.operation, call.inputs[0]
+        if isinstance(layer, layers.GroupNormalization):
+            return (layer.groups,)
+        axes = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
+        rank = len(value.shape)
+        over = {axis % rank for axis in axes}
+        return tuple(extents(value, self._flow, [k for k in range(1, rank) if k not in over]))
+
+    def _run_weighted(self, call: Call) -> None:
+        """An operation with weights, what precedes it, and its activation."""
+        operation, rule = call.operation, rule_for(call.operation)
+        is_image = isinstance(operation, _ON_ROWS)
+        reads = tuple(self._read_weighted(call, value, is_image) for value in call.inputs)
         activation = getattr(getattr(operation, "activation", None), "__name__", "linear")
-        is_weighted = isinstance(rule, ContractionRule | DepthwiseConvRule)
-        if not is_weighted:
-            kernel = _kernel(operation, activation)
-            constants = int(kernel in ("", "MEAN", "RESHAPE", "PAD"))
-            self._append(call, kernel, reads, written, constants, None, 1 + constants)
-            return
         parts = 1 + int(activation != "linear" or call.outputs[0] in self._normalized)
-        kernels = max(len(list(rule.macs(call, self._flow))), 1)
-        for _ in range(kernels - 1):  # as large as the result: what lies between is not known
-            between = Buffer(written.size, call)
-            self._append(call, "", reads, between, 2, None, parts)
-            reads = (between,)
-        fused = activation in _FUSED
-        result = written if fused else Buffer(written.size, call)
-        self._append(call, *self._weighted(call, reads, result))
-        if not fused:
-            kernel = _ACTIVATIONS.get(activation, "")
-            self._append(call, kernel, (result,), written, 0, None, 1)
+        result = self._activation(call.outputs[0], call)
+        if isinstance(rule, SeparableConvRule):
+            reads = (self._depthwise(call, reads, result),)
+        else:
+            for _ in list(rule.macs(call, self._flow))[1:]:
+                # As large as the result: what lies between is not known.
+                between = Buffer(result.size, call)
+                self._append(call, "", reads, between, constants=2, name_parts=parts)
+                reads = (between,)
+        self._append(call, reads=reads, writes=result, **self._weighted(call, result))
+        if activation not in _FUSED:
+            result = self._activated(call, activation, result)
+        self._write(call, result, is_image)
 
-    def _append(self, call: Call, kernel: str, *details: Any) -> None:
-        self.steps.append(Step(call, kernel, *details))
+    def _read_weighted(self, call: Call, value: Value, is_image: bool) -> Buffer:
+        if not is_image:
+            return self._read(call, value)
+        layer = call.operation
+        if getattr(layer, "padding", "") != "causal":
+            return self._image(call, value)
+        read = self._read(call, value)
+        margin = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+        length = (value.shape[1] or self._flow.sizes(value)[1] or 1) + margin
+        padded = Buffer((read.size[0], length, *read.size[2:]), call)
+        self._append(call, "PAD", (read,), padded, constants=1, name_parts=2)
+        return self._reshaped(call, padded, name_parts=3)
 
-    def _weighted(self, call: Call, reads: tuple[Buffer, ...], result: Buffer) -> tuple[Any, ...]:
+    def _depthwise(self, call: Call, reads: tuple[Buffer, ...], result: Buffer) -> Buffer:
+        """The first of the two operations of a separable convolution, which has a bias of zeros."""
+        channels = self._flow.roles(call.operation).get("mid")
+        if channels is None:
+            channels = call.operation.pointwise_kernel.shape[-2]
+        between = Buffer((*result.size[:-1], channels), call)
+        self._append(
+            call,
+            "DEPTHWISE_CONV_2D",
+            reads,
+            between,
+            constants=2,
+            name_parts=5,
+            channels=channels,
+            zeros=channels,
+        )
+        return between
+
+    def _weighted(self, call: Call, result: Buffer) -> dict[str, Any]:
         """Kernel, tensors, channels and names of an operation with weights."""
         operation, rule = call.operation, rule_for(call.operation)
         value = call.outputs[0]
@@ -207,26 +425,24 @@ class Int8Steps:
         has_bias = getattr(operation, "bias", None) is not None
         is_normalized = value in self._normalized
         is_fused = self._content.is_read_by_fused(value)
+        on_rows = isinstance(operation, _ON_ROWS)
         if isinstance(rule, DepthwiseConvRule):
             kernel, own = "DEPTHWISE_CONV_2D", 3 if has_bias else 1
-            own += 4 * is_normalized
+            own += 4 * is_normalized + on_rows
             parts = 2 * (own + is_fused) + (own - 2 if is_normalized else 1)
-        elif isinstance(rule, ConvRule | ConvTransposeRule):
+        elif isinstance(rule, ConvRule | ConvTransposeRule | SeparableConvRule):
             is_transposed = isinstance(rule, ConvTransposeRule)
             kernel, own = "TRANSPOSE_CONV" if is_transposed else "CONV_2D", 3 if has_bias else 1
-            own += (4 if has_bias else 2) * is_normalized
-            parts = 2 * (own + is_fused) + 1
+            own += (4 if has_bias else 2) * is_normalized + on_rows
+            own += 4 * (is_normalized and (is_transposed or on_rows))
+            parts = 2 * (own + is_fused) + 1 + is_transposed
         else:
             kernel = "FULLY_CONNECTED"
             parts = (1 + is_fused) + 1 + (2 + 2 * is_normalized + is_fused)
-        constants = 2 + (kernel == "TRANSPOSE_CONV")
-        return kernel, reads, result, constants, channels, parts
-
-
-def _kernel(operation: Any, activation: str) -> str:
-    if isinstance(operation, layers.Softmax):
-        return "SOFTMAX"
-    if isinstance(operation, layers.Activation):
-        return _ACTIVATIONS.get(activation, "")
-    name = type(operation).__name__
-    return next((kernel for start, kernel in _WINDOWS if name.startswith(start)), "")
+        return {
+            "kernel": kernel,
+            "constants": 2 + (kernel == "TRANSPOSE_CONV"),
+            "channels": channels,
+            "name_parts": parts,
+            "scratch": self._scratch(call, kernel, result),
+        }

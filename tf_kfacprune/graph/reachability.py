@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
-
-import keras
 
 from tf_kfacprune.errors import BudgetError
 from tf_kfacprune.graph import reasons
@@ -13,16 +10,8 @@ from tf_kfacprune.graph.channel_graph import ChannelGraph, Frozen
 from tf_kfacprune.graph.cost import CostModel
 from tf_kfacprune.graph.opening import OpaqueLayer, opaque_layers
 
-__all__ = ["check_countable", "uncounted_layers", "warn_of_unmeasured", "what_stays"]
+__all__ = ["check_countable", "uncounted_layers", "what_stays"]
 
-# Layers of the networks whose predicted flash and RAM were held against TensorFlow Lite Micro
-# (docs/budgets.md). Others were found to need up to 1.4 times the flash and 2.9 times the RAM.
-_MEASURED_ON_MICRO = {
-    *("Activation", "Add", "AveragePooling2D", "BatchNormalization", "Concatenate", "Conv2D"),
-    *("Dense", "DepthwiseConv2D", "Dropout", "Flatten", "GlobalAveragePooling2D", "InputLayer"),
-    *("MaxPooling2D", "ReLU", "Reshape", "Rescaling", "Softmax", "SpatialDropout2D"),
-    "ZeroPadding2D",
-}
 _SHOWN = 5  # longer lists are cut
 # Measures of which the share of a layer with unknown inside is not known. Weights are counted.
 _OF_OPERATIONS = ("macs", "latency")
@@ -92,31 +81,3 @@ def check_countable(channels: ChannelGraph, measures: Iterable[str], name: str) 
                 "Bound the parameters or bytes instead, or give these layers a channel rule with "
                 "`macs` (see docs/channels.md)."
             )
-
-
-def warn_of_unmeasured(channels: ChannelGraph, measures: Iterable[str], name: str) -> None:
-    """Warns of a budget of flash or RAM on layers whose predictions no runtime has confirmed.
-
-    Args:
-        channels: The channel graph of the gated network.
-        measures: The measures that the budget bounds.
-        name: Name of the model.
-    """
-    bounded = [measure for measure in measures if measure in ("flash", "ram")]
-    layers = dict.fromkeys(c.operation for c in channels.graph.calls)
-    unmeasured = [
-        f"{layer.name!r} ({type(layer).__name__})"
-        for layer in layers
-        if isinstance(layer, keras.Layer)
-        and type(layer).__module__.startswith("keras.")
-        and type(layer).__name__ not in _MEASURED_ON_MICRO
-    ]
-    if bounded and unmeasured:
-        more = f" and {len(unmeasured) - _SHOWN} more" if len(unmeasured) > _SHOWN else ""
-        warnings.warn(
-            f"What these layers of {name!r} take on a microcontroller was not confirmed on its "
-            f"runtime: {', '.join(unmeasured[:_SHOWN])}{more}. The file may exceed the budget of "
-            f"{' and '.join(bounded)}: hold it to the budget with kp.export.check_micro, and ask "
-            "for less if it does.",
-            stacklevel=4,
-        )

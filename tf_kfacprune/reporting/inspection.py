@@ -18,9 +18,11 @@ from tf_kfacprune.graph import (
     CostModel,
     LatencyTable,
     analyze,
+    lacking_on_micro,
     network_of,
     opaque_layers,
     reasons,
+    unconfirmed_on_micro,
     unread_weights,
 )
 from tf_kfacprune.reporting.rendering import Rendered
@@ -117,6 +119,9 @@ class Inspection(Rendered):
         ram: bytes of the tensor arena in which TensorFlow Lite Micro runs it, as predicted.
         ram_peak: layer whose operation needs most of it; ``"planning"`` or ``"preparing <layer>"``
             if preparing the file needs more than running it.
+        lacking: layers whose operations that runtime has no kernel for, each with the operation.
+        unconfirmed: layers, each with its class, for which the predicted bytes were not held
+            against that runtime.
         opened: custom layers that were replaced by what is inside them, with their classes.
         opaque: layers without a channel rule that could not be opened, with the reason.
         unread: weights that no call reads, with their numbers of entries. They are in no count, and
@@ -136,6 +141,8 @@ class Inspection(Rendered):
     flash: int
     ram: int
     ram_peak: str
+    lacking: tuple[str, ...] = ()
+    unconfirmed: tuple[tuple[str, str], ...] = ()
     opened: tuple[tuple[str, str], ...] = ()
     opaque: tuple[OpaqueLayer, ...] = ()
     unread: tuple[tuple[str, int], ...] = ()
@@ -159,6 +166,14 @@ class Inspection(Rendered):
             f"On a microcontroller, in int8: {self.flash:,} bytes of flash and {self.ram:,} bytes "
             f"of RAM, most of them at {self.ram_peak}.",
         ]
+        if self.lacking:
+            parts.append(
+                "TensorFlow Lite Micro has no kernel for what becomes of "
+                f"{_shown(self.lacking)}: no microcontroller will run this model."
+            )
+        if self.unconfirmed:
+            kinds = ", ".join(dict.fromkeys(kind for _, kind in self.unconfirmed))
+            parts.append(f"Flash and RAM were not confirmed on its runtime for {kinds}.")
         if self.latency is not None:
             parts.append(
                 f"One inference of the {self.latency_of} file takes {self.latency:.1f} "
@@ -304,6 +319,8 @@ def inspect(
         flash=cost.count("flash", everything),
         ram=cost.count("ram", everything),
         ram_peak=cost.ram_peak(everything),
+        lacking=lacking_on_micro(channels),
+        unconfirmed=unconfirmed_on_micro(channels),
         opened=tuple((path, type(layer).__name__) for path, layer in graph.opened.items()),
         opaque=tuple(
             OpaqueLayer(o.path, type(o.layer).__name__, o.params, o.reason)

@@ -21,7 +21,7 @@ from tf_kfacprune.graph import (
     LatencyTable,
     check_countable,
     trace,
-    warn_of_unmeasured,
+    warn_of_unconfirmed,
     what_stays,
 )
 from tf_kfacprune.optimizers import KFAC
@@ -594,7 +594,7 @@ def _check_reachable(
     budget: Budget, fractions: Budget, gated: GatedNetwork, groups: GateGroups
 ) -> None:
     check_countable(gated.channels, budget.targets, gated.net.name)
-    warn_of_unmeasured(gated.channels, budget.targets, gated.net.name)
+    warn_of_unconfirmed(gated.channels, budget.targets, gated.net.name)
     for measure, target in budget.targets.items():
         if not gated.cost.dense(measure):
             raise BudgetError(
