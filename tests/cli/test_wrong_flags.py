@@ -226,8 +226,10 @@ def test_layers_of_an_imported_module_are_known(here, capsys):
 def test_help_marks_what_is_required_and_tells_statuses_and_links(capsys):
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
+    assert shown.count("(required)") == 1
     assert "  --output_dir (required)\n" in shown
     assert "--epochs [30]" in shown
+    assert "--seed [0]" in shown
     assert "symbolic link is followed" in shown
     assert "2    a flag is wrong" in shown
     assert main(["export", "--help"]) == 0

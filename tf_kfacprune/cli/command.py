@@ -27,6 +27,7 @@ __all__ = [
 
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST_FLOAT = 3.4028234663852886e38
+_REQUIRED = "must have a value other than None"  # what absl says of a flag that is missing
 
 
 class UsageError(InvalidArgumentError):
@@ -79,7 +80,7 @@ class Command:
         try:
             rest = self.flags([self.name, *arguments])[1:]
         except flags.IllegalFlagValueError as error:
-            missing = re.search(r"--(\w+) must have a value other than None", str(error))
+            missing = re.search(rf"--(\w+) {_REQUIRED}", str(error))
             if missing is None:
                 raise
             raise flags.Error(
@@ -107,13 +108,17 @@ class Command:
         lines = [f"{program} {self.name}: {self.summary}", "", "Flags:"]
         own = self.flags.flags_by_module_dict().values()
         for flag in sorted((f for group in own for f in group), key=lambda f: f.name):
-            # Only `required=True` makes validators here.
-            default = " (required)" if flag.validators else ""
-            if flag.default not in (None, False, []):
+            default = " (required)" if _is_required(flag) else ""
+            if flag.default is not None and flag.default is not False and flag.default != []:
                 default = f" [{flag.default}]"
             lines.append(f"  --{flag.name}{default}")
             lines.append(f"      {flag.help}")
         return "\n".join(lines)
+
+
+def _is_required(flag: flags.Flag[Any]) -> bool:
+    """Whether a flag was defined with `required=True`, for which absl has no attribute."""
+    return any(_REQUIRED in str(validator.message) for validator in flag.validators)
 
 
 def _check_text(name: str, text: str) -> None:
