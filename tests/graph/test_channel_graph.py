@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from tf_kfacprune.errors import InvalidArgumentError
+import tf_kfacprune as kp
+from tf_kfacprune.errors import InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.graph import (
     ChannelRule,
     analyze,
@@ -209,6 +210,26 @@ def test_channels_added_to_the_inputs_are_frozen_unless_inputs_are_prunable():
 
 def test_outputs_recorded_as_frozen():
     assert why(chain(), "head") == {reasons.MODEL_OUTPUT}
+
+
+@pytest.mark.parametrize("way", ["lora", "int8"])
+def test_nothing_to_prune_is_put_down_to_weights_that_are_not_plain(way):
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, name="first"),
+            layers.EinsumDense("ab,bc->ac", 4, name="second"),
+        ]
+    )
+    for layer in model.layers:
+        if way == "lora":
+            layer.enable_lora(2)
+        else:
+            layer.quantize("int8")
+    frozen = {record.layer: record for record in analyze(model).frozen}
+    assert {name: record.channels for name, record in frozen.items()} == {"first": 8, "second": 4}
+    with pytest.raises(UnsupportedModelError, match=r"'first' .8 channels.*adapted by LoRA"):
+        kp.PrunableModel(model, kp.Budget(macs=0.5))
 
 
 def test_lora_weights_are_left_alone():

@@ -39,6 +39,27 @@ def opaque_model():
     return keras.Model(inputs, layers.Dense(2)(own(x)))
 
 
+@pytest.mark.parametrize("kind", ["model in TimeDistributed", "several cells"])
+def test_what_a_wrapper_holds_is_not_taken_for_free(kind):
+    inputs = keras.Input((4, 6))
+    if kind == "several cells":
+        wrapper = layers.RNN([layers.LSTMCell(5), layers.LSTMCell(7)], name="wrapper")
+        x, reason = wrapper(inputs), "around several cells"
+    else:
+        inner = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(7)])
+        x = layers.TimeDistributed(inner, name="wrapper")(inputs)
+        x, reason = layers.Flatten()(x), "wrapper around a layer or model without a channel rule"
+    x = layers.Dense(8, name="hidden")(x)
+    model = keras.Model(inputs, layers.Dense(2, name="logits")(x))
+    channels = analyze(model)
+    (wrapper,) = uncounted_layers(channels, "macs")
+    assert (wrapper.path, reason in wrapper.reason) == ("wrapper", True)
+    with pytest.raises(BudgetError, match="'wrapper'"):
+        kp.PrunableModel(model, kp.Budget(macs=0.9))
+    (listed,) = kp.inspect(model).opaque
+    assert listed.layer == "wrapper"
+
+
 class _Own(layers.Layer):
     def build(self, shape):
         self.w = self.add_weight(shape=(shape[-1], 4), name="w")

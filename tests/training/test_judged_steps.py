@@ -97,6 +97,17 @@ def test_a_step_that_made_the_loss_infinite_is_taken_back_at_once():
     assert int(model.guard.skipped) == 1
 
 
+def test_a_step_that_made_the_loss_jump_is_taken_back_before_it_is_due():
+    model = _after_one_step()
+    for _ in range(3):
+        _train(model)
+    assert int(model.optimizer.iterations) == 4  # judged after every third step
+    before = _gone_astray(model, 30.0)
+    assert _train(model)["rejected_steps"] == [1]
+    for old, new in zip(before, _values(model.optimizer.block_variables), strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-4)
+
+
 def test_a_step_is_not_to_blame_for_a_bad_batch():
     model = _after_one_step()
     before = _values([*model.optimizer.block_variables, *model.optimizer.variables])

@@ -401,7 +401,9 @@ def test_flash_and_ram_of_layers_that_no_runtime_has_confirmed_are_warned_of(rec
     unknown = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
     kp.PrunableModel(unknown, kp.Budget(macs=0.8))
     assert not recwarn.list
-    with pytest.warns(UserWarning, match=r"'unit' \(UnitNormalization\).*budget of flash.*check_micro"):
+    with pytest.warns(
+        UserWarning, match=r"'unit' \(UnitNormalization\).*budget of flash.*check_micro"
+    ):
         kp.PrunableModel(unknown, kp.Budget(flash=0.99))
 
 
@@ -411,7 +413,44 @@ def test_a_loss_without_a_likelihood_falls_back_with_a_warning():
         model.compile(kp.KFAC(), "categorical_hinge")
 
 
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="Keras before 3.15")
+def test_an_optimizer_for_each_part_trains_as_in_keras():
+    def optimizer():
+        parts = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.05))
+        parts["second.*"] = keras.optimizers.Adam(1e-2)
+        return keras.optimizers.MultiOptimizer(parts)
+
+    network = _network()
+    network.compile(optimizer(), LOSS, run_eagerly=True)
+    x, y = _data(64)
+    network.fit(x, y, shuffle=False, verbose=0)
+    trainer = kp.KFACModel(_network())
+    trainer.compile(optimizer(), LOSS, run_eagerly=True)
+    trainer.fit(x, y, shuffle=False, verbose=0)
+    for weight, expected in zip(trainer.net.get_weights(), network.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, expected, atol=1e-6)
+    model = kp.PrunableModel(_network(), kp.Budget(macs=0.5), phases=kp.Phases(0.0, 0.5))
+    _fit(model, optimizer(), epochs=2)
+    assert model.has_settled
+
+
+def test_gates_are_not_among_the_variables_that_an_optimizer_may_train():
+    model = kp.PrunableModel(_network(), kp.Budget(macs=0.5))
+    assert model.trainable_variables == model.trainable_weights
+    assert not any("gate" in variable.path for variable in model.trainable_variables)
+
+
 # ---------------------------------------------------------------------- saving
+
+
+def test_export_of_keras_is_for_networks_without_gates(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"still has gates.*kp.compact"):
+        kp.PrunableModel(_network()).export(tmp_path / "gated")
+    trainer = kp.KFACModel(_network())
+    trainer.export(tmp_path / "saved", verbose=False)
+    x, _ = _data(4)
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    np.testing.assert_allclose(loaded.serve(x), trainer.predict(x, verbose=0), atol=1e-5)
 
 
 def test_a_model_saved_in_mid_pruning_goes_on_as_if_nothing_had_happened(tmp_path):

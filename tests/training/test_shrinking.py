@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import tf_kfacprune as kp
 from tf_kfacprune.compaction import WorkingCopy
 from tf_kfacprune.gates import GatedNetwork, insert_gates
 from tf_kfacprune.training import shrinking
+from tf_kfacprune.training.run_callback import RunCallback, acts_on_batches
 from tf_kfacprune.training.shrinking import can_shrink
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -138,27 +141,24 @@ def test_weights_that_a_callback_sets_are_trained_on():
     assert not np.any(pm.net.get_layer("logits").kernel)
 
 
-def test_a_run_that_is_interrupted_keeps_what_its_copy_was_trained():
-    class Interrupt(keras.callbacks.Callback):
-        trained = None
+def test_a_run_that_is_interrupted_keeps_what_its_copy_was_trained(monkeypatch):
+    trained = []
 
-        def on_epoch_begin(self, epoch, logs=None):
-            self.epoch = epoch
-
-        def on_train_batch_end(self, batch, logs=None):
-            if self.epoch == 3 and batch == 0:
-                self.trained = self.model.shrunk.trainee.net.get_layer("logits").get_weights()
-                raise KeyboardInterrupt
+    def interrupt(callback, batch, logs=None):
+        if callback.model.shrunk is not None:
+            trained.extend(callback.model.shrunk.trainee.net.get_layer("logits").get_weights())
+            raise KeyboardInterrupt
 
     x, y = data()
-    pm, interrupt = compiled("sgd", eager=True, phases=kp.Phases(0.0, 0.3)), Interrupt()
-    with pytest.raises(KeyboardInterrupt):
-        pm.fit(x, y, epochs=6, batch_size=32, callbacks=[interrupt], verbose=0)
+    pm = compiled("sgd", eager=True, phases=kp.Phases(0.0, 0.3))
+    with monkeypatch.context() as patched:
+        patched.setattr(RunCallback, "on_train_batch_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pm.fit(x, y, epochs=6, batch_size=32, verbose=0)
+    assert trained
     assert pm.shrunk is None
     small = kp.compact(pm)
-    for weight, expected in zip(
-        small.get_layer("logits").get_weights(), interrupt.trained, strict=True
-    ):
+    for weight, expected in zip(small.get_layer("logits").get_weights(), trained, strict=True):
         np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-7)
     history = pm.fit(x, y, epochs=6, initial_epoch=4, batch_size=32, verbose=0).history
     assert len(history["loss"]) == 2
@@ -190,6 +190,48 @@ def test_a_copy_goes_on_with_the_reduction_that_was_asked_for():
     assert float(of_copy._limit()) == 4.0
 
 
+class Clip(keras.callbacks.Callback):
+    """Clips a kernel after every batch, and notes what the network predicts."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x, self.largest, self.predictions = x, [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        kernel = self.model.net.get_layer("logits").kernel
+        kernel.assign(keras.ops.clip(kernel, -0.01, 0.01))
+        self.predictions.append(self.model.predict(self.x, verbose=0))
+
+    def on_epoch_end(self, epoch, logs=None):
+        kernel = self.model.net.get_layer("logits").kernel
+        self.largest.append(float(keras.ops.max(keras.ops.abs(kernel))))
+
+
+def test_callbacks_between_batches_see_and_change_the_weights_that_are_trained():
+    x, y = data()
+    pm, clip = compiled(keras.optimizers.SGD(0.5), phases=kp.Phases(0.0, 0.3)), Clip(x[:4])
+    pm.fit(x, y, epochs=4, batch_size=16, callbacks=[clip], verbose=0)
+    assert pm.has_settled
+    assert max(clip.largest) <= 0.0100001
+    for before, after in itertools.pairwise(clip.predictions):
+        assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("callback", "acts"),
+    [
+        (keras.callbacks.ModelCheckpoint("{epoch}.keras", save_freq=3), False),
+        (keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: None), False),
+        (keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: None), True),
+        (Sizes(None), False),
+        (Clip(None), True),
+    ],
+    ids=["checkpoint", "epochs", "batches", "own epochs", "own batches"],
+)
+def test_which_callbacks_act_between_batches(callback, acts):
+    assert acts_on_batches(callback) == acts
+
+
 def test_exclusions_from_weight_decay_are_kept():
     optimizer = kp.KFAC(1e-3, weight_decay=0.1)
     optimizer.exclude_from_weight_decay(var_names=["bias"])
@@ -205,9 +247,10 @@ def test_exclusions_from_weight_decay_are_kept():
         (keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(1e-3, 9, 0.9)), {}),
         (kp.KFAC(1e-3, damping=keras.optimizers.schedules.ExponentialDecay(1e-3, 9, 0.9)), {}),
         (kp.KFAC("auto"), {}),
+        (keras.optimizers.Adam(1e-3, gradient_accumulation_steps=2), {}),
         (keras.optimizers.Adam(1e-3), {"shrink": False}),
     ],
-    ids=["ema", "schedule", "damping", "auto", "unwanted"],
+    ids=["ema", "schedule", "damping", "auto", "accumulation", "unwanted"],
 )
 def test_what_would_train_differently_is_trained_at_full_size(optimizer, options):
     pm = compiled(optimizer, **options)

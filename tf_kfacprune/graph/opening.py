@@ -35,7 +35,7 @@ from tf_kfacprune.graph.keras_internals import (
 )
 from tf_kfacprune.graph.opened_equality import describe_error, is_noise, why_different
 from tf_kfacprune.graph.recording import Recording
-from tf_kfacprune.graph.rules.registry import has_rule, take_rule_of
+from tf_kfacprune.graph.rules.registry import has_rule, rule_for, take_rule_of
 from tf_kfacprune.graph.tracer import Graph, calls_of, trace
 from tf_kfacprune.graph.walk import Opened
 from tf_kfacprune.graph.weight_layer import Weight
@@ -119,7 +119,9 @@ class OpaqueLayer:
 
 
 def opaque_layers(graph: Graph) -> list[OpaqueLayer]:
-    """The layers of a graph that have no channel rule and were not opened, in order.
+    """The layers of a graph whose inside is not seen, in order.
+
+    They have no channel rule and were not opened, or their rule does not know what they hold.
 
     Args:
         graph: A graph made by `trace_opened`.
@@ -129,8 +131,13 @@ def opaque_layers(graph: Graph) -> list[OpaqueLayer]:
     """
     found: dict[int, OpaqueLayer] = {}
     for call in graph.calls:
-        if call.is_layer and not has_rule(call.operation):
+        if not call.is_layer:
+            continue
+        if has_rule(call.operation):
+            reason = rule_for(call.operation).why_opaque(call.operation)
+        else:
             reason = graph.closed.get(call.path, reasons.UNKNOWN_OPERATION)
+        if reason is not None:
             found.setdefault(id(call.operation), OpaqueLayer(call.path, call.operation, reason))
     return list(found.values())
 

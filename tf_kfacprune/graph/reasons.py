@@ -28,6 +28,7 @@ __all__ = [
     "UNKNOWN_OPERATION",
     "UNTRACKED_OPERAND",
     "WEIGHTS_NOT_PLAIN",
+    "WRAPPED_UNKNOWN",
     "remedy",
 ]
 
@@ -41,6 +42,7 @@ NOT_GATED = "read without a gate; gate every layer that multiplies, mixes or fee
 NOT_READ = "not read by any Dense or convolution layer, so there is no edge to gate"
 NOT_READ_BY_DENSE = "flattened features that no Dense layer with a single call reads directly"
 UNKNOWN_OPERATION = "no channel rule for this operation; add one with register_channel_rule"
+WRAPPED_UNKNOWN = "wrapper around a layer or model without a channel rule"
 UNKNOWN_CELL = "recurrent layer around a cell of unknown formula, or around several cells"
 UNKNOWN_ACTIVATION = "activation function not known to treat channels one by one"
 CROSS_CHANNEL_ACTIVATION = "activation mixes channels (softmax and its kin)"
@@ -68,6 +70,7 @@ _REMEDIES = {
     "alone may stand between",
     UNKNOWN_OPERATION: "use layers and operations that have a channel rule, or write one: "
     "@kp.register_channel_rule, see docs/channels.md",
+    WRAPPED_UNKNOWN: "wrap every layer by itself, or write a rule: register_channel_rule",
     UNKNOWN_CELL: "use SimpleRNN, GRU or LSTM layers, one per level",
     UNKNOWN_ACTIVATION: "use a function of keras.activations, or a layer with a channel rule",
     CROSS_CHANNEL_ACTIVATION: "nothing, if this is the model's output; else a sigmoid or a ReLU",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, TypeAlias
 
 import keras
@@ -29,6 +30,8 @@ _RELATIVE = 0.3  # first damping in units of the typical eigenvalue of the curva
 _REJECTED = 3.0  # factor on the damping when a step is taken back
 _LARGEST = 10.0  # largest damping in units of the first
 _UNTIL_KNOWN = 1e-2  # damping of steps before the first factors
+_JUMP = 10.0  # growth of the loss, in units of the loss itself, that no batch explains
+_DECAY_OF_LOSS = 0.9
 
 
 def check_hyperparameter(
@@ -199,6 +202,7 @@ class AdaptiveDamping:
         self._judged_at = variable("judged_at", "int64", -1)
         self._is_rejected = variable("is_rejected", "bool")
         self._rejected_steps = variable("rejected_steps", "int64")
+        self._usual_loss = variable("usual_loss", "float32", math.inf)
 
     @property
     def value(self) -> Any:
@@ -232,11 +236,28 @@ class AdaptiveDamping:
 
         Args:
             step: Number of the step to come.
-            at_once: Whether it is high time: the loss is not finite any more.
+            at_once: Whether it is high time: the loss is not finite any more, or has jumped.
         """
         due = self.rule.is_judged(step, tf.convert_to_tensor(self._watched_until))
         is_new = tf.not_equal(step, tf.convert_to_tensor(self._judged_at))
         return tf.logical_and(tf.logical_or(due, at_once), is_new)
+
+    def has_jumped(self, loss: Any) -> Any:
+        """Whether a loss is far above those of the steps before; boolean scalar tensor.
+
+        Such a step is judged at once: until the next comparison is due, others would follow it.
+
+        Args:
+            loss: Loss of the present weights, scalar tensor.
+        """
+        usual = tf.convert_to_tensor(self._usual_loss)
+        return loss - usual > _JUMP * tf.abs(usual)
+
+    def note(self, loss: Any) -> None:
+        """Takes a loss into the average that `has_jumped` compares with, scalar tensor."""
+        usual = tf.convert_to_tensor(self._usual_loss)
+        mean = _DECAY_OF_LOSS * usual + (1.0 - _DECAY_OF_LOSS) * loss
+        self._usual_loss.assign(tf.where(tf.math.is_finite(usual), mean, loss))
 
     def expect(self, change: Any) -> None:
         """Notes the change of the loss that is predicted for the step to come."""
@@ -260,13 +281,13 @@ class AdaptiveDamping:
                 the step was not computed from, steps that fit noise count as bad.
             step: Number of the step that follows.
         """
-        is_watched = step <= tf.convert_to_tensor(self._watched_until)
+        since = step - tf.maximum(tf.convert_to_tensor(self._judged_at), 0)
         damping, is_rejected = self.rule.adapted(
             self.value,
             change,
             tf.convert_to_tensor(self._predicted_change),
             first=tf.convert_to_tensor(self._first),
-            steps=tf.where(is_watched, 1, self.rule.every),
+            steps=tf.minimum(since, self.rule.every),
         )
         self._value.assign(damping)
         self._is_rejected.assign(is_rejected)

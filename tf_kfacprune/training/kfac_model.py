@@ -109,6 +109,10 @@ class KFACModel(HoldsNetwork, keras.Model):
         self._trainee: Trainee | None = None  # of the last `compile`
         self.built = True
 
+    def export(self, *args: Any, **kwargs: Any) -> None:
+        """Exports the model that is trained, as Keras' `Model.export`; same arguments."""
+        self.net.export(*args, **kwargs)
+
     @property
     def network_variables(self) -> list[keras.Variable]:
         """What the compiled optimizer trains."""

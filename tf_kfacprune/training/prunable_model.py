@@ -87,8 +87,8 @@ class PrunableModel(KFACModel):
             the gates of a model built by hand, which must be of the policy's kind.
         phases: How the steps are divided.
         shrink: Whether a settled network is trained on through a compact copy, where that pays:
-            with a constant learning rate, on one device, with a thousand steps or more to go.
-            The copy's optimizer starts anew.
+            with a constant learning rate, on one device, with a thousand steps or more to go, and
+            no callback that acts between batches. The copy's optimizer starts anew.
         latency_table: Times of the layers on your machine, from `kp.export.latency_table(model)`,
             for the int8 file with ``of="int8"``; needed for a budget of latency.
         max_skipped_steps: A batch with NaN or infinite values is skipped; so many in a row end
@@ -217,6 +217,23 @@ class PrunableModel(KFACModel):
         """`network_variables`: Keras hands them to the optimizer when a `fit` ends."""
         return self.network_variables
 
+    @property
+    def trainable_variables(self) -> list[keras.Variable]:
+        """As `trainable_weights`: gates are moved by the controller, never by an optimizer."""
+        return self.network_variables
+
+    def export(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a model with gates is not what a runtime is to have.
+
+        Raises:
+            UnsupportedModelError: Always, with what to export instead.
+        """
+        del args, kwargs
+        raise UnsupportedModelError(
+            f"Model {self.name!r} still has gates. Call `small = kp.compact(model)`, then "
+            "`small.export(...)`, `kp.export.saved_model` or `kp.export.tflite`."
+        )
+
     def budget_outcomes(self) -> dict[str, BudgetOutcome]:
         """What the budget asked for, what the network has come to, and why the two differ.
 
@@ -278,7 +295,8 @@ class PrunableModel(KFACModel):
         `fit` takes its own length for the whole run. Where that is not so (`fit(epochs=1)` in a
         loop, `train_on_batch`, a training loop of one's own), or the data do not tell how many
         batches they have, this says it beforehand; without it, steps outside of `fit` leave all
-        gates open.
+        gates open. A loop of one's own must take its steps by `train_on_batch` or `train_step`,
+        which move the gates; gradients that are applied by hand do not.
 
         Args:
             total_steps: Number of training steps of the whole run.
@@ -321,6 +339,7 @@ class PrunableModel(KFACModel):
 
     def begin_run(self, call: FitCall) -> None:
         controller = self.controller
+        self._run.acts_on_batches = call.acts_on_batches
         if controller is None or controller.is_within_plan:
             return
         if call.total_steps is None:
@@ -411,6 +430,11 @@ class PrunableModel(KFACModel):
     def was_shrunk(self) -> bool:
         """Whether a compact copy has been trained in this run, perhaps before a resume."""
         return self._run.shrunk_state is not None
+
+    @property
+    def is_called_between_batches(self) -> bool:
+        """Whether a callback may read or change weights between the batches of this `fit`."""
+        return self._run.acts_on_batches
 
     @property
     def shrunk(self) -> Shrunk | None:
@@ -558,6 +582,7 @@ class _Run:
         is_in_epoch: Whether steps are those of an epoch of `fit`.
         shrunk: The compact copy that is trained at the moment, or None.
         shrunk_state: What a copy was trained with before, or None.
+        acts_on_batches: Whether a callback of this `fit` is called between batches.
         is_told_of_loop: Whether it was said what calls of one epoch each need.
         had_settled: Whether gates had settled when the last `fit` ended, before callbacks saw that.
     """
@@ -571,6 +596,7 @@ class _Run:
         self.is_in_epoch = False
         self.shrunk: Shrunk | None = None
         self.shrunk_state: list[np.ndarray] | None = None
+        self.acts_on_batches = False
         self.is_told_of_loop = False
         self.had_settled = False
 

@@ -12,7 +12,10 @@ from tf_kfacprune.errors import DataError
 from tf_kfacprune.training.best_epochs import BestEpochs
 from tf_kfacprune.training.learning_rates import OverwrittenRates, sets_learning_rate
 
-__all__ = ["FitCall", "RunCallback"]
+__all__ = ["FitCall", "RunCallback", "acts_on_batches"]
+
+_Callback = keras.callbacks.Callback
+_HARMLESS = ("keras.", "tf_kfacprune.")
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,14 @@ class FitCall:
         epochs: Epochs of the run, those before a resume included.
         initial_epoch: Epochs that were done before.
         sets_rate: Whether a callback is there to set the learning rate.
+        acts_on_batches: Whether a callback is there that is called between batches.
     """
 
     epoch_steps: int | None
     epochs: int = 1
     initial_epoch: int = 0
     sets_rate: bool = False
+    acts_on_batches: bool = False
 
     @property
     def is_one_epoch(self) -> bool:
@@ -40,6 +45,17 @@ class FitCall:
     def total_steps(self) -> int | None:
         """Steps of the run, those done before a resume included; None if unknown."""
         return self.epoch_steps * self.epochs if self.epoch_steps else None
+
+
+def acts_on_batches(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback may read or change weights between batches; Keras' own do not."""
+    kind = type(callback)
+    if kind.__module__.startswith(_HARMLESS) and kind is not keras.callbacks.LambdaCallback:
+        return False
+    return any(
+        getattr(getattr(callback, name), "__func__", None) is not getattr(_Callback, name)
+        for name in ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
+    )
 
 
 class RunCallback(keras.callbacks.Callback):
@@ -58,6 +74,7 @@ class RunCallback(keras.callbacks.Callback):
         super().__init__()
         self._initial_epoch = initial_epoch
         self._sets_rate = sets_learning_rate(callbacks)
+        self._acts_on_batches = any(acts_on_batches(callback) for callback in callbacks)
         self._best = BestEpochs(callbacks)
         self._rates = OverwrittenRates(callbacks)
 
@@ -74,6 +91,7 @@ class RunCallback(keras.callbacks.Callback):
                 int(self.params["epochs"]),
                 self._initial_epoch,
                 self._sets_rate,
+                self._acts_on_batches,
             )
         )
         self._rates.note(self.model.decaying_learning_rate)

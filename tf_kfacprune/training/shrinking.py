@@ -89,8 +89,10 @@ def can_shrink(model: Any, steps_left: int) -> bool:
 
     That is not so before gates have settled, nor where it would not pay (few steps left, or most
     of the network kept), unless the run was on a copy before it was resumed; with several replicas;
-    or with an optimizer whose hyper-parameters follow its count of steps, that averages weights or
-    that excludes variables from weight decay, because the copy has an optimizer of its own.
+    with a callback that may read or change weights between batches, because they are put into the
+    network when an epoch ends; or with an optimizer whose hyper-parameters follow its count of
+    steps, that averages weights, accumulates gradients or excludes variables from weight decay,
+    because the copy has an optimizer of its own.
 
     Args:
         model: A compiled `PrunableModel`.
@@ -99,11 +101,12 @@ def can_shrink(model: Any, steps_left: int) -> bool:
     controller = model.controller
     if controller is None or model.gated is None or not model.shrink:
         return False
-    if model.budget.is_open or not controller.has_settled:
+    if model.budget.is_open or not controller.has_settled or model.is_called_between_batches:
         return False
     pays = steps_left >= _LEAST_STEPS and float(controller.fraction("macs")) <= _LARGEST_FRACTION
     optimizer = inner_optimizer(model.optimizer)
-    starts_anew = model.constant_learning_rate is not None and not optimizer.use_ema
+    remembers = optimizer.use_ema or optimizer.gradient_accumulation_steps
+    starts_anew = model.constant_learning_rate is not None and not remembers
     excludes = any(
         getattr(optimizer, f"_exclude_from_weight_decay{kind}", None) for kind in ("", "_pattern")
     )

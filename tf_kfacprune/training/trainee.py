@@ -59,7 +59,7 @@ class Trainee:
         inner = inner_optimizer(optimizer)
         self.kfac = inner if isinstance(inner, KFAC) else None
         # Keras serializes a schedule as a dictionary, a constant as a number.
-        self.has_constant_rate = isinstance(inner.get_config()["learning_rate"], float)
+        self.has_constant_rate = isinstance(inner.get_config().get("learning_rate"), float)
         self.found = found
         self.estimator = estimator
         self.penalty = penalty

@@ -222,6 +222,18 @@ class ChannelRule:
         """
         raise NotImplementedError
 
+    def why_opaque(self, layer: Any) -> str | None:
+        """Why it is not seen what a layer does inside, or None if it is.
+
+        Args:
+            layer: The layer.
+
+        Returns:
+            The reason. Its operations are in no count then, and nothing of it can be pruned.
+        """
+        del layer
+        return None
+
     def macs(self, call: Call, flow: LabelFlow) -> Sequence[Sequence[Extent]]:
         """Multiply-accumulates of a call: a sum of products of extents."""
         del call, flow

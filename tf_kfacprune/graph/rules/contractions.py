@@ -53,7 +53,10 @@ class ContractionRule(ChannelRule):
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         layer, axis = call.operation, self.channel_axis(call)
         if not self.has_plain_weights(layer):
-            return self.freeze_all(call, flow, reasons.WEIGHTS_NOT_PLAIN)
+            (axes,) = self.freeze_all(call, flow, reasons.WEIGHTS_NOT_PLAIN)
+            axes[axis] = flow.created(call, "out", self.out_size(layer))
+            flow.freeze(axes[axis], reasons.WEIGHTS_NOT_PLAIN, call.path)
+            return [axes]
         axes = self.other_axes(call, flow, axis)
         self.relate(call, flow, axis, self.read(call, flow, axis))
         axes[axis] = flow.created(call, "out", self.out_size(layer))

@@ -77,9 +77,12 @@ class EinsumDenseRule(ContractionRule):
         layer, value = call.operation, call.inputs[0]
         letters = self.letters(layer)
         if letters is None or not self.has_plain_weights(layer):
-            known = letters is not None
-            reason = reasons.WEIGHTS_NOT_PLAIN if known else reasons.UNKNOWN_OPERATION
-            return self.freeze_all(call, flow, reason)
+            if letters is None:
+                return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
+            (axes,) = self.freeze_all(call, flow, reasons.WEIGHTS_NOT_PLAIN)
+            labels = flow.created(call, letters[2][-1], call.outputs[0].shape[-1] or 1)
+            flow.freeze(labels, reasons.WEIGHTS_NOT_PLAIN, call.path)
+            return [[*axes[:-1], labels]]
         read, kernel, made = letters
         for letter, axis in self.contracted(call).items():
             role = f"in_{letter}"

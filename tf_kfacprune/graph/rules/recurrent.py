@@ -81,6 +81,9 @@ class RecurrentRule(ContractionRule):
         del layer
         return True
 
+    def why_opaque(self, layer: Any) -> str | None:
+        return None if self.is_known(layer) else reasons.UNKNOWN_CELL
+
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         layer, sequence, axis = call.operation, self.sequence(call), self.channel_axis(call)
         if not self.is_known(layer):

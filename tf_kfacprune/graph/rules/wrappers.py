@@ -18,7 +18,7 @@ from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.labels import Axes, LabelFlow
 from tf_kfacprune.graph.rules.base import ChannelRule, Count, Extent, Roles, Shape, extents
 from tf_kfacprune.graph.rules.contractions import ContractionRule
-from tf_kfacprune.graph.rules.registry import register_channel_rule, rule_for
+from tf_kfacprune.graph.rules.registry import has_rule, register_channel_rule, rule_for
 
 __all__: list[str] = []
 
@@ -31,6 +31,11 @@ class WrapperRule(ContractionRule):
     def inner_shape(self, shape: Shape) -> Shape:
         """What the wrapped layer puts out, from what the layer around it does."""
         return shape
+
+    def why_opaque(self, layer: Any) -> str | None:
+        if not has_rule(layer.layer):
+            return reasons.WRAPPED_UNKNOWN
+        return rule_for(layer.layer).why_opaque(layer.layer)
 
     def weight_roles(self, layer: Any) -> Roles:
         roles = rule_for(layer.layer).weight_roles(layer.layer)
@@ -66,6 +71,8 @@ class TimeDistributedRule(WrapperRule):
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         layer, value = call.operation, call.inputs[0]
         rule = rule_for(layer.layer)
+        if reason := self.why_opaque(layer):
+            return self.freeze_all(call, flow, reason)
         if type(rule).call_gated is not ChannelRule.call_gated:
             return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
         step, made = (_without_time(v, v.shape) for v in (value, call.outputs[0]))
@@ -132,6 +139,8 @@ class SpectralNormalizationRule(WrapperRule):
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         layer, value, inner = call.operation, call.inputs[0], self.inner(call)
         rule = rule_for(layer.layer)
+        if reason := self.why_opaque(layer):
+            return self.freeze_all(call, flow, reason)
         if type(rule).call_gated is not ChannelRule.call_gated:
             return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
         first = len(flow.readings)
