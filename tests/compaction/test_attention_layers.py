@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+from tests.keras_features import needs_argument
 from tf_kfacprune.compaction import compact, parity_error, random_inputs
 from tf_kfacprune.gates import GatedNetwork, insert_gates
 from tf_kfacprune.graph import CostModel, analyze, reasons
@@ -32,7 +33,13 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+GATED = needs_argument(layers.MultiHeadAttention, "use_gate")
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [pytest.param(name, marks=GATED) if "gate" in name else name for name in ATTENTION],
+)
 def test_compact_equals_gated(attention, assert_exact):
     assert_exact(encoder(ATTENTION[attention]))
 

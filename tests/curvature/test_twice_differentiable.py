@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+from tests.keras_features import needs_argument
 from tf_kfacprune.curvature import capture, find_blocks
 from tf_kfacprune.curvature.second_derivatives import (
     check_second_derivatives,
@@ -543,6 +544,7 @@ def test_what_is_mended_is_not_refused():
     check_second_derivatives(model, training=True, mended=mends)
 
 
+@needs_argument(layers.BatchNormalization, "renorm")
 def test_what_is_not_mended_is_refused_by_name():
     class Centered(layers.LayerNormalization):
         def call(self, inputs):
@@ -562,6 +564,7 @@ def test_what_is_not_mended_is_refused_by_name():
         check_second_derivatives(model, training=True, mended=mends)
 
 
+@needs_argument(layers.BatchNormalization, "renorm")
 def test_renormalization_is_an_error_when_it_would_be_trained():
     model = model_with(layers.BatchNormalization(renorm=True, name="renorm"), dtype="float32")
     x = np.ones((2, *IMAGE), "float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tf_kfacprune as kp
 from tf_kfacprune.compaction import compact
@@ -72,6 +73,16 @@ def test_data_must_be_a_pair(models):
     _, gated, small = models
     with pytest.raises(InvalidArgumentError, match=r"pair \(x, y\)"):
         report(gated, small, data=X)
+
+
+def test_data_may_be_a_dataset_of_batches(models):
+    _, gated, small = models
+    dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(7)
+    assert report(gated, small, data=dataset, files=False).compact.accuracy == accuracy(small, X, Y)
+    with pytest.raises(DataError, match="no end"):
+        report(gated, small, data=dataset.repeat())
+    with pytest.raises(DataError, match="no batch"):
+        report(gated, small, data=dataset.take(0))
 
 
 def test_accuracy_counts_the_largest_output(models):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import tf_kfacprune as kp
+from tests.keras_features import needs_argument
 from tf_kfacprune.errors import ParityError, UnsupportedModelError
 
 # Looked for, not imported: importing it changes the process, see `tf_kfacprune.tfmot.legacy`.
@@ -127,7 +128,6 @@ def own_layer():
         (own_layer(), r"'own' \(Own\) has no counterpart"),
         (L.GroupNormalization(2, name="group"), r"'group' \(GroupNormalization\)"),
         (L.Activation("mish", name="odd"), r"'odd' \(Activation\) has an activation"),
-        (L.BatchNormalization(renorm=True, name="bn"), r"'bn'.*renorm=True"),
         (L.Dense(2, dtype="mixed_float16", name="half"), r"'half'.*float16"),
         (L.Lambda(lambda x: x, name="anything"), r"'anything' \(Lambda\)"),
     ],
@@ -137,6 +137,14 @@ def test_what_cannot_be_translated_is_named(layer, said):
     x = keras.Input((4, 4, 4), name="x")
     with pytest.raises(UnsupportedModelError, match=said):
         kp.tfmot.to_tf_keras(keras.Model(x, layer(x)))
+
+
+@needs_argument(L.BatchNormalization, "renorm")
+def test_normalization_with_corrections_is_named():
+    x = keras.Input((4, 4, 4), name="x")
+    y = L.BatchNormalization(renorm=True, name="bn")(x)
+    with pytest.raises(UnsupportedModelError, match=r"'bn'.*renorm=True"):
+        kp.tfmot.to_tf_keras(keras.Model(x, y))
 
 
 def test_unknown_operation_and_integer_input_are_named():

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import tf_kfacprune as kp
+from tests.keras_features import needs_argument
 from tf_kfacprune.errors import (
     BudgetError,
     DataError,
@@ -366,6 +367,7 @@ def test_phases_of_data_of_unknown_length_are_those_of_as_many_steps():
     assert {phase for phase, _ in phases["known"]} == set(GatePhase)
 
 
+@needs_argument(keras.layers.BatchNormalization, "renorm")
 def test_the_penalty_refuses_layers_with_wrong_second_derivatives_by_name():
     def wrapped(layer, strength=1e-3):
         inputs = keras.Input((4, 4, 1))

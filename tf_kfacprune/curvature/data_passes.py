@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tf_kfacprune.errors import DataError
 
-__all__ = ["arrays_of", "batches_of", "length_of"]
+__all__ = ["arrays_of", "batches_of", "gathered", "length_of"]
 
 
 def batches_of(data: Any, batch_size: int) -> Callable[[], Iterator[tuple[Any, Any]]]:
@@ -40,6 +40,18 @@ def batches_of(data: Any, batch_size: int) -> Callable[[], Iterator[tuple[Any, A
             yield keras.tree.map_structure(lambda a, s=part: tf.convert_to_tensor(a[s]), (x, y))
 
     return batches
+
+
+def gathered(data: tf.data.Dataset) -> tuple[Any, Any]:
+    """All examples of a `tf.data.Dataset` of batches ``(x, y)`` as arrays, or structures of them.
+
+    Raises:
+        DataError: If there is none, or no end of them, or elements are no pairs.
+    """
+    batches = list(batches_of(data, 1)())
+    if not batches:
+        raise DataError("data: the tf.data.Dataset has no batch.")
+    return keras.tree.map_structure(lambda *parts: np.concatenate(parts), *batches)
 
 
 def arrays_of(x: Any, y: Any) -> tuple[Any, Any]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tf_kfacprune.callbacks.pruning_state import settings_of
 from tf_kfacprune.compaction import compaction_report
+from tf_kfacprune.curvature.data_passes import gathered
 from tf_kfacprune.errors import ExportError, InvalidArgumentError, UnsupportedModelError
 from tf_kfacprune.export.atomic import atomic_file
 from tf_kfacprune.export.file_sizes import FileSize
@@ -30,7 +32,7 @@ def report(
     compact_model: keras.Model,
     *,
     dense: keras.Model | None = None,
-    data: Sequence[Any] | None = None,
+    data: Sequence[Any] | tf.data.Dataset | None = None,
     files: bool = True,
     time: bool = True,
     flatness: Any = None,
@@ -45,9 +47,10 @@ def report(
         compact_model: what it returned.
         dense: the network without gates, trained without pruning, as the other side of accuracy,
             file size and latency. Without it these show the compact model only.
-        data: ``(x, y)`` to measure accuracy on; none is measured without it. Of a model that is no
-            classifier of class numbers (regression, binary decisions, several outputs, pixels) the
-            loss and the metrics are shown that it was compiled with, or else ``model``.
+        data: ``(x, y)`` to measure accuracy on, arrays or a `tf.data.Dataset` of batches; none is
+            measured without it. Of a model that is no classifier of class numbers (regression,
+            binary decisions, several outputs, pixels) the loss and the metrics are shown that it
+            was compiled with, or else ``model``.
         files: convert both to float32 ``.tflite`` and compare the bytes. A model for which that is
             impossible is warned of, and has none in the table.
         time: compare the latencies, if ``dense`` is given.
@@ -63,6 +66,7 @@ def report(
         A comparison that prints as a table.
 
     Raises:
+        DataError: if ``data`` is a dataset without an end, or not of pairs.
         InvalidArgumentError: if the models do not belong together, ``data`` is not a pair, is
             missing for ``flatness``, or is given for a model that is neither a classifier nor
             compiled, or ``history`` or the name of the page is something else.
@@ -73,10 +77,13 @@ def report(
         >>> print(kp.report(pm, kp.compact(pm), data=(x_test, y_test)))  # doctest: +SKIP
         >>> kp.report(pm, kp.compact(pm), html="report.html")  # doctest: +SKIP
     """
+    if isinstance(data, tf.data.Dataset):
+        data = gathered(data)
     if data is not None and (not isinstance(data, tuple | list) or len(data) != 2):
         size = f" of {len(data)}" if isinstance(data, tuple | list) else ""
         raise InvalidArgumentError(
-            "data must be a pair (x, y) of arrays; weights of examples are not taken. Received: "
+            "data must be a pair (x, y) of arrays, or a tf.data.Dataset of batches (x, y); weights "
+            "of examples are not taken. Received: "
             f"{type(data).__name__}{size}."
         )
     if flatness is not None and data is None:

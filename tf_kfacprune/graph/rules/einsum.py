@@ -76,13 +76,15 @@ class EinsumDenseRule(ContractionRule):
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         layer, value = call.operation, call.inputs[0]
         letters = self.letters(layer)
-        if letters is None or not self.has_plain_weights(layer):
-            if letters is None:
-                return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
-            (axes,) = self.freeze_all(call, flow, reasons.WEIGHTS_NOT_PLAIN)
-            labels = flow.created(call, letters[2][-1], call.outputs[0].shape[-1] or 1)
-            flow.freeze(labels, reasons.WEIGHTS_NOT_PLAIN, call.path)
-            return [[*axes[:-1], labels]]
+        if letters is None:
+            return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
+        if not self.has_plain_weights(layer):
+            (frozen,) = self.freeze_all(call, flow, reasons.WEIGHTS_NOT_PLAIN)
+            if letters[2][-1] in letters[1]:
+                labels = flow.created(call, letters[2][-1], call.outputs[0].shape[-1] or 1)
+                flow.freeze(labels, reasons.WEIGHTS_NOT_PLAIN, call.path)
+                frozen[-1] = labels
+            return [frozen]
         read, kernel, made = letters
         for letter, axis in self.contracted(call).items():
             role = f"in_{letter}"
