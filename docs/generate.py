@@ -45,6 +45,7 @@ TABLES = {
     "corruptions_pruned": lambda: flatness.corruptions_table("prune"),
     "tracking": flatness.tracking_table,
     "flatness_tasks": flatness.tasks_table,
+    "flatness_strengths": flatness.strengths_table,
     "budgets": budgets.budgets_table,
     "latency": latency.latency_table,
     "step_cost": optimizer.step_cost_table,

@@ -94,7 +94,25 @@ def tasks_table(default=1e-4):
             sides = [[of_side[seed] for seed in both] for of_side in seeds]
             rows.append([f"`{task}`", len(both), *_compared(*sides)])
     header = ["task", "seeds", "scaled eigenvalue", "times flatter", "test error %"]
-    return recorded_table([*header, "on spoilt images %", "cost"], rows)
+    return recorded_table([*header, "accuracy on spoilt images %", "cost"], rows)
+
+
+def strengths_table(strengths=(0.0, 1e-5, 1e-4, 1e-3)):
+    """Error and scaled eigenvalue by the strength of the penalty, over the seeds that have all."""
+    rows = []
+    for task, runs in _by_task().items():
+        seeds = [{run["key"]["seed"]: run for run in runs.get(s, [])} for s in strengths]
+        common = sorted(set.intersection(*(set(of) for of in seeds)))
+        if common:
+            cells = [
+                [[of[seed][name] for seed in common] for of in seeds]
+                for name in ("test_error", "top_scaled")
+            ]
+            errors = [mean_and_deviation(values, 2, 100) for values in cells[0]]
+            tops = [f"{statistics.mean(values):.1f}" for values in cells[1]]
+            rows.append([f"`{task}`", len(common), " / ".join(errors), " / ".join(tops)])
+    shown = " / ".join("none" if not s else f"{s:g}" for s in strengths)
+    return recorded_table(["task", "seeds", f"test error %, {shown}", "scaled eigenvalue"], rows)
 
 
 def _by_task():
@@ -120,7 +138,7 @@ def _compared(without, penalized):
     seconds = "cpu_seconds" if "cpu_seconds" in without[0] else "epoch_cpu_seconds"
     spoilt = "-"
     if "corrupted" in without[0]:
-        spoilt = of(lambda run: 1 - statistics.mean(run["corrupted"].values()), 1, 100)
+        spoilt = of(lambda run: statistics.mean(run["corrupted"].values()), 1, 100)
     return [
         of(lambda run: run["top_scaled"], 1),
         f"{flatter:.1f}",
