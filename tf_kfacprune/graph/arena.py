@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from tf_kfacprune.graph import runtime_records as sizes
 from tf_kfacprune.graph.calls import Call
-from tf_kfacprune.graph.int8_steps import Buffer, Int8Steps, Step
+from tf_kfacprune.graph.int8_operations import Buffer, Step
+from tf_kfacprune.graph.int8_steps import Int8Steps
 from tf_kfacprune.graph.rules import Extent
 
 __all__ = ["ArenaBytes", "Part"]

@@ -17,7 +17,7 @@ from keras import layers
 from tf_kfacprune.graph.calls import Call
 from tf_kfacprune.graph.channel_graph import ChannelGraph
 from tf_kfacprune.graph.file_bytes import FileBytes
-from tf_kfacprune.graph.int8_steps import Step
+from tf_kfacprune.graph.int8_operations import Step
 from tf_kfacprune.graph.rules import Extent
 
 __all__ = ["Int8Bytes"]

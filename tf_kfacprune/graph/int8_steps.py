@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,18 @@ from tf_kfacprune.graph.calls import Call, Value
 from tf_kfacprune.graph.channel_graph import ChannelGraph
 from tf_kfacprune.graph.file_bytes import FileBytes
 from tf_kfacprune.graph.int8_normalizations import EACH, NORMALIZATIONS, PARAMETERS
+from tf_kfacprune.graph.int8_operations import (
+    FUSED,
+    ON_ROWS,
+    Buffer,
+    Step,
+    activation_kernels,
+    activation_of,
+    constants_of,
+    kernel_of,
+    name_parts_of,
+    scratch_of,
+)
 from tf_kfacprune.graph.rules import ContractionRule, Extent, rule_for
 from tf_kfacprune.graph.rules.activations import ElementwiseRule
 from tf_kfacprune.graph.rules.base import extents
@@ -35,100 +45,8 @@ from tf_kfacprune.graph.rules.contractions import (
 )
 from tf_kfacprune.graph.rules.merging import MergeRule
 from tf_kfacprune.graph.rules.reshaping import IndexRule
-from tf_kfacprune.graph.runtime_records import LISTS, SUM, WITH_SUMS
 
-__all__ = ["Buffer", "Int8Steps", "Step"]
-
-_FUSED = ("linear", "relu", "relu6")
-# Operations that stand for an activation function, each with the bytes of its entries.
-_ACTIVATIONS = MappingProxyType(
-    {
-        "softmax": (("SOFTMAX", 1),),
-        "sigmoid": (("LOGISTIC", 1),),
-        "tanh": (("TANH", 1),),
-        "hard_silu": (("HARD_SWISH", 1),),
-        "silu": (("LOGISTIC", 1), ("MUL", 1)),
-        "leaky_relu": (("LEAKY_RELU", 1),),
-        "gelu": (("GELU", 1),),
-        "elu": (("DEQUANTIZE", 4), ("ELU", 4), ("QUANTIZE", 1)),
-    }
-)
-_KERNELS = (
-    ("GlobalAveragePooling", "MEAN"),
-    ("GlobalMaxPooling", "REDUCE_MAX"),
-    ("AveragePooling", "AVERAGE_POOL_2D"),
-    ("MaxPooling", "MAX_POOL_2D"),
-    ("ZeroPadding", "PAD"),
-    ("Cropping", "STRIDED_SLICE"),
-    ("Permute", "TRANSPOSE"),
-    ("UpSampling", "RESIZE_BILINEAR"),
-    ("PReLU", "PRELU"),
-    ("Add", "ADD"),
-    ("Concatenate", "CONCATENATION"),
-    ("Multiply", "MUL"),
-    ("Flatten", "RESHAPE"),
-    ("Reshape", "RESHAPE"),
-)
-# Tensors that the file holds for an operation: axes, shapes, margins.
-_CONSTANTS = MappingProxyType(
-    {"": 1, "MEAN": 1, "REDUCE_MAX": 1, "RESHAPE": 1, "PAD": 1, "TRANSPOSE": 1}
-    | {"RESIZE_BILINEAR": 1, "PRELU": 1, "STRIDED_SLICE": 3}
-)
-# Where names have more parts than there are tensors: they are those of several layers.
-_NAMED_BY_PARTS = MappingProxyType({"PRELU": 7})
-_ADDED_ROWS = 8
-# Layers that slide along the one axis of a sequence, which run on an image of one row.
-_ON_ROWS = (
-    *(layers.Conv1D, layers.DepthwiseConv1D, layers.SeparableConv1D, layers.Conv1DTranspose),
-    *(layers.MaxPooling1D, layers.AveragePooling1D),
-)
-_ALIGNMENT = 16
-
-
-@dataclass(eq=False, frozen=True)
-class Buffer:
-    """A tensor of activations, or working memory of an operation.
-
-    Attributes:
-        size: Bytes, as a product of extents.
-        maker: The call that writes it; None for an input.
-    """
-
-    size: tuple[Extent | float, ...]
-    maker: Call | None
-
-    @property
-    def padding(self) -> float:
-        """What rounding up to 16 bytes adds at most."""
-        fixed = math.prod(int(extent) for extent in self.size if isinstance(extent, int | float))
-        return 0.0 if fixed % _ALIGNMENT == 0 else _ALIGNMENT - 1.0
-
-
-@dataclass(eq=False, frozen=True, kw_only=True)
-class Step:
-    """One operation.
-
-    Attributes:
-        call: The call that it belongs to.
-        kernel: Name of the operation in the schema, empty for one that is not told apart.
-        reads: Activations that it reads.
-        writes: The activation that it writes.
-        constants: Number of tensors that the file holds for it.
-        channels: Number of channels whose weights have a scale each, or None.
-        name_parts: Number of parts that the names of its tensors are made of.
-        scratch: Working memory that it asks for while it runs.
-        zeros: Number of zeros that the file holds as a bias where the layer has none, or None.
-    """
-
-    call: Call
-    kernel: str
-    reads: tuple[Buffer, ...]
-    writes: Buffer
-    constants: int
-    name_parts: int
-    channels: Extent | None = None
-    scratch: tuple[Buffer, ...] = ()
-    zeros: Extent | None = None
+__all__ = ["Int8Steps"]
 
 
 class Int8Steps:
@@ -253,7 +171,7 @@ class Int8Steps:
         elif name in NORMALIZATIONS:
             self._run_parts(call)
         else:
-            is_image = isinstance(operation, _ON_ROWS) or self._stays_image(call)
+            is_image = isinstance(operation, ON_ROWS) or self._stays_image(call)
             reads = tuple(
                 self._image(call, value)
                 if is_image or (isinstance(rule, IndexRule) and value in self._images)
@@ -282,33 +200,22 @@ class Int8Steps:
 
     def _run_plain(self, call: Call, reads: tuple[Buffer, ...]) -> Buffer:
         """An operation without weights, or the operations of an activation function."""
-        operation, value = call.operation, call.outputs[0]
-        activation = getattr(getattr(operation, "activation", None), "__name__", "")
-        if isinstance(operation, layers.Softmax):
-            activation = "softmax"
-        elif isinstance(operation, layers.LeakyReLU | layers.ELU):
-            activation = "elu" if isinstance(operation, layers.ELU) else "leaky_relu"
-        if activation in _ACTIVATIONS:
-            return self._activated(call, activation, reads[0])
-        if isinstance(operation, layers.BatchNormalization):
+        if activation := activation_of(call.operation):
+            if activation_kernels(activation):
+                return self._activated(call, activation, reads[0])
+        elif isinstance(call.operation, layers.BatchNormalization):
             reads = (self._entrywise(call, "MUL", reads),)
             return self._entrywise(call, "ADD", reads)
-        name = type(operation).__name__
-        kernel = next((kernel for start, kernel in _KERNELS if name.startswith(start)), "")
-        constants = _CONSTANTS.get(kernel, 0)
-        written = self._activation(value, call)
-        scratch = self._scratch(call, kernel, written)
-        parts = _NAMED_BY_PARTS.get(kernel, 1 + constants)
-        if kernel == "ADD" and call.inputs[0] in self._images:
-            parts = _ADDED_ROWS
+        kernel = kernel_of(call.operation)
+        written = self._activation(call.outputs[0], call)
         self._append(
             call,
             kernel,
             reads,
             written,
-            constants=constants,
-            name_parts=parts,
-            scratch=scratch,
+            constants=constants_of(kernel),
+            name_parts=name_parts_of(kernel, call.inputs[0] in self._images),
+            scratch=scratch_of(call, kernel, written),
         )
         return written
 
@@ -320,18 +227,13 @@ class Int8Steps:
 
     def _activated(self, call: Call, activation: str, buffer: Buffer) -> Buffer:
         """The operations of an activation function."""
-        read, parts = buffer, 4 if isinstance(call.operation, _ON_ROWS) else 1
-        for kernel, width in _ACTIVATIONS.get(activation, (("", 1),)):
+        read, parts = buffer, 4 if isinstance(call.operation, ON_ROWS) else 1
+        for kernel, width in activation_kernels(activation) or (("", 1),):
             written = Buffer((width, *buffer.size[1:]), call)
             reads = (buffer, read) if kernel == "MUL" else (read,)
             self._append(call, kernel, reads, written, constants=0, name_parts=parts)
             read = written
         return read
-
-    def _scratch(self, call: Call, kernel: str, written: Buffer) -> tuple[Buffer, ...]:
-        """Working memory that an operation asks for."""
-        sums = [Buffer((SUM, *written.size), call)] if kernel in WITH_SUMS else []
-        return (*sums, *(Buffer((size,), call) for size in LISTS.get(kernel, ())))
 
     def _run_parts(self, call: Call) -> None:
         """A normalization, which is taken apart."""
@@ -348,7 +250,7 @@ class Int8Steps:
                 written,
                 constants=part.constants,
                 name_parts=1 + part.constants,
-                scratch=self._scratch(call, part.kernel, written),
+                scratch=scratch_of(call, part.kernel, written),
             )
             found[part.writes] = written
         self._buffers[value] = written
@@ -366,7 +268,7 @@ class Int8Steps:
     def _run_weighted(self, call: Call) -> None:
         """An operation with weights, what precedes it, and its activation."""
         operation, rule = call.operation, rule_for(call.operation)
-        is_image = isinstance(operation, _ON_ROWS)
+        is_image = isinstance(operation, ON_ROWS)
         reads = tuple(self._read_weighted(call, value, is_image) for value in call.inputs)
         activation = getattr(getattr(operation, "activation", None), "__name__", "linear")
         parts = 1 + int(activation != "linear" or call.outputs[0] in self._normalized)
@@ -380,7 +282,7 @@ class Int8Steps:
                 self._append(call, "", reads, between, constants=2, name_parts=parts)
                 reads = (between,)
         self._append(call, reads=reads, writes=result, **self._weighted(call, result))
-        if activation not in _FUSED:
+        if activation not in FUSED:
             result = self._activated(call, activation, result)
         self._write(call, result, is_image)
 
@@ -425,7 +327,7 @@ class Int8Steps:
         has_bias = getattr(operation, "bias", None) is not None
         is_normalized = value in self._normalized
         is_fused = self._content.is_read_by_fused(value)
-        on_rows = isinstance(operation, _ON_ROWS)
+        on_rows = isinstance(operation, ON_ROWS)
         if isinstance(rule, DepthwiseConvRule):
             kernel, own = "DEPTHWISE_CONV_2D", 3 if has_bias else 1
             own += 4 * is_normalized + on_rows
@@ -444,5 +346,5 @@ class Int8Steps:
             "constants": 2 + (kernel == "TRANSPOSE_CONV"),
             "channels": channels,
             "name_parts": parts,
-            "scratch": self._scratch(call, kernel, result),
+            "scratch": scratch_of(call, kernel, result),
         }
