@@ -348,7 +348,10 @@ def plot():
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(6 * columns, 4.6 * rows), squeeze=False, layout="constrained"
     )
-    styles = {m: {"color": f"C{k % 10}", "marker": "os^"[k // 10]} for k, m in enumerate(METHODS)}
+    shown = [m for m in METHODS if any(m in methods for methods in points.values())]
+    colors = pyplot.get_cmap("tab20").colors  # dark ones first, then light ones
+    colors = (*colors[::2], *colors[1::2])
+    styles = {m: {"color": colors[k], "marker": "os"[k // 10]} for k, m in enumerate(shown)}
     for axis in axes.flat[len(points) :]:
         axis.set_axis_off()
     for axis, (name, methods) in zip(axes.flat, points.items(), strict=False):
@@ -361,7 +364,7 @@ def plot():
         for label, (weights, error, side) in PUBLISHED.get(name, {}).items():
             dx, dy, ha, va = SIDES[side]
             place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": ha, "va": va}
-            axis.plot(weights, error, "k+")
+            axis.plot(weights, error, "k+", zorder=5)
             axis.annotate(label, (weights, error), fontsize=7, **place)
         axis.set(title=name, xlabel="weights", ylabel="test error, %", xscale="log", yscale="log")
         limits = axis.get_ylim()

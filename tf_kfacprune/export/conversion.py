@@ -16,6 +16,7 @@ from tf_kfacprune.export.console import ConsoleLog, captured_console
 from tf_kfacprune.export.half_precision import float32_twin
 from tf_kfacprune.export.options import FULL_INTEGER, IO_TYPES, refuse_text
 from tf_kfacprune.export.requantizing import RECIPES, requantized
+from tf_kfacprune.export.runtime_forms import in_runtime_form
 from tf_kfacprune.export.samples import Named
 from tf_kfacprune.export.saved_models import write_served
 from tf_kfacprune.export.serving import SIGNATURE, Signature
@@ -50,7 +51,8 @@ def convert(
     log = ConsoleLog() if log is None else log
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        outputs = write_served(model, signature, folder, log)
+        with in_runtime_form(model):
+            outputs = write_served(model, signature, folder, log)
         refuse_text(model, {f"output {name!r}": dtype for name, dtype in outputs.items()})
         try:
             with captured_console(log), warnings.catch_warnings():

@@ -48,7 +48,7 @@ _KERNELS = (
     ("ZeroPadding", "PAD"),
     ("Cropping", "STRIDED_SLICE"),
     ("Permute", "TRANSPOSE"),
-    ("UpSampling", "RESIZE_BILINEAR"),
+    ("UpSampling", "RESIZE_NEAREST_NEIGHBOR"),
     ("PReLU", "PRELU"),
     ("Add", "ADD"),
     ("Concatenate", "CONCATENATION"),
@@ -59,7 +59,7 @@ _KERNELS = (
 # Tensors that the file holds for an operation: axes, shapes, margins.
 _CONSTANTS = MappingProxyType(
     {"": 1, "MEAN": 1, "REDUCE_MAX": 1, "RESHAPE": 1, "PAD": 1, "TRANSPOSE": 1}
-    | {"RESIZE_BILINEAR": 1, "PRELU": 1, "STRIDED_SLICE": 3}
+    | {"RESIZE_BILINEAR": 1, "RESIZE_NEAREST_NEIGHBOR": 1, "PRELU": 1, "STRIDED_SLICE": 3}
 )
 # Where names have more parts than there are tensors: they are those of several layers.
 _NAMED_BY_PARTS = MappingProxyType({"PRELU": 7})
@@ -142,6 +142,8 @@ def activation_kernels(name: str) -> tuple[tuple[str, int], ...] | None:
 
 def kernel_of(operation: Any) -> str:
     """The kernel of a layer or operation without weights, empty for one that is not told apart."""
+    if getattr(operation, "interpolation", "") == "bilinear":
+        return "RESIZE_BILINEAR"
     name = type(operation).__name__
     return next((kernel for start, kernel in _KERNELS if name.startswith(start)), "")
 

@@ -46,8 +46,6 @@ def _activation(layer: keras.Layer) -> str:
 
 def _operator_lacking(layer: keras.Layer) -> str | None:
     """What a layer becomes that the runtime has no kernel for, and what would do instead."""
-    if isinstance(layer, keras.layers.UpSampling2D) and layer.interpolation == "nearest":
-        return "TILE; interpolation='bilinear' needs none"
     if _activation(layer) == "gelu":
         return "GELU; activation='silu' needs none"
     return None

@@ -76,6 +76,7 @@ KERNELS = MappingProxyType(
         "REDUCE_MAX": 71,
         "RESHAPE": 37,
         "RESIZE_BILINEAR": 4,
+        "RESIZE_NEAREST_NEIGHBOR": 4,
         "SOFTMAX": 82,
         "SQUARE": 0,
         "SQUARED_DIFFERENCE": 104,
