@@ -89,25 +89,26 @@ def test_augmentation_costs_nothing_in_files():
 
 
 LOOKUPS = {
-    "one-hot": (layers.CategoryEncoding(8, output_mode="one_hot"), (1,), 8),
-    "multi-hot": (layers.CategoryEncoding(8), (3,), 8),
-    "bins": (layers.Discretization([1, 3, 5], output_mode="multi_hot"), (3,), 4),
-    "hashes": (layers.Hashing(6, output_mode="multi_hot"), (3,), 6),
-    "numbers": (layers.IntegerLookup(vocabulary=[*range(5)], output_mode="count"), (3,), 6),
+    "one-hot": (layers.CategoryEncoding(8, output_mode="one_hot"), (1,)),
+    "multi-hot": (layers.CategoryEncoding(8), (3,)),
+    "bins": (layers.Discretization([1, 3, 5], output_mode="multi_hot"), (3,)),
+    "hashes": (layers.Hashing(6, output_mode="multi_hot"), (3,)),
+    "numbers": (layers.IntegerLookup(vocabulary=[*range(5)], output_mode="count"), (3,)),
 }
 
 
 @pytest.mark.parametrize("case", LOOKUPS)
 def test_categories_are_input_features(case, assert_exact):
-    layer, shape, size = LOOKUPS[case]
+    layer, shape = LOOKUPS[case]
     numbers, other = keras.Input(shape, dtype="int64", name="numbers"), keras.Input((4,), name="x")
-    x = layers.Concatenate(name="all")([layer(numbers), other])
+    looked_up = layer(numbers)
+    x = layers.Concatenate(name="all")([looked_up, other])
     x = layers.Dense(7, activation="relu", name="hidden")(x)
     model = keras.Model([numbers, other], layers.Dense(2)(x))
     assert [g.name for g in analyze(model).groups] == ["hidden"]
     assert not opaque_layers(trace_opened(model))
     channels = analyze(model, prune_inputs=True)
-    assert channels.groups[0].size == size + 4
+    assert channels.groups[0].size == looked_up.shape[-1] + 4
     rng = np.random.default_rng(0)
     data = [rng.integers(0, 8, (16, *shape)), rng.normal(size=(16, 4)).astype("float32")]
     assert_exact(model, data=data, prune_inputs=True)

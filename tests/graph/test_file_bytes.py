@@ -89,6 +89,7 @@ def test_a_normalization_that_cannot_be_folded_stores_scale_and_shift():
     assert sizes[2] > sizes[1] + 2 * 4 * 8
 
 
+@needs_fitted_layout
 def test_a_removed_branch_leaves_a_constant():
     network = residual()
     different_weights(network)

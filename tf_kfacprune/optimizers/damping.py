@@ -191,7 +191,8 @@ class AdaptiveDamping:
         self.rule = rule
 
         def variable(name: str, dtype: str, value: Any = 0) -> keras.Variable:
-            initializer = keras.initializers.Constant(value)
+            # Keras before 3.13 multiplies constants, which booleans are not.
+            initializer: Any = keras.initializers.Constant(value) if value else "zeros"
             return add_variable((), initializer, dtype=dtype, name=name)
 
         begin = rule.initial or _UNTIL_KNOWN
