@@ -171,7 +171,7 @@ def test_another_model_is_noticed(written):
 @needs_micro
 def test_all_operations_that_are_lacking_are_named(tmp_path):
     x = keras.Input((4, 4, 2), name="x")
-    y = layers.Dense(4)(layers.Flatten()(layers.UpSampling2D()(x)))
+    y = layers.Dense(4)(layers.Flatten()(keras.ops.tile(x, (1, 2, 2, 1))))
     model = with_head(keras.Model(x, y), "argmax")
     path = tflite(model, tmp_path / "lacking.tflite", batch_size=1, verify=False)
     found = check_micro(path, model, np.zeros((2, 4, 4, 2), "float32"))

@@ -42,6 +42,27 @@ def test_repeated_pixels_are_one_operation_with_equal_values(tmp_path, batch_siz
     assert "call" not in vars(model.layers[-1].layers[0])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "causal", "dilation_rate": 2, "activation": "relu"},
+        {"padding": "same", "strides": 2, "activation": "sigmoid"},
+        {},
+    ],
+    ids=["causal", "strided", "plain"],
+)
+def test_the_bias_of_a_single_filter_is_a_part_of_the_convolution(tmp_path, options):
+    layer = L.Conv1D(1, 3, bias_initializer="ones", **options)
+    model = keras.Sequential([keras.Input((9, 4)), layer])
+    path = tmp_path / "net.tflite"
+    tflite(model, path, batch_size=1)
+    operators = [op.operator for op in read_graph(path.read_bytes()).operations]
+    assert "ADD" not in operators
+    x = np.random.default_rng(0).normal(size=(1, 9, 4)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(run_tflite(path, x), expected, atol=1e-5)
+
+
 def test_layers_of_ones_own_are_exported_as_they_are(tmp_path):
     model = network(Doubled((3, 2), name="up"))
     tflite(model, tmp_path / "net.tflite", batch_size=1)  # verified against the model

@@ -22,6 +22,7 @@ def record_bytes(graph: FileGraph) -> int:
         + sizes.OPERATION * len(graph.operations)
         + kernels
         + channels
+        + sizes.OUTPUT * max(len(graph.outputs) - 1, 0)
     )
 
 

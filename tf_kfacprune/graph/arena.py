@@ -56,6 +56,7 @@ class ArenaBytes:
         """What is kept all the time."""
         inputs = len(self._operations.inputs)
         yield Part((_MARGIN + sizes.FIXED + sizes.QUANTIZED + sizes.TENSOR * inputs,), None)
+        yield Part((sizes.OUTPUT * (len(self._operations.outputs) - 1),), None)
         for _ in self._operations.selections:
             yield Part((sizes.OPERATION + sizes.OTHER_KERNEL + 2 * sizes.TENSOR,), None)
         for step in self._steps:

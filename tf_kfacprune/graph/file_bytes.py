@@ -126,6 +126,15 @@ class FileBytes:
             return self.is_fused(call)
         return False
 
+    def is_read_once(self, value: Any) -> bool:
+        """Whether one call reads a value."""
+        return value in self._read_once
+
+    def is_read_by_dense(self, call: Call) -> bool:
+        """Whether Dense layers alone read what a call returns."""
+        readers = self._readers.get(call.outputs[0], [])
+        return bool(readers) and all(isinstance(r.operation, layers.Dense) for r in readers)
+
     def is_fused(self, call: Call) -> bool:
         """Whether an activation disappears into the operator before it."""
         return (

@@ -15,6 +15,7 @@ from tf_kfacprune.graph.runtime_records import LISTS, SUM, WITH_SUMS
 
 __all__ = [
     "FUSED",
+    "KEEP_ROWS",
     "ON_ROWS",
     "Buffer",
     "Step",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 FUSED = ("linear", "relu", "relu6")
+KEEP_ROWS = ("sigmoid", "tanh")  # what is computed on images of one row, not on sequences
 # Operations that stand for an activation function, each with the bytes of its entries.
 _ACTIVATIONS = MappingProxyType(
     {

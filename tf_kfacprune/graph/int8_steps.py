@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from tf_kfacprune.graph.file_bytes import FileBytes
 from tf_kfacprune.graph.int8_normalizations import EACH, NORMALIZATIONS, PARAMETERS
 from tf_kfacprune.graph.int8_operations import (
     FUSED,
+    KEEP_ROWS,
     ON_ROWS,
     Buffer,
     Step,
@@ -34,7 +36,6 @@ from tf_kfacprune.graph.int8_operations import (
     scratch_of,
 )
 from tf_kfacprune.graph.rules import ContractionRule, Extent, rule_for
-from tf_kfacprune.graph.rules.activations import ElementwiseRule
 from tf_kfacprune.graph.rules.base import extents
 from tf_kfacprune.graph.rules.channelwise import BatchNormalizationRule
 from tf_kfacprune.graph.rules.contractions import (
@@ -47,6 +48,9 @@ from tf_kfacprune.graph.rules.merging import MergeRule
 from tf_kfacprune.graph.rules.reshaping import IndexRule
 
 __all__ = ["Int8Steps"]
+
+# Parts of names where a sequence is normalized behind an activation.
+_NORMALIZED_ROWS = MappingProxyType({"MUL": 11, "ADD": 16})
 
 
 class Int8Steps:
@@ -95,8 +99,8 @@ class Int8Steps:
         operation = call.operation
         if isinstance(operation, layers.BatchNormalization):
             return self._content.is_folded(call)
-        if isinstance(operation, layers.Flatten):  # a Dense layer reads it as it is
-            positions = call.inputs[0].shape[1:-1]
+        if isinstance(operation, layers.Flatten) and self._content.is_read_by_dense(call):
+            positions = call.inputs[0].shape[1:-1]  # a Dense layer reads it as it is
             return bool(positions) and all(size == 1 for size in positions)
         return rule_for(operation).is_absent or self._content.is_fused(call)
 
@@ -181,10 +185,12 @@ class Int8Steps:
             self._write(call, self._run_plain(call, reads), is_image)
 
     def _stays_image(self, call: Call) -> bool:
-        """Whether a call works entry by entry on images of one row."""
-        works_so = isinstance(
-            rule_for(call.operation), ElementwiseRule | MergeRule | BatchNormalizationRule
-        ) or isinstance(call.operation, layers.Activation)
+        """Whether a call works entry by entry on images of one row; most go back to sequences."""
+        rule = rule_for(call.operation)
+        if isinstance(rule, BatchNormalizationRule):
+            works_so = self._content.is_read_once(call.inputs[0])
+        else:
+            works_so = isinstance(rule, MergeRule) or activation_of(call.operation) in KEEP_ROWS
         images = (v in self._images and v not in self._buffers for v in call.inputs)
         return works_so and bool(call.inputs) and all(images)
 
@@ -208,6 +214,10 @@ class Int8Steps:
             return self._entrywise(call, "ADD", reads)
         kernel = kernel_of(call.operation)
         written = self._activation(call.outputs[0], call)
+        while kernel == "ADD" and len(reads) > 2:  # two at a time
+            first = Buffer(written.size, call)
+            self._append(call, kernel, reads[:2], first, constants=0, name_parts=4)
+            reads = (first, *reads[2:])
         self._append(
             call,
             kernel,
@@ -222,12 +232,14 @@ class Int8Steps:
     def _entrywise(self, call: Call, kernel: str, reads: tuple[Buffer, ...]) -> Buffer:
         """A product or a sum with one number per channel."""
         written = Buffer(reads[0].size, call)
-        self._append(call, kernel, reads, written, constants=1, name_parts=4)
+        parts = _NORMALIZED_ROWS[kernel] if call.inputs[0] in self._images else 4
+        self._append(call, kernel, reads, written, constants=1, name_parts=parts)
         return written
 
     def _activated(self, call: Call, activation: str, buffer: Buffer) -> Buffer:
         """The operations of an activation function."""
-        read, parts = buffer, 4 if isinstance(call.operation, ON_ROWS) else 1
+        is_named_at_length = isinstance(call.operation, ON_ROWS) or activation == "hard_silu"
+        read, parts = buffer, 5 if is_named_at_length else 1
         for kernel, width in activation_kernels(activation) or (("", 1),):
             written = Buffer((width, *buffer.size[1:]), call)
             reads = (buffer, read) if kernel == "MUL" else (read,)
@@ -283,6 +295,8 @@ class Int8Steps:
                 reads = (between,)
         self._append(call, reads=reads, writes=result, **self._weighted(call, result))
         if activation not in FUSED:
+            if is_image and activation not in KEEP_ROWS:
+                result, is_image = self._reshaped(call, result, name_parts=5), False
             result = self._activated(call, activation, result)
         self._write(call, result, is_image)
 
@@ -330,17 +344,18 @@ class Int8Steps:
         on_rows = isinstance(operation, ON_ROWS)
         if isinstance(rule, DepthwiseConvRule):
             kernel, own = "DEPTHWISE_CONV_2D", 3 if has_bias else 1
-            own += 4 * is_normalized + on_rows
+            own += (6 if on_rows else 4) * is_normalized + on_rows
             parts = 2 * (own + is_fused) + (own - 2 if is_normalized else 1)
         elif isinstance(rule, ConvRule | ConvTransposeRule | SeparableConvRule):
             is_transposed = isinstance(rule, ConvTransposeRule)
             kernel, own = "TRANSPOSE_CONV" if is_transposed else "CONV_2D", 3 if has_bias else 1
             own += (4 if has_bias else 2) * is_normalized + on_rows
-            own += 4 * (is_normalized and (is_transposed or on_rows))
+            own += 6 * (is_normalized and (is_transposed or on_rows))
             parts = 2 * (own + is_fused) + 1 + is_transposed
         else:
             kernel = "FULLY_CONNECTED"
             parts = (1 + is_fused) + 1 + (2 + 2 * is_normalized + is_fused)
+            parts += 4 * (is_normalized and not has_bias)
         return {
             "kernel": kernel,
             "constants": 2 + (kernel == "TRANSPOSE_CONV"),

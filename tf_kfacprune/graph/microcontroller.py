@@ -51,6 +51,10 @@ def _operator_lacking(layer: keras.Layer) -> str | None:
     return None
 
 
+def _is_plain(layer: keras.layers.ReLU) -> bool:
+    return not layer.negative_slope and not layer.threshold and layer.max_value in (None, 6)
+
+
 def lacking_on_micro(channels: ChannelGraph) -> tuple[str, ...]:
     """Layers whose operations TensorFlow Lite Micro has no kernel for, each with the operation.
 
@@ -75,6 +79,8 @@ def unconfirmed_on_micro(channels: ChannelGraph) -> tuple[tuple[str, str], ...]:
         kind, activation = type(layer).__name__, _activation(layer)
         if kind not in _CONFIRMED:
             found.append((layer.name, kind))
+        elif isinstance(layer, keras.layers.ReLU) and not _is_plain(layer):
+            found.append((layer.name, "ReLU with a slope, threshold or ceiling"))
         elif activation not in _ACTIVATIONS and _operator_lacking(layer) is None:
             found.append((layer.name, f"activation {activation}"))
     return tuple(found)

@@ -34,6 +34,7 @@ __all__ = [
     "LISTS",
     "OPERATION",
     "OTHER_KERNEL",
+    "OUTPUT",
     "PLANNED",
     "PLANNED_ACTIVATION",
     "PLANNED_TENSOR",
@@ -48,6 +49,7 @@ __all__ = [
 
 FIXED, QUANTIZED, TENSOR, OPERATION, CHANNEL = 648, 68, 24, 64, 8
 ZERO_POINT = 4
+OUTPUT = 92  # every output beside the first
 CHANNEL_ROUNDING = 24  # the most that rounding up adds for all channels of an operation
 PREPARED, PREPARED_PER_CHANNEL = 288, 336
 PLANNED, PLANNED_TENSOR, PLANNED_ACTIVATION = 48, 40, 28
@@ -77,6 +79,7 @@ KERNELS = MappingProxyType(
         "RESHAPE": 37,
         "RESIZE_BILINEAR": 4,
         "RESIZE_NEAREST_NEIGHBOR": 4,
+        "RSQRT": 144,
         "SOFTMAX": 82,
         "SQUARE": 0,
         "SQUARED_DIFFERENCE": 104,
