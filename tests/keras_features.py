@@ -7,7 +7,10 @@ import inspect
 import keras
 import pytest
 
-__all__ = ["needs_argument"]
+__all__ = ["IS_OLD", "needs_argument"]
+
+# Keras 3.12, the oldest that is supported: differs in details that some tests are about.
+IS_OLD = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 13)
 
 
 def needs_argument(layer: type[keras.Layer], argument: str) -> pytest.MarkDecorator:

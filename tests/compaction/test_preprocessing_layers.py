@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+from tests.keras_features import IS_OLD
 from tf_kfacprune.compaction import compact, parity_error
 from tf_kfacprune.gates import GatedNetwork, insert_gates
 from tf_kfacprune.graph import CostModel, analyze, opaque_layers, reasons, trace_opened
@@ -97,7 +98,13 @@ LOOKUPS = {
 }
 
 
-@pytest.mark.parametrize("case", LOOKUPS)
+MORE_BINS = pytest.mark.skipif(IS_OLD, reason="Discretization says one bin less than it has")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=MORE_BINS) if name == "bins" else name for name in LOOKUPS],
+)
 def test_categories_are_input_features(case, assert_exact):
     layer, shape = LOOKUPS[case]
     numbers, other = keras.Input(shape, dtype="int64", name="numbers"), keras.Input((4,), name="x")

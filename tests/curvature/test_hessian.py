@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+from tests.keras_features import IS_OLD
 from tf_kfacprune.curvature import Batch, SingleObjective
 from tf_kfacprune.curvature.diagnostics import CurvatureOperator, hessian_spectrum
 from tf_kfacprune.errors import DataError, InvalidArgumentError, UnsupportedModelError
@@ -358,7 +359,9 @@ def test_the_batch_size_does_not_matter_where_entries_do_not_count(left_out, cur
     ]
     whole = as_matrix(operators[-1])
     for operator in operators[:-1]:
-        np.testing.assert_allclose(as_matrix(operator), whole, rtol=0, atol=1e-12)
+        # Older versions of Keras count what a mask leaves in float32.
+        atol = 1e-8 if IS_OLD else 1e-12
+        np.testing.assert_allclose(as_matrix(operator), whole, rtol=0, atol=atol)
     value = loss(tf.constant(y), model(x, training=False))  # to which the mask belongs
     assert operators[0].loss() == pytest.approx(float(value), rel=1e-6)
     if curvature == "hessian":
