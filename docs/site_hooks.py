@@ -51,7 +51,11 @@ def on_post_build(config):
 
 
 def home_page(readme):
-    """The README with links as they are from inside the folder of the pages."""
+    """The README with links as they are from inside the folder of the pages.
+
+    Other files of the repository are not on the site: they are named instead of linked.
+    """
+    readme = re.sub(r"\[([^\]]+)\]\((?!docs/|https?:|#)([^)]+)\)", r"\1 (`\2`)", readme)
     return re.sub(r'(\]\(|src="|srcset=")docs/', r"\1", readme)
 
 

@@ -25,8 +25,13 @@ def test_links_of_the_readme_are_led_to_the_pages_beside_it(site):
     text = '[a](docs/a.md#b) <img src="docs/p.svg" srcset="docs/q.svg"> [c](https://x.org/docs/)'
     expected = '[a](a.md#b) <img src="p.svg" srcset="q.svg"> [c](https://x.org/docs/)'
     assert site.home_page(text) == expected
-    for path in site.re.findall(r'(?:\]\(|src="|srcset=")(docs/[^)"#]*)', readme()):
+    assert site.home_page("[d](examples/e.py) [f](#g)") == "d (`examples/e.py`) [f](#g)"
+    for path in re.findall(r'(?:\]\(|src="|srcset=")(docs/[^)"#]*)', readme()):
         assert (ROOT / path).is_file(), path
+    linked = {path for path in re.findall(r"\]\(([^)#]+)", readme()) if "://" not in path}
+    assert all((ROOT / path).exists() for path in linked)
+    left = {path for path in re.findall(r"\]\(([^)#]+)", site.home_page(readme()))}
+    assert all("://" in path or (ROOT / "docs" / path).is_file() for path in left)
 
 
 def readme():
