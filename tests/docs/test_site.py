@@ -30,7 +30,7 @@ def test_links_of_the_readme_are_led_to_the_pages_beside_it(site):
         assert (ROOT / path).is_file(), path
     linked = {path for path in re.findall(r"\]\(([^)#]+)", readme()) if "://" not in path}
     assert all((ROOT / path).exists() for path in linked)
-    left = {path for path in re.findall(r"\]\(([^)#]+)", site.home_page(readme()))}
+    left = set(re.findall(r"\]\(([^)#]+)", site.home_page(readme())))
     assert all("://" in path or (ROOT / "docs" / path).is_file() for path in left)
 
 
