@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tf_kfacprune.export.memory_plan import lifetimes
+from tf_kfacprune.export.memory_plan import aligned, lifetimes
 from tf_kfacprune.export.model_graph import FileGraph, FileOperation
 from tf_kfacprune.graph import runtime_records as sizes
 
@@ -45,7 +45,7 @@ def working_bytes(graph: FileGraph) -> int:
 
 def _channel_bytes(graph: FileGraph, operation: FileOperation) -> int:
     """Two lists, each rounded up to 16 bytes."""
-    return 2 * (-(-sizes.CHANNEL // 2 * _channels(graph, operation) // 16) * 16)
+    return 2 * aligned(sizes.CHANNEL // 2 * _channels(graph, operation))
 
 
 def _channels(graph: FileGraph, operation: FileOperation) -> int:

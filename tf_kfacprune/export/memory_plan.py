@@ -27,12 +27,14 @@ from tf_kfacprune.export.model_file import add_entry, read_entries
 from tf_kfacprune.export.model_graph import FileGraph, FileOperation, read_graph
 from tf_kfacprune.graph.runtime_records import LISTS, SUM, WITH_SUMS
 
-__all__ = ["Lifetimes", "lifetimes", "planned_bytes", "with_memory_plan"]
+__all__ = ["Lifetimes", "aligned", "lifetimes", "planned_bytes", "with_memory_plan"]
 
 _ENTRY = "OfflineMemoryAllocation"
 _VERSION, _MAIN_GRAPH, _NOT_PLACED = 1, 0, -1
 _ALIGNMENT = 16
-_ATTEMPTS = 2000  # changes of the order that are tried where simple rules leave gaps
+# Changes of the order that are tried where simple rules leave gaps; fewer of many tensors, for each
+# compares all of them with each other.
+_ATTEMPTS, _COMPARISONS = 2000, 8_000_000
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,16 @@ def lifetimes(graph: FileGraph) -> Lifetimes:
                 last[tensor] = step
     for tensor in graph.outputs:
         last[tensor] = len(graph.operations)
-    sizes = {tensor: _aligned(graph.tensors[tensor].bytes) for tensor in sorted(first)}
+    sizes = {tensor: aligned(graph.tensors[tensor].bytes) for tensor in sorted(first)}
     for step, operation in enumerate(graph.operations, start=1):
         for size in _working_memory(graph, operation):
             number = -1 - len(sizes)
-            sizes[number], first[number], last[number] = _aligned(size), step, step
+            sizes[number], first[number], last[number] = aligned(size), step, step
     return Lifetimes(sizes, first, last)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Bytes, rounded up to 16, as the runtime places everything."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -184,7 +187,7 @@ def _lowest(living: Lifetimes) -> dict[int, int]:
     plan = living.placed(order)
     height, random = living.height(plan), np.random.default_rng(0)
     movable = sum(tensor >= 0 for tensor in order)  # working memory is placed by the runtime, last
-    for _ in range(_ATTEMPTS):
+    for _ in range(min(_ATTEMPTS, _COMPARISONS // len(order) ** 2)):
         if height == living.peak:
             break
         other = list(order)

@@ -23,7 +23,7 @@ from tf_kfacprune.graph.rules.channelwise import SpatialRule
 from tf_kfacprune.graph.rules.contractions import ConvRule, ConvTransposeRule, DepthwiseConvRule
 from tf_kfacprune.graph.rules.reshaping import IndexRule
 
-__all__ = ["FileBytes"]
+__all__ = ["FileBytes", "is_plain_relu"]
 
 _PER_VALUE = 4
 _FILE = 390  # header, metadata, signature, input and output
@@ -142,12 +142,17 @@ class FileBytes:
         )
 
 
+def is_plain_relu(layer: layers.ReLU) -> bool:
+    """Whether operators know a `ReLU`: one without slope and threshold, up to 6 or without end."""
+    is_plain = not layer.negative_slope and not layer.threshold
+    return is_plain and layer.max_value in (None, _CEILING)
+
+
 def _is_fusable(operation: Any) -> bool:
     """Whether an operation is a ReLU that operators know, or hands on what it reads."""
     rule = rule_for(operation)
     if isinstance(rule, ReLURule):
-        plain = not operation.negative_slope and not operation.threshold
-        return plain and operation.max_value in (None, _CEILING)
+        return is_plain_relu(operation)
     if isinstance(rule, HomogeneousRule):
         return type(operation).__name__ not in ("LeakyReLU", "LeakyRelu")
     name = getattr(getattr(operation, "activation", None), "__name__", "")

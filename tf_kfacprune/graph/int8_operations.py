@@ -22,6 +22,7 @@ __all__ = [
     "activation_kernels",
     "activation_of",
     "constants_of",
+    "is_known_activation",
     "kernel_of",
     "name_parts_of",
     "scratch_of",
@@ -140,6 +141,11 @@ def activation_kernels(name: str) -> tuple[tuple[str, int], ...] | None:
         None for a function of which that is not known.
     """
     return _ACTIVATIONS.get(name)
+
+
+def is_known_activation(name: str) -> bool:
+    """Whether it is known what an activation function becomes."""
+    return name in FUSED or name in _ACTIVATIONS
 
 
 def kernel_of(operation: Any) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 import keras
 
 from tf_kfacprune.graph.channel_graph import ChannelGraph
+from tf_kfacprune.graph.file_bytes import is_plain_relu
+from tf_kfacprune.graph.int8_operations import is_known_activation
 
 __all__ = ["lacking_on_micro", "unconfirmed_on_micro", "warn_of_unconfirmed"]
 
@@ -24,10 +26,6 @@ _CONFIRMED = {
     *("MaxPooling1D", "MaxPooling2D", "PReLU", "Permute", "RMSNormalization", "ReLU", "Reshape"),
     *("Rescaling", "SeparableConv1D", "SeparableConv2D", "Softmax", "SpatialDropout1D"),
     *("SpatialDropout2D", "UpSampling2D", "ZeroPadding1D", "ZeroPadding2D"),
-}
-_ACTIVATIONS = {
-    *("linear", "relu", "relu6", "softmax", "sigmoid", "tanh", "hard_silu", "silu", "elu"),
-    "leaky_relu",
 }
 _SHOWN = 5  # longer lists are cut
 
@@ -49,10 +47,6 @@ def _operator_lacking(layer: keras.Layer) -> str | None:
     if _activation(layer) == "gelu":
         return "GELU; activation='silu' needs none"
     return None
-
-
-def _is_plain(layer: keras.layers.ReLU) -> bool:
-    return not layer.negative_slope and not layer.threshold and layer.max_value in (None, 6)
 
 
 def lacking_on_micro(channels: ChannelGraph) -> tuple[str, ...]:
@@ -79,9 +73,9 @@ def unconfirmed_on_micro(channels: ChannelGraph) -> tuple[tuple[str, str], ...]:
         kind, activation = type(layer).__name__, _activation(layer)
         if kind not in _CONFIRMED:
             found.append((layer.name, kind))
-        elif isinstance(layer, keras.layers.ReLU) and not _is_plain(layer):
+        elif isinstance(layer, keras.layers.ReLU) and not is_plain_relu(layer):
             found.append((layer.name, "ReLU with a slope, threshold or ceiling"))
-        elif activation not in _ACTIVATIONS and _operator_lacking(layer) is None:
+        elif not is_known_activation(activation) and _operator_lacking(layer) is None:
             found.append((layer.name, f"activation {activation}"))
     return tuple(found)
 

@@ -254,11 +254,17 @@ class AdaptiveDamping:
         usual = tf.convert_to_tensor(self._usual_loss)
         return loss - usual > _JUMP * tf.abs(usual)
 
-    def note(self, loss: Any) -> None:
-        """Takes a loss into the average that `has_jumped` compares with, scalar tensor."""
+    def note(self, loss: Any, counts: Any) -> None:
+        """Takes a loss into the average that `has_jumped` compares with.
+
+        Args:
+            loss: Loss of the present weights, scalar tensor.
+            counts: Whether they stay, and the loss is finite; boolean scalar tensor.
+        """
         usual = tf.convert_to_tensor(self._usual_loss)
         mean = _DECAY_OF_LOSS * usual + (1.0 - _DECAY_OF_LOSS) * loss
-        self._usual_loss.assign(tf.where(tf.math.is_finite(usual), mean, loss))
+        noted = tf.where(tf.math.is_finite(usual), mean, loss)
+        self._usual_loss.assign(tf.where(counts, noted, usual))
 
     def expect(self, change: Any) -> None:
         """Notes the change of the loss that is predicted for the step to come."""

@@ -71,7 +71,6 @@ class TrainingStep:
         rejected = self._is_last_step_rejected(before, loss, finite, batch)
 
         def take() -> None:
-            self._note_loss(loss, batch)
             self._update_factors(batch)
             self._decay_learning_rate()
             scale = trainee.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
@@ -168,13 +167,8 @@ class TrainingStep:
         (mean_loss,) = weighted_mean([tf.cast(loss, "float32")], batch.size)
         at_once = tf.logical_or(tf.logical_not(finite), damping.has_jumped(mean_loss))
         cond(damping.is_due(step, at_once), judge, damping.keep)
+        damping.note(mean_loss, tf.logical_and(finite, tf.logical_not(damping.is_rejected)))
         return damping.is_rejected
-
-    def _note_loss(self, loss: Any, batch: Batch) -> None:
-        kfac = self.trainee.kfac
-        if kfac is not None and kfac.adaptive_damping is not None:
-            (mean_loss,) = weighted_mean([tf.cast(loss, "float32")], batch.size)
-            kfac.adaptive_damping.note(mean_loss)
 
     def _take_back_if(self, rejected: Any) -> None:
         kfac = self.trainee.kfac

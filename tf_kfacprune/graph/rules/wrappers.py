@@ -37,6 +37,11 @@ class WrapperRule(ContractionRule):
             return reasons.WRAPPED_UNKNOWN
         return rule_for(layer.layer).why_opaque(layer.layer)
 
+    def why_frozen(self, layer: Any) -> str | None:
+        """Why nothing of the wrapped layer can be removed, or None if its rule decides."""
+        reads_inside = type(rule_for(layer.layer)).call_gated is not ChannelRule.call_gated
+        return self.why_opaque(layer) or (reasons.UNKNOWN_OPERATION if reads_inside else None)
+
     def weight_roles(self, layer: Any) -> Roles:
         roles = rule_for(layer.layer).weight_roles(layer.layer)
         return {_PREFIX + name: axes for name, axes in roles.items()}
@@ -71,10 +76,8 @@ class TimeDistributedRule(WrapperRule):
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         layer, value = call.operation, call.inputs[0]
         rule = rule_for(layer.layer)
-        if reason := self.why_opaque(layer):
+        if reason := self.why_frozen(layer):
             return self.freeze_all(call, flow, reason)
-        if type(rule).call_gated is not ChannelRule.call_gated:
-            return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
         step, made = (_without_time(v, v.shape) for v in (value, call.outputs[0]))
         flow.axes[step] = _without_time_axis(flow.of(value))
         first = len(flow.readings)
@@ -139,10 +142,8 @@ class SpectralNormalizationRule(WrapperRule):
     def propagate(self, call: Call, flow: LabelFlow) -> Sequence[Axes]:
         layer, value, inner = call.operation, call.inputs[0], self.inner(call)
         rule = rule_for(layer.layer)
-        if reason := self.why_opaque(layer):
+        if reason := self.why_frozen(layer):
             return self.freeze_all(call, flow, reason)
-        if type(rule).call_gated is not ChannelRule.call_gated:
-            return self.freeze_all(call, flow, reasons.UNKNOWN_OPERATION)
         first = len(flow.readings)
         axes = rule.propagate(inner, flow)
         flow.readings[first:] = [replace(reading, call=call) for reading in flow.readings[first:]]
