@@ -216,8 +216,8 @@ def test_summary_lists_blocks_memory_and_the_rest_with_a_reason():
 
 def test_summary_gives_the_reason_of_each_variable():
     inputs = keras.Input((8, 4))
-    x = keras.layers.LSTM(4, name="recurrent")(inputs)
-    x = keras.layers.BatchNormalization(name="norm", axis=1)(x)
+    recurrent = keras.layers.LSTM(4, name="recurrent")  # whose cell is numbered by Keras
+    x = keras.layers.BatchNormalization(name="norm", axis=1)(recurrent(inputs))
     x = keras.layers.GroupNormalization(2, name="groups")(x)
     model = KFACModel(keras.Model(inputs, keras.layers.Dense(2)(x)))
     optimizer = KFAC()
@@ -225,7 +225,7 @@ def test_summary_gives_the_reason_of_each_variable():
     lines = []
     optimizer.summary(print_fn=lines.append)
     by_variable = {line.split()[0]: line for line in lines if "parameters" in line}
-    assert "(LSTM)" in by_variable["recurrent/lstm_cell/kernel"]
+    assert "(LSTM)" in by_variable[recurrent.cell.kernel.path]
     assert "(GroupNormalization)" in by_variable["groups/gamma"]
 
 
