@@ -46,7 +46,6 @@ class FileBytes:
     def __init__(self, channels: ChannelGraph) -> None:
         self._channels = channels
         calls = channels.graph.calls
-        self._makers = {value: call for call in calls for value in call.outputs}
         self._readers: dict[Any, list[Call]] = {}
         for call in calls:
             for value in call.inputs:
@@ -105,7 +104,7 @@ class FileBytes:
     def is_folded(self, call: Call) -> bool:
         """Whether a BatchNormalization disappears into the layer before it."""
         (value, *_) = call.inputs
-        maker = self._makers.get(value)
+        maker = self._channels.graph.makers.get(value)
         if maker is None or value not in self._read_once:
             return False
         rule = rule_for(maker.operation)
@@ -117,7 +116,7 @@ class FileBytes:
 
         A layer's own activation counts, too.
         """
-        maker = self._makers.get(value)
+        maker = self._channels.graph.makers.get(value)
         if maker is not None and not _is_linear(maker.operation):
             return True
         for call in self._readers.get(value, ()):

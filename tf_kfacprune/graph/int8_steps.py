@@ -77,7 +77,6 @@ class Int8Steps:
         self._buffers: dict[Value, Buffer] = {}
         self._images: dict[Value, Buffer] = {}  # sequences, as images of one row
         self._picked: dict[tuple[Value, int], Buffer] = {}
-        self._makers = {value: call for call in channels.graph.calls for value in call.outputs}
         self._normalized = {
             call.inputs[0]
             for call in channels.graph.calls
@@ -116,7 +115,7 @@ class Int8Steps:
         """The activation of a value; one that nothing made is given."""
         if value not in self._buffers:
             if value in self._images:
-                call, image = self._makers[value], self._images[value]
+                call, image = self._channels.graph.makers[value], self._images[value]
                 self._buffers[value] = self._reshaped(call, image, name_parts=5)
             else:
                 self._give((value,), None)

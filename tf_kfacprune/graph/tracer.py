@@ -45,6 +45,7 @@ class Graph:
         inputs: Its inputs, flattened.
         outputs: Its outputs, flattened.
         calls: All calls, nested models and opened layers inlined.
+        makers: The call that computes each value.
         opened: The layers that were opened, by path.
         closed: Why layers that might have been opened were not, by path.
     """
@@ -61,6 +62,7 @@ class Graph:
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self.calls = tuple(step for step in walk.steps if isinstance(step, Call))
+        self.makers = {value: call for call in self.calls for value in call.outputs}
         self.opened = walk.opened
         self.closed = walk.closed
         self._source = functional

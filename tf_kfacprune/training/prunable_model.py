@@ -339,7 +339,7 @@ class PrunableModel(KFACModel):
 
     def begin_run(self, call: FitCall) -> None:
         controller = self.controller
-        self._run.acts_on_batches = call.acts_on_batches
+        self._run.callbacks_act_on_batches = call.callbacks_act_on_batches
         if controller is None or controller.is_within_plan:
             return
         if call.total_steps is None:
@@ -432,9 +432,9 @@ class PrunableModel(KFACModel):
         return self._run.shrunk_state is not None
 
     @property
-    def is_called_between_batches(self) -> bool:
+    def callbacks_act_on_batches(self) -> bool:
         """Whether a callback may read or change weights between the batches of this `fit`."""
-        return self._run.acts_on_batches
+        return self._run.callbacks_act_on_batches
 
     @property
     def shrunk(self) -> Shrunk | None:
@@ -582,7 +582,7 @@ class _Run:
         is_in_epoch: Whether steps are those of an epoch of `fit`.
         shrunk: The compact copy that is trained at the moment, or None.
         shrunk_state: What a copy was trained with before, or None.
-        acts_on_batches: Whether a callback of this `fit` is called between batches.
+        callbacks_act_on_batches: Whether a callback may read or change weights between batches.
         is_told_of_loop: Whether it was said what calls of one epoch each need.
         had_settled: Whether gates had settled when the last `fit` ended, before callbacks saw that.
     """
@@ -596,7 +596,7 @@ class _Run:
         self.is_in_epoch = False
         self.shrunk: Shrunk | None = None
         self.shrunk_state: list[np.ndarray] | None = None
-        self.acts_on_batches = False
+        self.callbacks_act_on_batches = False
         self.is_told_of_loop = False
         self.had_settled = False
 

@@ -27,14 +27,14 @@ class FitCall:
         epochs: Epochs of the run, those before a resume included.
         initial_epoch: Epochs that were done before.
         sets_rate: Whether a callback is there to set the learning rate.
-        acts_on_batches: Whether a callback is there that is called between batches.
+        callbacks_act_on_batches: Whether one may read or change weights between batches.
     """
 
     epoch_steps: int | None
     epochs: int = 1
     initial_epoch: int = 0
     sets_rate: bool = False
-    acts_on_batches: bool = False
+    callbacks_act_on_batches: bool = False
 
     @property
     def is_one_epoch(self) -> bool:
@@ -74,7 +74,7 @@ class RunCallback(keras.callbacks.Callback):
         super().__init__()
         self._initial_epoch = initial_epoch
         self._sets_rate = sets_learning_rate(callbacks)
-        self._acts_on_batches = any(acts_on_batches(callback) for callback in callbacks)
+        self._callbacks_act_on_batches = any(acts_on_batches(callback) for callback in callbacks)
         self._best = BestEpochs(callbacks)
         self._rates = OverwrittenRates(callbacks)
 
@@ -91,7 +91,7 @@ class RunCallback(keras.callbacks.Callback):
                 int(self.params["epochs"]),
                 self._initial_epoch,
                 self._sets_rate,
-                self._acts_on_batches,
+                self._callbacks_act_on_batches,
             )
         )
         self._rates.note(self.model.decaying_learning_rate)

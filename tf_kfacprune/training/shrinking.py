@@ -101,7 +101,7 @@ def can_shrink(model: Any, steps_left: int) -> bool:
     controller = model.controller
     if controller is None or model.gated is None or not model.shrink:
         return False
-    if model.budget.is_open or not controller.has_settled or model.is_called_between_batches:
+    if model.budget.is_open or not controller.has_settled or model.callbacks_act_on_batches:
         return False
     pays = steps_left >= _LEAST_STEPS and float(controller.fraction("macs")) <= _LARGEST_FRACTION
     optimizer = inner_optimizer(model.optimizer)
